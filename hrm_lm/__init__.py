@@ -1,0 +1,1 @@
+"""Hybrid HRM-LM models, trained on Ray. Start reading at `hrm_lm/training/loop.py`."""

@@ -1,0 +1,21 @@
+"""What all commands share: how errors reach the user, and with which exit code."""
+
+import sys
+from typing import Callable
+
+from hrm_lm.errors import RunFailed, UserError
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """The exit code: 2 for bad input, 1 for a failed run, 130 for Ctrl-C; a traceback is a bug."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with the same --run_name continues from the last checkpoint", file=sys.stderr)
+        return 130

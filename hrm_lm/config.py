@@ -1,0 +1,272 @@
+"""The configuration: typed sections, YAML files, dotted overrides.
+
+The defaults stand here and only here; `configs/default.yaml` spells them out and a test keeps the two equal. Every
+field has a dotted path (`model.hrm.h_cycles`), which is how the command line overrides it, how a sweep names it and
+how an error points at it. Sections are frozen: a config is a value.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Iterable, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hrm_lm.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HRMConfig(Section):
+    """The H/L recurrence (`hrm_lm.models.hrm.HRMCore`)."""
+
+    h_cycles: Count = 2
+    """Slow cycles; 0 builds no core at all: a plain encoder-decoder."""
+    l_cycles: Positive = 2
+    """Fast applications within each slow cycle."""
+    h_layers: Positive = 1
+    l_layers: Positive = 1
+    backprop_steps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
+    """How many of the last applications of a stack carry gradient."""
+    backprop_warmup_steps: Count = 0
+    """Optimisation steps over which the window grows from 2 to `backprop_steps`."""
+    deep_supervision: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean loss of the earlier H-cycles' outputs."""
+
+
+class BridgeConfig(Section):
+    type: Literal["cross_attention", "prefix"] = "cross_attention"
+    prefix_len: Positive = 8
+    """Vectors that the core's states are pooled into (`prefix` only)."""
+    gate_warmup_steps: Count = 0
+    """Optimisation steps during which the gate is held shut."""
+
+
+class ModelConfig(Section):
+    d_model: Positive = 64
+    n_heads: Positive = 4
+    encoder_layers: Count = 1
+    decoder_layers: Positive = 1
+    expansion: Annotated[float, Field(gt=0)] = 4.0
+    """SwiGLU: the hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_prompt_len: Positive = 512
+    max_response_len: Positive = 128
+    """In tokens; the response's end-of-sequence token counts."""
+    hrm: HRMConfig = HRMConfig()
+    bridge: BridgeConfig = BridgeConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.d_model % self.n_heads:
+            raise ValueError(f"model.d_model ({self.d_model}) must be divisible by model.n_heads ({self.n_heads})")
+        if self.d_model // self.n_heads % 2:
+            raise ValueError(
+                f"model.d_model / model.n_heads ({self.d_model // self.n_heads}) must be even: rotary positions turn pairs"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Not applied to norms, gates and embeddings."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Count = 20
+    min_lr_ratio: Fraction = 0.1
+    """The floor of the decay, as a share of `lr`."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 200
+    batch_size: Positive = 64
+    """Samples of one optimisation step, over all workers and accumulation steps."""
+    grad_accum_steps: Positive = 1
+    grad_clip: float = 0.0
+    """Largest global L2 norm of the gradient; off when <= 0."""
+    mixed_precision: Literal["none", "bf16", "fp16"] = "none"
+    val_every: Count = 0
+    """Steps between validations, each with a checkpoint; 0: only at the end."""
+    log_every: Positive = 10
+    early_stopping_patience: Count = 0
+    """Validations in a row without a better `val_loss` before the run ends; 0: never."""
+    seed: Count = 0
+    init_from: str | None = None
+    """Checkpoint whose weights a new run starts from."""
+
+
+class SyntheticConfig(Section):
+    """Addition questions (`hrm_lm.data.synthetic`)."""
+
+    min_digits: Positive = 1
+    max_digits: Annotated[int, Field(ge=1, le=18)] = 2
+    num_samples: Annotated[int, Field(ge=2)] = 20_000
+    """At most so many questions; all of them where there are fewer."""
+
+    @model_validator(mode="after")
+    def _digits_ordered(self):
+        if self.min_digits > self.max_digits:
+            raise ValueError(
+                f"data.synthetic.min_digits ({self.min_digits}) is larger than max_digits ({self.max_digits})"
+            )
+        return self
+
+
+class DataConfig(Section):
+    dataset: str | None = None
+    """`synthetic`, a .jsonl file, a folder with train.jsonl, or `module:function` of your own."""
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Held-out share where the dataset brings no validation split."""
+    truncate: bool = False
+    """Cut what is longer than the model takes, instead of refusing it."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+class RayConfig(Section):
+    num_workers: Positive = 1
+    use_gpu: Literal["auto"] | bool = "auto"
+    cpus_per_worker: Literal["auto"] | Positive = "auto"
+    """`auto`: an equal share of the cluster's CPUs when training on CPU, else 1."""
+    run_name: str | None = None
+    storage_path: str | None = None
+    """Folder or URI that run folders are created in; see `hrm_lm.training.storage`."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker failures a run recovers from; -1: any number."""
+    wait_for_nodes: bool = False
+    """Wait for workers that do not fit the cluster and whatever growth of it is known."""
+    num_to_keep: Positive = 1
+    """Checkpoints kept by `val_loss`, beside the last one."""
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        shares = self.ray.num_workers * self.train.grad_accum_steps
+        if self.train.batch_size % shares:
+            raise ValueError(
+                f"train.batch_size ({self.train.batch_size}) must be divisible by ray.num_workers * "
+                f"train.grad_accum_steps ({self.ray.num_workers} * {self.train.grad_accum_steps})"
+            )
+        return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that one worker takes through the model at a time."""
+        return self.train.batch_size // (self.ray.num_workers * self.train.grad_accum_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML-able values, nested by section."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """The defaults, under a YAML file, under `overrides` (dotted path -> value).
+
+    Raises UserError, a line per mistake, naming the file or the dotted path.
+    """
+    raw = {} if path is None else read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        set_dotted(raw, dotted, value)
+    return parse_config(raw, source=str(path) if path else "config")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw or {}, dict):
+        raise UserError(f"{path}: must be a mapping of sections (model, optim, train, data, ray)")
+    return raw or {}
+
+
+def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
+
+
+def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["model.hrm.h_cycles=4", ...]` as dotted path -> value; values are YAML."""
+    overrides = {}
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        if not equals or not dotted:
+            raise UserError(f"--set {assignment}: expected PATH=VALUE, such as model.hrm.h_cycles=4")
+        try:
+            overrides[dotted.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: the value is not valid YAML") from None
+    return overrides
+
+
+def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, field = dotted.split(".")
+    for section in sections:
+        inner = raw.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{dotted}: {section} is a value, not a section")
+        raw = inner
+    raw[field] = value
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted path -> value."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = {}
+    for item in error.errors():
+        # A union reports each member's view at the same place, with the member's name at the path's end.
+        names = [part for part in item["loc"] if isinstance(part, str)]
+        path, section = [], Config
+        for name in names:
+            field = section.model_fields.get(name) if section else None
+            if field is None and section is None:
+                break
+            path.append(name)
+            inner = field.annotation if field else None
+            section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        dotted = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            owner = Config
+            for name in path[:-1]:
+                owner = owner.model_fields[name].annotation
+            close = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(owner.model_fields)}"
+            message = f"no such field; {hint}"
+        elif item["type"] == "value_error":
+            lines[str(item["ctx"]["error"])] = ""
+            continue
+        else:
+            message = item["msg"].removeprefix("Input ") if item["msg"].startswith("Input ") else item["msg"]
+        known = lines.get(dotted)
+        got = f" (got {item['input']!r})" if item["type"] != "extra_forbidden" else ""
+        lines[dotted] = f"{known.removesuffix(got)} or {message}{got}" if known else message + got
+    return [f"{path}: {message}" if message else path for path, message in lines.items()]

@@ -1,0 +1,48 @@
+"""The batch: the guide's five tensors, and the one place that makes them."""
+
+from typing import NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""encoder_ids, decoder_input_ids, labels; the last two of one length."""
+
+
+class Batch(NamedTuple):
+    """B samples, S and T the longest prompt's and response's length; all int64, padded on the right."""
+
+    encoder_ids: Tensor  # (B, S)
+    decoder_input_ids: Tensor  # (B, T): BOS + response[:-1]
+    labels: Tensor  # (B, T): the response, IGNORE at padding
+    encoder_mask: Tensor  # (B, S): 1 where a token is, 0 at padding
+    decoder_mask: Tensor  # (B, T)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copied to `device`; from pinned memory the copy is asynchronous."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(tensor.pin_memory() for tensor in self))
+
+
+def pad_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Pads the samples on the right, each side to its longest."""
+    prompts, inputs, labels = zip(*samples)
+    encoder_ids, encoder_mask = _pad(prompts, pad_id)
+    decoder_input_ids, decoder_mask = _pad(inputs, pad_id)
+    padded_labels, _ = _pad(labels, IGNORE)
+    return Batch(encoder_ids, decoder_input_ids, padded_labels, encoder_mask, decoder_mask)
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Returns the rows as (B, longest) int64, and where they are (1) and are not (0)."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, fill, dtype=np.int64)
+    ids[mask] = np.concatenate(rows)  # row-major, as the mask is read
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

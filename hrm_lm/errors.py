@@ -1,0 +1,9 @@
+"""Errors that a user can mend. Everything else is a bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """Bad input: the message says what, where and what to do, in a line or two. Commands exit with 2."""
+
+
+class RunFailed(Exception):
+    """A run that started and could not finish, with the reason in a line or two. Commands exit with 1."""

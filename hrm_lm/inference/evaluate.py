@@ -1,0 +1,46 @@
+"""Score a checkpoint on held-out samples: `python -m hrm_lm.inference.evaluate [--h_cycles 4]` prints JSON."""
+
+import argparse
+import json
+import sys
+from typing import Sequence
+
+import torch
+
+from hrm_lm.cli import run_command
+from hrm_lm.data.loading import prefetch, val_batches
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.errors import UserError
+from hrm_lm.inference.generate import add_checkpoint_flags, check_cycles, chosen_checkpoint
+from hrm_lm.training.checkpoint import load_model
+from hrm_lm.training.step import evaluate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hrm_lm.inference.evaluate", description=__doc__)
+    add_checkpoint_flags(parser)
+    parser.add_argument("--dataset", help="another dataset than the checkpoint's own")
+    parser.add_argument("--batch_size", type=int, default=256)
+    args = parser.parse_args(argv)
+    check_cycles(args)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {args.batch_size}")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
+        model, tokenizer, checkpoint = load_model(folder, device)
+    if args.h_cycles and model.core is None:
+        raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
+    config = checkpoint.config
+    data = config.data.model_copy(update={"dataset": args.dataset}) if args.dataset else config.data
+    splits = load_dataset(data, config.model, config.train.seed)
+    if splits.tokenizer.to_json() != tokenizer.to_json():
+        raise UserError(f"{data.dataset}: needs another tokenizer than the checkpoint's")
+    batches = prefetch(val_batches(splits, args.batch_size, 0, 1), device)
+    scores = evaluate(model, batches, h_cycles=args.h_cycles, l_cycles=args.l_cycles)
+    print(json.dumps({"step": checkpoint.progress.step, **scores}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

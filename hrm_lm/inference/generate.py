@@ -1,0 +1,161 @@
+"""Ask a checkpoint: `python -m hrm_lm.inference.generate --prompt "What is 12 + 7?"` prints the answer alone."""
+
+import argparse
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hrm_lm.cli import run_command
+from hrm_lm.data.collate import pad_batch
+from hrm_lm.data.tokenizer import Tokenizer
+from hrm_lm.errors import UserError
+from hrm_lm.models.hybrid import HRMLanguageModel
+from hrm_lm.training.checkpoint import load_model
+from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
+
+
+@torch.inference_mode()
+def generate(
+    model: HRMLanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int | None = None,
+    h_cycles: int | None = None,
+    l_cycles: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[str]:
+    """The responses to `prompts`, in their order; each ends at EOS or after `max_new_tokens`.
+
+    Greedy at temperature 0, else sampled from the `top_k` likeliest tokens (all of them for None). Cycle counts of
+    None are the trained ones. Raises UserError for a prompt that is empty, too long or of unknown characters.
+    """
+    if h_cycles and model.core is None:
+        raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    max_new_tokens = max_new_tokens or model.config.max_response_len
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded):
+        if not 0 < len(ids) <= model.config.max_prompt_len:
+            raise UserError(f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}")
+
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # alike lengths together: little padding
+    responses = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = pad_batch([(encoded[i], [tokenizer.bos_id], [tokenizer.eos_id]) for i in chosen], tokenizer.pad_id).to(device)
+        logits, decoding = model.prefill(
+            batch.encoder_ids, batch.encoder_mask, tokenizer.bos_id, max_new_tokens, h_cycles, l_cycles
+        )
+        tokens = [pick(logits, temperature, top_k, generator)]
+        done = tokens[0] == tokenizer.eos_id
+        while len(tokens) < max_new_tokens and not done.all():
+            tokens.append(pick(model.decode(tokens[-1], decoding), temperature, top_k, generator))
+            done |= tokens[-1] == tokenizer.eos_id
+        for i, row in zip(chosen, torch.stack(tokens, dim=1).tolist()):
+            end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
+            responses[i] = tokenizer.decode(row[:end])
+    return responses
+
+
+def pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """The next token of each row: logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@contextmanager
+def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: str | None) -> Iterator[Path]:
+    """The checkpoint named, else the best one of the run named, else of the newest run; says which on stderr."""
+    if checkpoint:
+        with local_checkpoint(checkpoint) as folder:
+            yield folder
+        return
+    # A job's runs live in a place of their own; both are looked at.
+    locations = [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
+    if run_name:
+        runs = [RunFolder(location, run_name) for location in locations]
+        runs = [run for run in runs if run.has_checkpoints()]
+        if not runs:
+            raise UserError(f"no run {run_name!r} with a checkpoint in {' or '.join(locations)}")
+        run = runs[0]
+    else:
+        run = newest_run(locations)
+    kept, _ = run.checkpoints()
+    best, metrics = kept[0]
+    print(f"using {best} (val_loss {metrics['val_loss']:.4f})", file=sys.stderr)
+    with local_checkpoint(best, run.fs) as folder:
+        yield folder
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or URI")
+    which.add_argument("--run_name", help="take this run's best checkpoint (default: the newest run's)")
+    parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs are in (default: runs/)")
+    parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
+    parser.add_argument("--l_cycles", type=int, help="L-cycles (default: as trained)")
+
+
+def check_cycles(args: argparse.Namespace) -> None:
+    if args.h_cycles is not None and args.h_cycles < 0:
+        raise UserError(f"--h_cycles must be at least 0, not {args.h_cycles}")
+    if args.l_cycles is not None and args.l_cycles < 1:
+        raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hrm_lm.inference.generate",
+        description="Answer prompts; the answers, a line each, are all that goes to standard output.",
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; repeatable")
+    parser.add_argument("--prompts_file", metavar="FILE", help="more prompts, a line each")
+    add_checkpoint_flags(parser)
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the model's max_response_len)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top_k", type=int, help="sample from the likeliest so many tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--dataset", help="accepted for the guide's sake: the checkpoint brings its tokenizer")
+    args = parser.parse_args(argv)
+    check_cycles(args)
+    if args.temperature < 0:
+        raise UserError(f"--temperature must be at least 0, not {args.temperature}")
+    for name in ("max_new_tokens", "top_k"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+
+    prompts = list(args.prompt)
+    if args.prompts_file:
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file: {args.prompts_file} cannot be read: {error}") from None
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError('nothing to answer: give --prompt "What is 12 + 7?" or --prompts_file FILE')
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
+        model, tokenizer, _ = load_model(folder, device)
+    for answer in generate(
+        model, tokenizer, prompts, args.max_new_tokens, args.h_cycles, args.l_cycles, args.temperature, args.top_k, args.seed
+    ):
+        print(answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

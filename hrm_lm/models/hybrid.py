@@ -1,0 +1,160 @@
+"""HRMLanguageModel: token embedding -> bidirectional encoder -> HRMCore -> bridge -> causal decoder.
+
+Chosen: encoder and decoder share the embedding; the head is untied; the bridge is either cross-attention in every
+decoder block, or `prefix_len` vectors pooled from the core's states and put before the decoder's input. A learned
+gate scales what crosses the bridge. `h_cycles: 0` leaves the core out: the baseline without HRM.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hrm_lm.config import BridgeConfig, ModelConfig
+from hrm_lm.data.collate import Batch
+from hrm_lm.models.hrm import HRMCore
+from hrm_lm.models.layers import Block, CrossAttention, KVCache, ScaledEmbedding, Stack, linear, rotary
+
+
+class Bridge(nn.Module):
+    """What takes the core's states to the decoder, and the gate on it."""
+
+    def __init__(self, config: BridgeConfig, d_model: int, n_heads: int):
+        super().__init__()
+        self.warmup_steps = config.gate_warmup_steps
+        self.gate = nn.Parameter(torch.tensor(2.0))  # sigmoid(2) = 0.88: nearly open
+        # Saved with the weights, so that a checkpoint from within the warm-up generates as it was trained.
+        self.register_buffer("open", torch.tensor(0.0 if self.warmup_steps else 1.0))
+        self._is_open = not self.warmup_steps
+        if config.type == "prefix":
+            self.queries = nn.Parameter(torch.randn(config.prefix_len, d_model))
+            self.pool = CrossAttention(d_model, n_heads)
+
+    def set_step(self, step: int) -> None:
+        """Opens the gate once optimisation step `step` is past the warm-up; costs nothing in between."""
+        if self._is_open != (step >= self.warmup_steps):
+            self._is_open = not self._is_open
+            self.open.fill_(float(self._is_open))
+
+    def scale(self) -> Tensor:
+        return self.open * torch.sigmoid(self.gate)
+
+    def prefix(self, states: Tensor, mask: Tensor) -> Tensor:
+        """states: (B, S, C). Returns (B, prefix_len, C): attention pooling by learned queries."""
+        queries = self.queries.expand(len(states), -1, -1).to(states.dtype)
+        return self.scale() * self.pool(queries, self.pool.keys_values(states), mask)
+
+
+@dataclass
+class Decoding:
+    """Where a generation stands: what the decoder attends to, and its cache."""
+
+    memory: list
+    caches: list[KVCache]
+    position: int
+
+
+class HRMLanguageModel(nn.Module):
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        C, sizes = config.d_model, (config.d_model, config.n_heads, config.expansion, config.dropout)
+        self.head_dim = C // config.n_heads
+        self.embedding = ScaledEmbedding(vocab_size, C)
+        self.encoder = Stack(config.encoder_layers, *sizes)
+        self.core = (
+            HRMCore(Stack(config.hrm.h_layers, *sizes), Stack(config.hrm.l_layers, *sizes), C)
+            if config.hrm.h_cycles
+            else None
+        )
+        self.bridge = Bridge(config.bridge, C, config.n_heads)
+        cross = config.bridge.type == "cross_attention"
+        self.decoder = nn.ModuleList(Block(*sizes, cross=cross) for _ in range(config.decoder_layers))
+        self.norm = nn.RMSNorm(C, eps=1e-6)
+        self.head = linear(C, vocab_size)
+
+    def set_step(self, step: int) -> None:
+        self.bridge.set_step(step)
+
+    def encode(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        h_cycles: int | None = None,
+        l_cycles: int | None = None,
+        backprop_steps: int | None = None,
+    ) -> list[Tensor]:
+        """ids, mask: (B, S). Returns the core's state after each H-cycle, each (B, S, C)."""
+        rope = rotary(torch.arange(ids.shape[1], device=ids.device), self.head_dim)
+        keys = mask[:, None, None, :].bool()
+        x = self.encoder(self.embedding(ids), rope, keys)
+        if self.core is None:
+            return [x]
+        hrm = self.config.hrm
+        h_cycles = hrm.h_cycles if h_cycles is None else h_cycles
+        l_cycles = hrm.l_cycles if l_cycles is None else l_cycles
+        return self.core(x, rope, keys, h_cycles, l_cycles, backprop_steps)
+
+    def _cross(self, states: Tensor, mask: Tensor) -> list:
+        """What each decoder block attends to besides its own past: keys and values, mask, gate."""
+        if self.config.bridge.type == "prefix":
+            return [None] * len(self.decoder)
+        keys, gate = mask[:, None, None, :].bool(), self.bridge.scale()
+        return [(block.cross.keys_values(states), keys, gate) for block in self.decoder]
+
+    def _decode(self, x: Tensor, memory: list, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
+        rope = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.head_dim)
+        for i, block in enumerate(self.decoder):
+            x = block(x, rope, causal=True, cache=caches[i] if caches else None, memory=memory[i])
+        return x
+
+    def _decoder_inputs(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if self.config.bridge.type == "prefix":
+            x = torch.cat([self.bridge.prefix(states, mask[:, None, None, :].bool()).to(x.dtype), x], dim=1)
+        return x
+
+    def forward(
+        self,
+        batch: Batch,
+        h_cycles: int | None = None,
+        l_cycles: int | None = None,
+        backprop_steps: int | None = None,
+    ) -> list[Tensor]:
+        """Logits (B, T, V), aligned with `batch.labels`; the last of the list is the model's answer.
+
+        While training with deep supervision the earlier H-cycles' logits come before it.
+        """
+        states = self.encode(batch.encoder_ids, batch.encoder_mask, h_cycles, l_cycles, backprop_steps)
+        if not (self.training and self.config.hrm.deep_supervision):
+            states = states[-1:]
+        logits = []
+        for z_h in states:
+            x = self._decoder_inputs(z_h, batch.encoder_mask, batch.decoder_input_ids)
+            x = self._decode(x, self._cross(z_h, batch.encoder_mask))
+            x = x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]  # without the prefix
+            logits.append(self.head(self.norm(x)))
+        return logits
+
+    def prefill(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        bos_id: int,
+        max_new_tokens: int,
+        h_cycles: int | None = None,
+        l_cycles: int | None = None,
+    ) -> tuple[Tensor, Decoding]:
+        """Reads prompts (B, S), right-padded. Returns the first new token's logits (B, V) and where decoding stands."""
+        states = self.encode(prompt_ids, prompt_mask, h_cycles, l_cycles)[-1]
+        bos = prompt_ids.new_full((len(prompt_ids), 1), bos_id)
+        x = self._decoder_inputs(states, prompt_mask, bos)
+        caches = [KVCache(x.shape[1] + max_new_tokens) for _ in self.decoder]
+        decoding = Decoding(self._cross(states, prompt_mask), caches, x.shape[1])
+        return self.head(self.norm(self._decode(x, decoding.memory, caches=caches)[:, -1])), decoding
+
+    def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
+        """Appends tokens (B,) and returns the next one's logits (B, V)."""
+        x = self._decode(self.embedding(tokens[:, None]), decoding.memory, decoding.position, decoding.caches)
+        decoding.position += 1
+        return self.head(self.norm(x[:, -1]))

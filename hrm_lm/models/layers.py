@@ -1,0 +1,185 @@
+"""Transformer parts: rotary positions, attention with a key-value cache, SwiGLU, the pre-norm block.
+
+Chosen: pre-norm with RMSNorm, rotary positions (no learned ones), SwiGLU, no biases, attention through
+`scaled_dot_product_attention`, fused qkv and gate-up projections. Weights are drawn from a truncated LeCun normal
+(variance 1 / fan_in).
+
+Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    lecun_normal_(layer.weight, fan_in)
+    return layer
+
+
+def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
+    """Normal with variance 1 / fan_in, truncated at two standard deviations and rescaled for what that cuts off."""
+    std = 1 / math.sqrt(fan_in) / 0.87962566103423978
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embedding whose output has unit variance at the start: drawn with std 1/sqrt(C), scaled by sqrt(C)."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__(vocab_size, d_model)
+        lecun_normal_(self.weight, d_model)
+        self.scale = math.sqrt(d_model)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Rotary:
+    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), halves rotated against each other.
+
+    positions: (T,) or (B, T), integer. Returns two float32 tensors, (T, D) or (B, 1, T, D).
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    if positions.dim() == 2:
+        angles = angles.unsqueeze(1)  # over the heads
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rotary) -> Tensor:
+    """x: (B, H, T, D), turned by its positions; keeps the dtype."""
+    cos, sin = rope
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of one attention, filled from the left. k, v: (B, H, capacity, D)."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, T, D) and returns all that is held, (B, H, length, D)."""
+        if self.k is None:
+            self.k = k.new_empty(*k.shape[:2], self.capacity, k.shape[3])
+            self.v = torch.empty_like(self.k)
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.qkv = linear(d_model, 3 * d_model)
+        self.out = linear(d_model, d_model)
+
+    def forward(
+        self, x: Tensor, rope: Rotary, mask: Tensor | None = None, causal: bool = False, cache: KVCache | None = None
+    ) -> Tensor:
+        """x: (B, T, C); mask: bool, broadcastable to (B, H, T, keys), True where a key may be seen."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+            causal = causal and T > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.q = linear(d_model, d_model)
+        self.kv = linear(d_model, 2 * d_model)
+        self.out = linear(d_model, d_model)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory: (B, S, C). Returns keys and values, (B, H, S, D)."""
+        B, S, _ = memory.shape
+        k, v = self.kv(memory).view(B, S, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """x: (B, T, C); mask: bool, broadcastable to (B, H, T, S)."""
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            q, *keys_values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202): out(silu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, expansion: float, multiple: int = 32):
+        super().__init__()
+        hidden = math.ceil(expansion * d_model * 2 / 3 / multiple) * multiple
+        self.gate_up = linear(d_model, 2 * hidden)
+        self.out = linear(hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm block: self-attention, optionally gated cross-attention, feed-forward."""
+
+    def __init__(self, d_model: int, n_heads: int, expansion: float, dropout: float = 0.0, cross: bool = False):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.attention = SelfAttention(d_model, n_heads, dropout)
+        if cross:
+            self.cross_norm = nn.RMSNorm(d_model, eps=1e-6)
+            self.cross = CrossAttention(d_model, n_heads, dropout)
+        self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.mlp = SwiGLU(d_model, expansion)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rotary,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        memory: tuple[tuple[Tensor, Tensor], Tensor | None, Tensor] | None = None,
+    ) -> Tensor:
+        """memory: keys and values to attend to, their mask and the gate that scales what comes from them."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal, cache))
+        if memory is not None:
+            keys_values, memory_mask, gate = memory
+            x = x + gate * self.dropout(self.cross(self.cross_norm(x), keys_values, memory_mask))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Stack(nn.Module):
+    """Blocks and a closing norm, which keeps activations bounded however often the stack is applied."""
+
+    def __init__(self, n_layers: int, d_model: int, n_heads: int, expansion: float, dropout: float = 0.0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, expansion, dropout) for _ in range(n_layers))
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+
+    def forward(self, x: Tensor, rope: Rotary, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        return self.norm(x)

@@ -1,0 +1,119 @@
+"""The life of a run on one worker: build, restore, {batch, step, maybe log, maybe validate and save}, done."""
+
+import math
+import time
+from typing import Any
+
+from hrm_lm.config import Config, parse_config
+from hrm_lm.data.loading import prefetch, train_batches, val_batches
+from hrm_lm.data.registry import Splits, load_dataset
+from hrm_lm.errors import UserError
+from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
+from hrm_lm.training.metrics import MetricsLog
+from hrm_lm.training.session import RayTrainSession, Session
+from hrm_lm.training.step import Stats, TrainState, build_state, evaluate, learning_rate, train_step
+
+
+def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """What `TorchTrainer` runs on every worker. loop_config: `config` (as a dict) and RayTrainSession's arguments."""
+    config = parse_config(loop_config.pop("config"))
+    return train(config, RayTrainSession(**loop_config))
+
+
+def train(config: Config, session: Session) -> dict[str, Any]:
+    """Trains to the end. Returns `status`: "finished", "early_stopped", or "diverged" with its `error`.
+
+    A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker.
+    """
+    splits = load_dataset(config.data, config.model, config.train.seed)
+    state = build_state(config, splits.tokenizer.vocab_size, session.device, session.rank, session.world_size)
+    progress = restore(state, session, splits)
+    patience = config.train.early_stopping_patience
+    status = "finished"
+    if patience and progress.stale_validations >= patience:
+        return {"status": "early_stopped", "step": state.step}
+
+    stats, log = Stats(state), MetricsLog(session.event_folder, session.progress, state.step, config.train.steps)
+    source = train_batches(splits, config.train, state.step, session.rank, session.world_size)
+    batches = prefetch(source, state.device)
+    clock = time.perf_counter()
+    try:
+        for micro_batches in batches:
+            train_step(state, micro_batches, stats)
+
+            last = state.step == config.train.steps
+            validating = last or (config.train.val_every and state.step % config.train.val_every == 0)
+            if not (validating or state.step % config.train.log_every == 0):
+                continue
+            window = stats.read()
+            seconds = time.perf_counter() - clock
+            if window["bad_step"] is not None:
+                return {"status": "diverged", "step": window["bad_step"], "error": divergence(config, window["bad_step"])}
+            progress.seconds += seconds
+            progress.tokens += int(window["tokens"])
+            metrics = {
+                "loss": window["loss"],
+                "lr": learning_rate(config.optim, config.train.steps, state.step - 1),
+                "grad_norm": window["grad_norm"],
+                "samples_per_s": window["samples"] / seconds,
+                "tokens_per_s": window["tokens"] / seconds,
+            }
+            log.write(state.step, metrics)
+
+            if validating:
+                state.model.set_step(state.step)
+                held_out = val_batches(splits, config.micro_batch_size, session.rank, session.world_size)
+                val = evaluate(state.model, prefetch(held_out, state.device), config.train.mixed_precision)
+                if not math.isfinite(val["val_loss"]):
+                    return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
+                progress.update(state.step, val["val_loss"])
+                log.write(state.step, val)
+                save(state, progress, splits, session, metrics | val)
+                if patience and progress.stale_validations >= patience and not last:
+                    status = "early_stopped"
+                    break
+            clock = time.perf_counter()
+    finally:
+        batches.close()
+        log.close()
+    return {"status": status, "step": state.step}
+
+
+def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
+    """Continues from the session's checkpoint, or starts from `train.init_from`'s weights, or from nothing."""
+    with session.restored() as folder:
+        if folder is not None:
+            checkpoint = read_checkpoint(folder)
+            if checkpoint.tokenizer.to_json() != splits.tokenizer.to_json():
+                raise UserError(f"{folder}: was trained with another tokenizer than the dataset now has")
+            if checkpoint.progress.num_train_samples != len(splits.train):
+                raise UserError(
+                    f"{folder}: was trained on {checkpoint.progress.num_train_samples} samples, the dataset now has "
+                    f"{len(splits.train)}: the sample order would change"
+                )
+            load_state(checkpoint, state)
+            return checkpoint.progress
+    if state.config.train.init_from:
+        from hrm_lm.training.storage import local_checkpoint
+
+        with local_checkpoint(state.config.train.init_from) as folder:
+            if read_checkpoint(folder).tokenizer.to_json() != splits.tokenizer.to_json():
+                raise UserError(f"train.init_from: {state.config.train.init_from} has another tokenizer")
+            load_weights(folder, state.model)
+    return Progress(num_train_samples=len(splits.train))
+
+
+def save(state: TrainState, progress: Progress, splits: Splits, session: Session, metrics: dict[str, float]) -> None:
+    """Reports a checkpoint, written by rank 0; Ray uploads it while training goes on."""
+    folder = None
+    if session.rank == 0:
+        folder = session.new_folder()
+        save_checkpoint(folder, state, progress, splits.tokenizer)
+    session.report(metrics | {"step": state.step, "seconds": progress.seconds, "tokens": progress.tokens}, folder)
+
+
+def divergence(config: Config, step: int) -> str:
+    lr = learning_rate(config.optim, config.train.steps, step - 1)
+    clip = "lower optim.lr"
+    clip += f" or train.grad_clip ({config.train.grad_clip:g})" if config.train.grad_clip > 0 else " or set train.grad_clip (1.0, say)"
+    return f"the loss or gradient was not finite at step {step}, lr {lr:.2e}: {clip}"

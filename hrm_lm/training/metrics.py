@@ -1,0 +1,49 @@
+"""Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
+
+from pathlib import Path
+from typing import Literal
+
+from tensorboardX import SummaryWriter
+
+Progress = Literal["bar", "lines", "none"]
+
+
+class MetricsLog:
+    """Rank 0's log. `folder`: where event files go, if anywhere."""
+
+    def __init__(self, folder: Path | None, progress: Progress, first_step: int, steps: int):
+        self.steps, self.step = steps, first_step
+        # After a resume, what an earlier attempt wrote beyond its last checkpoint is hidden.
+        self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10) if folder else None
+        self.lines = progress == "lines"
+        self.bar = None
+        if progress == "bar":
+            from ray.experimental.tqdm_ray import tqdm  # drawn by the driver, wherever the worker is
+
+            self.bar = tqdm(desc="training", total=steps, unit="step")
+            self.bar.update(first_step)
+
+    def write(self, step: int, metrics: dict[str, float], note: str = "") -> None:
+        if self.writer:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {_format(name, value)}" for name, value in metrics.items())
+        if self.lines:
+            print(f"step {step}/{self.steps}  {text}{note}", flush=True)
+        if self.bar:
+            shown = {k: v for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact_match")}
+            self.bar.set_description("  ".join(f"{name} {_format(name, value)}" for name, value in shown.items()))
+            self.bar.update(step - self.step)
+        self.step = step
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+        if self.bar:
+            self.bar.close()
+
+
+def _format(name: str, value: float) -> str:
+    if name == "lr":
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if name.endswith("_per_s") else f"{value:.4f}"

@@ -1,0 +1,79 @@
+"""What the loop needs of whoever runs it: who am I, where do I start from, here is a checkpoint.
+
+The loop talks to this interface and to nothing else of Ray.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Iterator, Protocol
+
+import torch
+
+from hrm_lm.training.metrics import Progress
+
+
+class Session(Protocol):
+    rank: int
+    world_size: int
+    device: torch.device
+    progress: Progress
+    event_folder: Path | None
+    """Where TensorBoard files go."""
+
+    def restored(self) -> AbstractContextManager[Path | None]:
+        """The checkpoint to continue from, as a local folder, if there is one."""
+
+    def new_folder(self) -> Path:
+        """An empty local folder for a checkpoint to be reported."""
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        """Hands metrics over on every rank, and rank 0's checkpoint folder for good."""
+
+
+class RayTrainSession:
+    """A worker of a `TorchTrainer`."""
+
+    def __init__(self, driver_folder: str, progress: Progress, event_folder: str | None):
+        import ray.train
+        import ray.train.torch
+
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # the loop says itself what it reports
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu" and ray.is_initialized():
+            cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+            torch.set_num_threads(max(int(cpus), 1))
+        self.progress: Progress = progress if self.rank == 0 else "none"
+        self.event_folder = Path(event_folder) if event_folder and self.rank == 0 else None
+        # Ray gives each worker a scratch folder; the config's relative paths mean the driver's.
+        self._scratch = os.getcwd() if os.getcwd() != driver_folder else None
+        if os.path.isdir(driver_folder):
+            os.chdir(driver_folder)
+            if driver_folder not in sys.path:
+                sys.path.insert(0, driver_folder)
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
+            yield Path(folder) if folder else None
+
+    def new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix="checkpoint_", dir=self._scratch))
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        import ray.train
+
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
+            checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )

@@ -1,0 +1,215 @@
+"""The HRM-LM step: forward, backward, accumulate, clip, update. No Ray in here, and no hidden synchronisation.
+
+The loss of a global batch is the mean over its labelled tokens across all workers and accumulation steps, so how a
+batch is cut into workers and micro-batches changes nothing but rounding.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm_lm.config import Config, HRMConfig, OptimConfig
+from hrm_lm.data.collate import IGNORE, Batch
+from hrm_lm.models.hybrid import HRMLanguageModel
+from hrm_lm.models.layers import ScaledEmbedding
+
+
+@dataclass
+class TrainState:
+    """All that an optimisation step reads and changes."""
+
+    config: Config
+    model: HRMLanguageModel
+    parallel: nn.Module
+    """`model`, or `model` in DistributedDataParallel."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    step: int = 0
+    """Optimisation steps done."""
+
+
+class Stats:
+    """Sums over the steps of a logging window, kept on the device until a number is due."""
+
+    def __init__(self, state: TrainState):
+        self.state = state
+        self.sums = torch.zeros(4, dtype=torch.float64, device=state.device)
+        """loss summed over labelled tokens, labelled tokens, tokens read, samples"""
+        self.bad_step = torch.tensor(math.inf, device=state.device)
+        self.grad_norm = torch.zeros((), device=state.device)
+
+    def read(self) -> dict[str, float]:
+        """The window over all workers, then empty. This waits for the device.
+
+        `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
+        """
+        if self.state.world_size > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
+        loss, labelled, tokens, samples, bad_step, grad_norm = torch.cat(
+            [self.sums, self.bad_step.double()[None], self.grad_norm.double()[None]]
+        ).tolist()
+        self.sums.zero_()
+        return {
+            "loss": loss / max(labelled, 1),
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "samples": samples,
+            "bad_step": None if math.isinf(bad_step) else int(bad_step),
+        }
+
+
+def build_state(
+    config: Config, vocab_size: int, device: torch.device | None = None, rank: int = 0, world_size: int = 1
+) -> TrainState:
+    """A new model and its optimizer: the same weights on every rank and device for the same seed."""
+    device = device or torch.device("cpu")
+    torch.manual_seed(config.train.seed)
+    model = HRMLanguageModel(config.model, vocab_size).to(device)
+    parallel = model
+    if world_size > 1:
+        parallel = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
+    optimizer = build_optimizer(model, config.optim, device)
+    return TrainState(config, model, parallel, optimizer, scaler, device, rank, world_size)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW without weight decay on embeddings, norms, gates and other vectors."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ScaledEmbedding)}
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
+    """Rate of optimisation step `step`, from 0: linear warm-up, then decay to `min_lr_ratio * lr` at the end."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }[config.schedule]
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
+
+
+def backprop_window(config: HRMConfig, step: int) -> int | None:
+    """Applications of a stack that carry gradient at optimisation step `step`; None for all."""
+    total = config.h_cycles * (config.l_cycles + 1)
+    window = total if config.backprop_steps == "all" else min(config.backprop_steps, total)
+    if step < config.backprop_warmup_steps:
+        window = min(window, 2 + (window - 2) * step // config.backprop_warmup_steps)
+    return None if window >= total else window
+
+
+def autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager:
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in float32, summed over labelled tokens. logits: (B, T, V); labels: (B, T)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> None:
+    """One optimisation step over this worker's micro-batches of a global batch. Adds to `stats`, on the device."""
+    config, step = state.config, state.step
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, config.train.steps, step)
+    if config.model.dropout:
+        torch.manual_seed(hash((config.train.seed, step, state.rank)))
+    state.model.set_step(step)
+    window = backprop_window(config.model.hrm, step)
+
+    labelled = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
+    mine = labelled.clone()
+    if state.world_size > 1:
+        dist.all_reduce(labelled)
+    scale = state.world_size / labelled.clamp(min=1)  # DDP takes the mean over workers
+
+    step_loss = torch.zeros((), device=state.device)
+    for i, batch in enumerate(micro_batches):
+        inner = i < len(micro_batches) - 1
+        with state.parallel.no_sync() if inner and state.world_size > 1 else nullcontext():
+            with autocast(state.device, config.train.mixed_precision):
+                *earlier, last = state.parallel(batch, backprop_steps=window)
+            loss = token_loss(last, batch.labels)
+            step_loss += loss.detach()
+            if earlier:  # deep supervision
+                loss = loss + config.model.hrm.deep_supervision * torch.stack(
+                    [token_loss(logits, batch.labels) for logits in earlier]
+                ).mean()
+            state.scaler.scale(loss * scale).backward()
+
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if config.train.grad_clip > 0:
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), config.train.grad_clip, norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+
+    tokens = torch.stack([batch.encoder_mask.sum() + batch.decoder_mask.sum() for batch in micro_batches]).sum()
+    samples = torch.full_like(mine, sum(len(batch.labels) for batch in micro_batches))
+    stats.sums += torch.stack([step_loss.double(), mine.double(), tokens.double(), samples.double()])
+    stats.grad_norm = norm
+    finite = step_loss.isfinite()
+    if not state.scaler.is_enabled():  # the scaler skips steps of infinite gradients itself, and backs off
+        finite = finite & norm.isfinite()
+    stats.bad_step = torch.where(finite, stats.bad_step, stats.bad_step.clamp(max=state.step))
+
+
+@torch.no_grad()
+def evaluate(
+    model: HRMLanguageModel,
+    batches: Iterable[list[Batch]],
+    mixed_precision: str = "none",
+    h_cycles: int | None = None,
+    l_cycles: int | None = None,
+) -> dict[str, float]:
+    """Loss per labelled token and share of samples predicted whole, summed over the workers of the process group.
+
+    A sample whose every labelled token is the argmax under teacher forcing is one that greedy decoding gets right.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for group in batches:
+        for batch in group:
+            with autocast(device, mixed_precision):
+                logits = model(batch, h_cycles, l_cycles)[-1]
+            labelled = batch.labels != IGNORE
+            right = ((logits.argmax(-1) == batch.labels) | ~labelled).all(dim=1) & labelled.any(dim=1)
+            counts = torch.stack([labelled.sum(), right.sum(), labelled.any(dim=1).sum()])
+            sums += torch.cat([token_loss(logits, batch.labels)[None].double(), counts.double()])
+    model.train(was_training)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, tokens, right, samples = sums.tolist()
+    return {"val_loss": loss / max(tokens, 1), "val_exact_match": right / max(samples, 1)}
