@@ -16,7 +16,7 @@ from hrm_lm.config import Config, flatten
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training import storage
-from hrm_lm.training.checkpoint import read_checkpoint
+from hrm_lm.training.checkpoint import Progress, read_checkpoint
 from hrm_lm.training.storage import RunFolder
 
 # Changing one of these changes the model's shape or the order of samples: no resume across that.
@@ -40,27 +40,31 @@ def run(config: Config, resume: str = "auto") -> dict[str, Any]:
     if config.train.init_from:
         with storage.local_checkpoint(config.train.init_from) as path:
             read_checkpoint(path)
-    if folder.has_checkpoints():
-        check_resume(config, folder, resume)
     say(f"run {name!r} in {folder.path}")
+    if folder.has_checkpoints():
+        progress = check_resume(config, folder, resume)
+        if progress.step >= config.train.steps:
+            say(f"already at step {progress.step} of {config.train.steps}: nothing to do")
+            return {"status": "finished"} | summarize(folder)
 
-    with folder.lock(), started_ray():
+    with started_ray():
         scaling = plan_workers(config)
-        folder.write("config.yaml", config.to_yaml())
-        result = fit(config, folder, scaling)
-    folder.write("result.json", storage.dump_json(result))
+        with folder.lock():
+            folder.write("config.yaml", config.to_yaml())
+            result = fit(config, folder, scaling)
+            folder.write("result.json", storage.dump_json(result))
     if result["status"] in ("diverged", "failed"):
         raise RunFailed(result["error"])
     return result
 
 
-def check_resume(config: Config, folder: RunFolder, resume: str) -> None:
-    """Names what differs from the run that is there; refuses what cannot be continued."""
+def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
+    """How far the run that is there has come. Names what differs from it; refuses what cannot be continued."""
     if resume == "never":
         raise UserError(f"run {folder.name!r} already has checkpoints in {folder.path}; give another --run_name")
     _, last = folder.checkpoints()
     with storage.local_checkpoint(last, folder.fs) as path:
-        step = read_checkpoint(path).progress.step
+        progress = read_checkpoint(path).progress
     before, now = flatten(yaml.safe_load(folder.read("config.yaml"))), flatten(config.to_dict())
     changed = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     changed = {key: values for key, values in changed.items() if not key.startswith("ray.")}
@@ -71,9 +75,10 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> None:
             f"run {folder.name!r} cannot be resumed with another model shape or sample order: {what}\n"
             "give another --run_name, or --init_from its checkpoint to take only the weights"
         )
-    say(f"resuming from step {step}")
+    say(f"resuming from step {progress.step}")
     for key, (old, new) in changed.items():
         say(f"  {key}: {old} -> {new}")
+    return progress
 
 
 def _bypasses(key: str, values: tuple[Any, Any]) -> bool:

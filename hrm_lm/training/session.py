@@ -41,7 +41,8 @@ class RayTrainSession:
         import ray.train
         import ray.train.torch
 
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # the loop says itself what it reports
+        # The loop says itself what it reports. (Ray 2.60 names this logger by its file, so LoggingConfig misses it.)
+        logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()

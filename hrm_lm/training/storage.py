@@ -6,6 +6,7 @@ there it is `~/hrm_lm_runs` of the cluster, which outlives the job.
 
 import fcntl
 import json
+import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,7 @@ class RunFolder:
         """The kept checkpoints with their metrics, best `val_loss` first, and the last one; each a full path."""
         from ray.train import Result
 
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would explain at length that it found some
         try:
             result = Result.from_path(self.path, storage_filesystem=self.fs)
         except (RuntimeError, ValueError) as error:

@@ -1,0 +1,102 @@
+"""Shared by the tests: small configs, an in-process session, and one Ray cluster for those that need it.
+
+Most tests run the real loop in this process through `LocalSession`, without Ray.
+"""
+
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrm_lm.config import Config, load_config
+from hrm_lm.training.checkpoint import load_model
+from hrm_lm.training.loop import train
+
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how often the controller looks at its workers
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+ROOT = Path(__file__).parent.parent
+
+
+def small_config(**overrides) -> Config:
+    """A model of a few thousand parameters on one-digit sums; `a__b=1` sets `a.b`."""
+    fields = {
+        "model.d_model": 16, "model.n_heads": 2, "optim.warmup_steps": 3, "train.steps": 12, "train.batch_size": 8,
+        "train.log_every": 1, "data.dataset": "synthetic", "data.synthetic.max_digits": 1, "data.val_fraction": 0.2,
+    }  # fmt: skip
+    return load_config(overrides=fields | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+class LocalSession:
+    """Runs the loop in this process and keeps every checkpoint in `folder`."""
+
+    rank, world_size, device, progress, event_folder = 0, 1, torch.device("cpu"), "lines", None
+
+    def __init__(self, folder: Path, stop_at: int | None = None):
+        self.folder, self.stop_at, self.reports = folder, stop_at, []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def restored(self):
+        yield max(self.folder.glob("step_*"), default=None)
+
+    def new_folder(self) -> Path:
+        path = self.folder / "new"
+        path.mkdir()
+        return path
+
+    def report(self, metrics, checkpoint):
+        checkpoint.rename(self.folder / f"step_{metrics['step']:06d}")
+        self.reports.append(metrics)
+        if self.stop_at == metrics["step"]:
+            raise KeyboardInterrupt
+
+    def last_weights(self) -> dict[str, torch.Tensor]:
+        return load_model(max(self.folder.glob("step_*")))[0].state_dict()
+
+
+def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> LocalSession:
+    session = LocalSession(folder, stop_at)
+    try:
+        session.outcome = train(config, session)
+    except KeyboardInterrupt:
+        pass
+    return session
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Two CPUs of Ray, shared by all tests that need a cluster."""
+    import ray
+
+    ray.init(num_cpus=2, logging_level="error", include_dashboard=False, runtime_env={"env_vars": dict(
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"])})
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def command(in_folder, capsys):
+    """Runs a command's main in this process, as a user would; returns exit code, stdout, stderr."""
+    from hrm_lm.cli import run_command
+
+    def run(main, *arguments):
+        capsys.readouterr()
+        try:
+            code = run_command(lambda: main([str(a) for a in arguments]))
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
