@@ -6,7 +6,7 @@ What a user can get wrong is refused here, before Ray starts where that is possi
 import os
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import datetime
 from typing import Any, Iterator
 
@@ -89,6 +89,8 @@ def _bypasses(key: str, values: tuple[Any, Any]) -> bool:
 @contextmanager
 def started_ray() -> Iterator[None]:
     """A running cluster where there is one (RAY_ADDRESS, `ray start`), else a local Ray for as long as this lasts."""
+    # Ray would take progress lines for repetitions of one another, and drop most of them.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 
     if ray.is_initialized():  # a test's, or a notebook's
@@ -100,8 +102,11 @@ def started_ray() -> Iterator[None]:
         raise RunFailed(f"Ray did not start: {' '.join(str(error).split())[:500]}") from None
     try:
         yield
-    finally:
-        ray.shutdown()
+    except BaseException:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            ray.shutdown()  # what the workers say while they are being ended is no news
+        raise
+    ray.shutdown()
 
 
 def plan_workers(config: Config):

@@ -1,0 +1,211 @@
+"""Runs under Ray: several workers, a worker killed, the driver killed, a submitted job."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import small_config, train_locally
+from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.training.checkpoint import load_model
+from hrm_lm.training.driver import run
+from hrm_lm.training.storage import RunFolder
+
+
+def weights(result):
+    return load_model(result["last_checkpoint"])[0].state_dict()
+
+
+def reported_losses(folder, name):
+    """Losses of all of a run's kept checkpoints, by step."""
+    kept, _ = RunFolder(str(folder / "runs"), name).checkpoints()
+    return [metrics["loss"] for _, metrics in sorted(kept, key=lambda item: item[1]["step"])]
+
+
+def test_two_workers_train_as_one(cluster, in_folder):
+    options = {"train__val_every": 1, "train__steps": 6, "ray__num_to_keep": 100}
+    alone = train_locally(small_config(**options), in_folder / "alone")
+    result = run(small_config(**options, ray__num_workers=2, ray__run_name="two"))
+    assert result["status"] == "finished" and result["step"] == 6
+    assert reported_losses(in_folder, "two") == pytest.approx([m["loss"] for m in alone.reports], rel=1e-5)
+    for name, value in weights(result).items():
+        torch.testing.assert_close(value, alone.last_weights()[name], atol=1e-5, rtol=1e-4)
+    assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
+    assert json.loads((in_folder / "runs/two/result.json").read_text()) == result
+    assert list((in_folder / "runs/two").glob("events.out.tfevents.*"))
+
+
+PID_DATA = """
+import os
+from pathlib import Path
+from hrm_lm.data.synthetic import build_synthetic_dataset
+
+def build(config, seed):
+    if "RayTrainWorker" in Path("/proc/self/cmdline").read_text():
+        Path("worker.pid").write_text(str(os.getpid()))
+    return build_synthetic_dataset(config, seed)
+"""
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, monkeypatch):
+    (in_folder / "pid_data.py").write_text(PID_DATA)
+    monkeypatch.syspath_prepend(in_folder)
+    options = {"train__val_every": 20, "train__steps": 400, "train__log_every": 20}
+    results = []
+    config = small_config(**options, data__dataset="pid_data:build", ray__run_name="killed", ray__cpus_per_worker=2)
+    runner = threading.Thread(target=lambda: results.append(run(config)))
+    runner.start()
+    folder = RunFolder(str(in_folder / "runs"), "killed")
+    wait_until(folder.has_checkpoints)
+    first = int((in_folder / "worker.pid").read_text())
+    os.kill(first, signal.SIGKILL)
+    runner.join()
+    assert int((in_folder / "worker.pid").read_text()) != first, "the run was over before the kill"
+    (result,) = results
+    assert result["status"] == "finished" and result["step"] == 400
+    undisturbed = train_locally(small_config(**options), in_folder / "alone").last_weights()
+    for name, value in weights(result).items():
+        assert torch.equal(value, undisturbed[name]), name
+
+
+def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in_folder):
+    options = {"train__val_every": 20, "train__steps": 300, "train__log_every": 20}
+    (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
+    command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
+    folder = RunFolder(str(in_folder / "runs"), "r")
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: folder.has_checkpoints() or driver.poll() is not None)
+    driver.kill()
+    assert "finished" not in driver.communicate()[0], "the run was over before the kill"
+
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step" in again.stderr and "finished at step 300" in again.stdout
+    result = json.loads(folder.read("result.json"))
+    undisturbed = train_locally(small_config(**options), in_folder / "alone").last_weights()
+    for name, value in weights(result).items():
+        assert torch.equal(value, undisturbed[name]), name
+
+
+def test_ctrl_c_ends_in_a_line_and_code_130(in_folder):
+    (in_folder / "c.yaml").write_text(small_config(train__steps=100_000, train__val_every=20).to_yaml())
+    command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(str(in_folder / "runs"), "r")
+    wait_until(lambda: folder.has_checkpoints() or driver.poll() is not None)
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_what_the_cluster_cannot_hold_is_refused_with_what_it_has(cluster, in_folder):
+    with pytest.raises(UserError, match=r"3 workers of 1 CPU each do not fit .* 1 node\(s\), 2 CPUs, 0 GPUs, room for 2"):
+        run(small_config(ray__num_workers=3, train__batch_size=9))
+    with pytest.raises(UserError, match="1 GPU each do not fit"):
+        run(small_config(ray__use_gpu=True))
+    assert not (in_folder / "runs").exists()
+
+
+def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(cluster, in_folder, capsys):
+    first = run(small_config(ray__run_name="r"))
+    capsys.readouterr()
+    again = run(small_config(ray__run_name="r"))
+    assert again == first and "nothing to do" in capsys.readouterr().err
+    with pytest.raises(UserError, match="already has checkpoints"):
+        run(small_config(ray__run_name="r"), resume="never")
+    with pytest.raises(UserError, match=r"train.seed \(0 -> 1\)"):
+        run(small_config(ray__run_name="r", train__seed=1))
+    with RunFolder(str(in_folder / "runs"), "r").lock():
+        with pytest.raises(UserError, match=f"trained by process {os.getpid()}"):
+            run(small_config(ray__run_name="r", train__steps=20))
+    longer = run(small_config(ray__run_name="r", train__steps=20, optim__lr=1e-3))
+    assert longer["step"] == 20 and "optim.lr: 0.002 -> 0.001" in capsys.readouterr().err
+
+
+def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):
+    with pytest.raises(RunFailed, match="not finite at step 2"):
+        run(small_config(optim__lr=1e30, optim__warmup_steps=0, ray__run_name="r"))
+    result = json.loads((in_folder / "runs/r/result.json").read_text())
+    assert result["status"] == "diverged" and "train.grad_clip" in result["error"]
+
+
+def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such(cluster, in_folder, monkeypatch):
+    (in_folder / "only_here.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom hrm_lm.data.synthetic import build_synthetic_dataset\n"
+        "from hrm_lm.errors import UserError\n"
+        "def build(config, seed):\n"
+        "    if 'RayTrainWorker' in Path('/proc/self/cmdline').read_text():\n"
+        "        raise UserError('the file is not on this node')\n"
+        "    return build_synthetic_dataset(config, seed)\n"
+    )
+    monkeypatch.syspath_prepend(in_folder)
+    with pytest.raises(UserError, match="worker 0: the file is not on this node"):
+        run(small_config(data__dataset="only_here:build", ray__max_failures=0))
+
+
+def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(tmp_path):
+    """The real thing: `ray start --head`, `ray job submit`, `generate` from another folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    session_root = tempfile.mkdtemp(prefix="ray")  # short: sockets live in it
+    environment = os.environ | {"HOME": str(home), "RAY_TMPDIR": session_root, "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token"}
+
+    def shell(*arguments, **options):
+        return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=180, **options)
+
+    assert shell("ray", "get-auth-token", "--generate").returncode == 0
+    port, dashboard = free_port(), free_port()
+    head = shell("ray", "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}")
+    assert head.returncode == 0, head.stderr
+    try:
+        submitted = tmp_path / "submitted"
+        submitted.mkdir()
+        (submitted / "c.yaml").write_text(small_config(train__val_every=6, train__log_every=3).to_yaml())
+        job = shell(
+            "ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--",
+            sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", cwd=submitted,
+        )  # fmt: skip
+        log = job.stdout + job.stderr
+        assert job.returncode == 0, log
+        assert "step 3/12" in log and "finished at step 12" in log and str(home / "hrm_lm_runs") in log
+        asked = shell(sys.executable, "-m", "hrm_lm.inference.generate", "--prompt", "What is 1 + 2?", cwd=tmp_path)
+        assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 1, asked.stderr
+        assert str(home / "hrm_lm_runs") in asked.stderr
+    finally:
+        stop_ray(session_root)
+        shutil.rmtree(session_root, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def stop_ray(session_root: str) -> None:
+    """Ends the processes of the cluster under `session_root`; `ray stop` would end everybody's."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if session_root.encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), signal.SIGTERM)
+            except (OSError, ProcessLookupError):
+                pass

@@ -1,0 +1,243 @@
+"""The step and the loop, in this process."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from conftest import LocalSession, small_config, train_locally
+from hrm_lm.config import HRMConfig, OptimConfig
+from hrm_lm.data.loading import prefetch, train_batches, val_batches
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.errors import UserError
+from hrm_lm.inference.generate import generate
+from hrm_lm.training.checkpoint import load_model, read_checkpoint
+from hrm_lm.training.loop import train
+from hrm_lm.training.step import Stats, backprop_window, build_state, evaluate, learning_rate, train_step
+
+
+def losses(session):
+    return [metrics["loss"] for metrics in session.reports]
+
+
+def assert_same_weights(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+# --- the step ----------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_steps_change_nothing_but_rounding(tmp_path):
+    one = train_locally(small_config(train__val_every=1), tmp_path / "one")
+    four = train_locally(small_config(train__val_every=1, train__grad_accum_steps=4), tmp_path / "four")
+    assert losses(one) == pytest.approx(losses(four), rel=1e-5)
+    assert_same_weights(one.last_weights(), four.last_weights(), atol=1e-5, rtol=1e-4)
+
+
+def test_grad_clip_bounds_the_update_and_the_norm_is_reported_unclipped():
+    config = small_config(train__grad_clip=1e-6, optim__eps=1.0, optim__weight_decay=0.0, optim__schedule="constant")
+    splits = load_dataset(config.data, config.model, 0)
+    state = build_state(config, splits.tokenizer.vocab_size)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    stats = Stats(state)
+    train_step(state, next(train_batches(splits, config.train, 0, 0, 1)), stats)
+    moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in state.model.named_parameters()))
+    assert stats.read()["grad_norm"] > 0.1
+    assert 0 < moved < 1e-6 * config.optim.lr * 2  # with eps 1, Adam's first step is about lr * gradient
+
+
+def test_norms_gates_and_embeddings_are_not_decayed():
+    state = build_state(small_config(), 20)
+    names = {p: name for name, p in state.model.named_parameters()}
+    decayed, others = ({names[p] for p in group["params"]} for group in state.optimizer.param_groups)
+    assert all(name.endswith((".qkv.weight", ".out.weight", ".q.weight", ".kv.weight", ".gate_up.weight", "head.weight")) for name in decayed)
+    assert {"embedding.weight", "norm.weight", "bridge.gate"} <= others
+
+
+def test_the_schedule_warms_up_and_ends_at_its_floor():
+    rates = {}
+    for schedule in ("cosine", "linear", "constant"):
+        config = OptimConfig(lr=1.0, warmup_steps=4, schedule=schedule, min_lr_ratio=0.1)
+        rates[schedule] = [learning_rate(config, 14, step) for step in range(15)]
+        assert rates[schedule][:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates["cosine"][14] == pytest.approx(0.1) and rates["cosine"][9] == pytest.approx(0.55)
+    assert rates["linear"][14] == pytest.approx(0.1) and rates["linear"][9] == pytest.approx(0.55)
+    assert set(rates["constant"][4:]) == {1.0}
+
+
+def test_the_gradient_window_warms_up_from_two():
+    config = HRMConfig(h_cycles=2, l_cycles=3, backprop_steps=5, backprop_warmup_steps=6)
+    assert [backprop_window(config, step) for step in range(8)] == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert backprop_window(HRMConfig(backprop_steps="all"), 0) is None
+    assert backprop_window(HRMConfig(h_cycles=2, l_cycles=2, backprop_steps=6), 0) is None
+
+
+def test_val_exact_match_is_that_of_greedy_generation(tmp_path):
+    train_locally(small_config(train__steps=150, train__batch_size=32, optim__lr=0.01), tmp_path)
+    model, tokenizer, checkpoint = load_model(max(tmp_path.glob("step_*")))
+    splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
+    splits = splits._replace(val=splits.train + splits.val)  # it has learned the former
+    prompts = [tokenizer.decode(prompt) for prompt, _, _ in splits.val]
+    answers = [tokenizer.decode(labels) for _, _, labels in splits.val]
+    right = sum(a == b for a, b in zip(generate(model, tokenizer, prompts), answers)) / len(answers)
+    assert 0 < right < 1, "a score that tells"
+    assert evaluate(model, val_batches(splits, 16, 0, 1))["val_exact_match"] == pytest.approx(right)
+
+
+def test_validation_does_not_depend_on_how_it_is_cut_into_batches():
+    config = small_config(data__synthetic__max_digits=2, data__synthetic__num_samples=200)
+    splits = load_dataset(config.data, config.model, 0)
+    model = build_state(config, splits.tokenizer.vocab_size).model
+    whole, cut = (evaluate(model, val_batches(splits, size, 0, 1)) for size in (1000, 3))
+    assert whole["val_loss"] == pytest.approx(cut["val_loss"], rel=1e-5)
+
+
+# --- the life of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"train__grad_accum_steps": 2, "model__dropout": 0.1, "train__mixed_precision": "bf16"}])
+@pytest.mark.parametrize("stop_at", [4, 9])  # 64 samples of 8: an epoch ends at step 8
+def test_a_resumed_run_has_the_weights_of_one_never_stopped_bit_for_bit(tmp_path, stop_at, extra):
+    config = small_config(train__val_every=1, **extra)
+    straight = train_locally(config, tmp_path / "straight")
+    first = train_locally(config, tmp_path / "stopped", stop_at=stop_at)
+    second = train_locally(config, tmp_path / "stopped")
+    assert losses(first) + losses(second) == losses(straight)
+    assert_same_weights(straight.last_weights(), second.last_weights())
+
+
+def test_a_run_that_is_complete_does_nothing_more(tmp_path):
+    train_locally(small_config(), tmp_path)
+    again = train_locally(small_config(), tmp_path)
+    assert again.outcome == {"status": "finished", "step": 12} and again.reports == []
+
+
+def test_checkpoints_come_at_every_validation_and_at_the_end(tmp_path):
+    session = train_locally(small_config(train__val_every=5), tmp_path)
+    assert [metrics["step"] for metrics in session.reports] == [5, 10, 12]
+    assert {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "val_loss", "val_exact_match"} <= session.reports[0].keys()
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better_and_a_resume_keeps_it_ended(tmp_path):
+    config = small_config(train__steps=50, train__val_every=1, train__early_stopping_patience=2, optim__lr=1e-12)
+    session = train_locally(config, tmp_path)
+    assert session.outcome["status"] == "early_stopped" and session.outcome["step"] < 50
+    assert train_locally(config, tmp_path).outcome == session.outcome
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_lr_and_advice_and_saves_nothing(tmp_path):
+    config = small_config(optim__lr=1e30, optim__warmup_steps=0, train__log_every=5, train__val_every=5)
+    session = train_locally(config, tmp_path)
+    assert session.outcome["status"] == "diverged" and session.reports == []
+    assert "not finite at step 2, lr 9.8" in session.outcome["error"] and "train.grad_clip" in session.outcome["error"]
+
+
+def test_init_from_takes_weights_and_nothing_else(tmp_path):
+    train_locally(small_config(), tmp_path / "a")
+    checkpoint = max((tmp_path / "a").glob("step_*"))
+    config = small_config(train__init_from=str(checkpoint), train__steps=1, optim__lr=1e-12)
+    session = train_locally(config, tmp_path / "b")
+    assert session.reports[0]["step"] == 1
+    assert_same_weights(load_model(checkpoint)[0].state_dict(), session.last_weights(), atol=1e-6, rtol=0)
+
+
+def test_progress_lines_name_the_metrics(tmp_path, capsys):
+    train_locally(small_config(train__steps=2), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 1/2  loss ") and "samples_per_s" in lines[0]
+    assert lines[-1].startswith("step 2/2  val_loss ")
+
+
+def test_event_files_hold_the_curves(tmp_path):
+    import struct
+
+    from tensorboardX.proto.event_pb2 import Event
+
+    class WithEvents(LocalSession):
+        event_folder = tmp_path / "events"
+
+    train(small_config(), WithEvents(tmp_path / "run"))
+    (file,) = (tmp_path / "events").iterdir()
+    data, tags = file.read_bytes(), {}
+    while data:  # TFRecord: length, its CRC, the event, its CRC
+        (length,) = struct.unpack("<Q", data[:8])
+        for value in Event.FromString(data[12 : 12 + length]).summary.value:
+            tags[value.tag] = tags.get(value.tag, 0) + 1
+        data = data[16 + length :]
+    assert tags["loss"] == 12 and tags["val_loss"] == 1
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    train_locally(small_config(train__steps=1), tmp_path)
+    return max(tmp_path.glob("step_*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "config.yaml", "tokenizer.json"])
+def test_a_checkpoint_with_a_file_missing_or_torn_names_it(checkpoint, name):
+    whole = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(whole[: len(whole) // 2] if name != "config.yaml" else b"model: [")
+    with pytest.raises(UserError, match=name):
+        load_model(checkpoint)
+    (checkpoint / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_model(checkpoint)
+
+
+def test_a_torn_optimizer_state_is_named_on_resume(checkpoint, tmp_path):
+    (checkpoint / "optimizer.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(UserError, match="optimizer.safetensors: torn or foreign"):
+        train_locally(small_config(train__steps=2), tmp_path)
+
+
+def test_a_foreign_folder_and_a_later_format_are_refused(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        read_checkpoint(tmp_path)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        read_checkpoint(checkpoint)
+
+
+def test_weights_of_another_shape_are_refused(checkpoint, tmp_path):
+    config = small_config(model__d_model=32, train__init_from=str(checkpoint))
+    with pytest.raises(UserError, match=r"has shape .*, this model's has"):
+        train_locally(config, tmp_path / "other")
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(checkpoint):
+    for file in checkpoint.iterdir():
+        assert file.suffix in (".safetensors", ".json", ".yaml")
+
+
+# --- prefetching -------------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_the_data_reaches_whoever_asks_for_the_batch():
+    def broken():
+        yield []
+        raise RuntimeError("bad sample")
+
+    batches = prefetch(broken(), torch.device("cpu"))
+    assert next(batches) == []
+    with pytest.raises(RuntimeError, match="bad sample"):
+        next(batches)
+
+
+def test_closing_ends_the_thread_also_of_an_endless_source():
+    import itertools
+    import threading
+
+    batches = prefetch(([] for _ in itertools.count()), torch.device("cpu"))
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
