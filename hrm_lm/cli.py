@@ -17,5 +17,6 @@ def run_command(main: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command with the same --run_name continues from the last checkpoint", file=sys.stderr)
+        message = "interrupted; the same command with the same --run_name continues from the last checkpoint"
+        print(message, file=sys.__stderr__)
         return 130

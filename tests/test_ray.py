@@ -172,8 +172,9 @@ def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(t
         return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=180, **options)
 
     assert shell("ray", "get-auth-token", "--generate").returncode == 0
-    port, dashboard = free_port(), free_port()
-    head = shell("ray", "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}")
+    port, dashboard, agent = free_port(), free_port(), free_port()  # another cluster may be up beside this one
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    head = shell("ray", "start", "--head", "--num-cpus=2", *ports)
     assert head.returncode == 0, head.stderr
     try:
         submitted = tmp_path / "submitted"
@@ -201,11 +202,11 @@ def free_port() -> int:
 
 
 def stop_ray(session_root: str) -> None:
-    """Ends the processes of the cluster under `session_root`; `ray stop` would end everybody's."""
+    """Ends the processes started with `session_root` in their environment; `ray stop` would end everybody's."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if session_root.encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGTERM)
+                if session_root.encode() in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
             except (OSError, ProcessLookupError):
                 pass

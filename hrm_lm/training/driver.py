@@ -6,7 +6,7 @@ What a user can get wrong is refused here, before Ray starts where that is possi
 import os
 import sys
 import threading
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Iterator
 
@@ -102,11 +102,12 @@ def started_ray() -> Iterator[None]:
         raise RunFailed(f"Ray did not start: {' '.join(str(error).split())[:500]}") from None
     try:
         yield
-    except BaseException:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            ray.shutdown()  # what the workers say while they are being ended is no news
+    except KeyboardInterrupt:
+        # What the workers say while they are being ended is no news, and some of it arrives late.
+        sys.stdout = sys.stderr = open(os.devnull, "w")
         raise
-    ray.shutdown()
+    finally:
+        ray.shutdown()
 
 
 def plan_workers(config: Config):

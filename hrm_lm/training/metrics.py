@@ -1,5 +1,6 @@
 """Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +24,15 @@ class MetricsLog:
             self.bar = tqdm(desc="training", total=steps, unit="step")
             self.bar.update(first_step)
 
-    def write(self, step: int, metrics: dict[str, float], note: str = "") -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         if self.writer:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
         text = "  ".join(f"{name} {_format(name, value)}" for name, value in metrics.items())
         if self.lines:
-            print(f"step {step}/{self.steps}  {text}{note}", flush=True)
+            # Not print: in its workers Ray Train replaces that, and shows the line twice.
+            sys.stdout.write(f"step {step}/{self.steps}  {text}\n")
+            sys.stdout.flush()
         if self.bar:
             shown = {k: v for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact_match")}
             self.bar.set_description("  ".join(f"{name} {_format(name, value)}" for name, value in shown.items()))
