@@ -46,7 +46,8 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if not (validating or state.step % config.train.log_every == 0):
                 continue
             window = stats.read()
-            seconds = time.perf_counter() - clock
+            now = time.perf_counter()
+            seconds, clock = now - clock, now
             if window["bad_step"] is not None:
                 return {"status": "diverged", "step": window["bad_step"], "error": divergence(config, window["bad_step"])}
             progress.seconds += seconds
@@ -72,7 +73,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 if patience and progress.stale_validations >= patience and not last:
                     status = "early_stopped"
                     break
-            clock = time.perf_counter()
+                clock = time.perf_counter()
     finally:
         batches.close()
         log.close()
