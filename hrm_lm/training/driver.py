@@ -89,8 +89,9 @@ def _bypasses(key: str, values: tuple[Any, Any]) -> bool:
 @contextmanager
 def started_ray() -> Iterator[None]:
     """A running cluster where there is one (RAY_ADDRESS, `ray start`), else a local Ray for as long as this lasts."""
-    # Ray would take progress lines for repetitions of one another, and drop most of them.
+    # Ray would take progress lines for repetitions of one another and drop most, and Ray Train show the others twice.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
 
     if ray.is_initialized():  # a test's, or a notebook's

@@ -1,6 +1,5 @@
 """Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,7 @@ class MetricsLog:
         if progress == "bar":
             from ray.experimental.tqdm_ray import tqdm  # drawn by the driver, wherever the worker is
 
-            self.bar = tqdm(desc="training", total=steps, unit="step")
+            self.bar, self.shown = tqdm(desc="training", total=steps, unit="step"), {}
             self.bar.update(first_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -30,12 +29,10 @@ class MetricsLog:
                 self.writer.add_scalar(name, value, step)
         text = "  ".join(f"{name} {_format(name, value)}" for name, value in metrics.items())
         if self.lines:
-            # Not print: in its workers Ray Train replaces that, and shows the line twice.
-            sys.stdout.write(f"step {step}/{self.steps}  {text}\n")
-            sys.stdout.flush()
+            print(f"step {step}/{self.steps}  {text}", flush=True)
         if self.bar:
-            shown = {k: v for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact_match")}
-            self.bar.set_description("  ".join(f"{name} {_format(name, value)}" for name, value in shown.items()))
+            self.shown |= {k: v for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact_match")}
+            self.bar.set_description("  ".join(f"{name} {_format(name, value)}" for name, value in self.shown.items()))
             self.bar.update(step - self.step)
         self.step = step
 
