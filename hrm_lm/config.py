@@ -205,7 +205,7 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
+        raise UserError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
 
 
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
@@ -240,12 +240,13 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """A line a mistake, with the dotted path below `root`."""
     lines = {}
     for item in error.errors():
         # A union reports each member's view at the same place, with the member's name at the path's end.
         names = [part for part in item["loc"] if isinstance(part, str)]
-        path, section = [], Config
+        path, section = [], root
         for name in names:
             field = section.model_fields.get(name) if section else None
             if field is None and section is None:
@@ -255,7 +256,7 @@ def _explain(error: ValidationError) -> list[str]:
             section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
         dotted = ".".join(path)
         if item["type"] == "extra_forbidden":
-            owner = Config
+            owner = root
             for name in path[:-1]:
                 owner = owner.model_fields[name].annotation
             close = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
