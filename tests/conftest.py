@@ -72,8 +72,9 @@ def cluster():
     """Two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
 
-    ray.init(num_cpus=2, logging_level="error", include_dashboard=False, runtime_env={"env_vars": dict(
-        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"])})
+    from hrm_lm.training.driver import init_ray
+
+    init_ray(num_cpus=2)
     yield
     ray.shutdown()
 

@@ -4,6 +4,7 @@ What a user can get wrong is refused here, before Ray starts where that is possi
 """
 
 import os
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def started_ray() -> Iterator[None]:
         yield
         return
     try:
-        ray.init(logging_level="error", log_to_driver=True)
+        init_ray()
     except (ConnectionError, RuntimeError) as error:
         raise RunFailed(f"Ray did not start: {' '.join(str(error).split())[:500]}") from None
     try:
@@ -109,6 +110,28 @@ def started_ray() -> Iterator[None]:
         raise
     finally:
         ray.shutdown()
+
+
+def init_ray(**options: Any) -> None:
+    """`ray.init`, and if that starts a Ray, one whose processes know it from others on this machine.
+
+    Ray Train frees what a dead run held through the dashboard, which it looks for with an empty environment, and gives
+    up where it finds two of them.
+    """
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        ray.init(logging_level="error", dashboard_port=port, **options)
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
 def plan_workers(config: Config):

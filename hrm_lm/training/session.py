@@ -34,10 +34,27 @@ class Session(Protocol):
         """Hands metrics over on every rank, and rank 0's checkpoint folder for good."""
 
 
+def enter(driver_folder: str) -> None:
+    """Goes where the command was given, if that is on this machine: relative paths and modules mean the driver's."""
+    if os.path.isdir(driver_folder):
+        os.chdir(driver_folder)
+        if driver_folder not in sys.path:
+            sys.path.insert(0, driver_folder)
+
+
+def use_assigned_cpus(device: torch.device) -> None:
+    """As many threads as Ray gave this worker CPUs, where these do the work."""
+    import ray
+
+    if device.type == "cpu" and ray.is_initialized():
+        torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
+
+
 class RayTrainSession:
     """A worker of a `TorchTrainer`."""
 
-    def __init__(self, driver_folder: str, progress: Progress, event_folder: str | None):
+    def __init__(self, driver_folder: str, progress: Progress, event_folder: str | None, start_from=None):
+        """start_from: a `ray.train.Checkpoint` to continue from where the run has none of its own."""
         import ray.train
         import ray.train.torch
 
@@ -46,23 +63,19 @@ class RayTrainSession:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu" and ray.is_initialized():
-            cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-            torch.set_num_threads(max(int(cpus), 1))
+        use_assigned_cpus(self.device)
         self.progress: Progress = progress if self.rank == 0 else "none"
         self.event_folder = Path(event_folder) if event_folder and self.rank == 0 else None
         # Ray gives each worker a scratch folder; the config's relative paths mean the driver's.
         self._scratch = os.getcwd() if os.getcwd() != driver_folder else None
-        if os.path.isdir(driver_folder):
-            os.chdir(driver_folder)
-            if driver_folder not in sys.path:
-                sys.path.insert(0, driver_folder)
+        enter(driver_folder)
+        self._start_from = start_from
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
         import ray.train
 
-        checkpoint = ray.train.get_checkpoint()
+        checkpoint = ray.train.get_checkpoint() or self._start_from
         with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
             yield Path(folder) if folder else None
 

@@ -1,0 +1,116 @@
+"""What a sweep found: Tune's results as trials, and the files made of them."""
+
+import csv
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.fs
+
+from hrm_lm.training.storage import RunFolder
+from hrm_lm.tuning.space import Sweep, point
+
+CURVES = ("val_loss", "val_exact_match", "loss")
+
+
+@dataclass
+class Trial:
+    number: int
+    params: dict[str, Any]
+    status: str
+    """finished, early_stopped, stopped (by the scheduler), diverged, invalid, failed, unfinished"""
+    step: int = 0
+    best_step: int | None = None
+    score: float | None = None
+    """The metric's best value; None for a trial without a validation."""
+    val_loss: float | None = None
+    val_exact_match: float | None = None
+    tokens_per_s: float | None = None
+    seconds: float | None = None
+    error: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+    checkpoint: Any = None
+    """The best one, as a `ray.tune.Checkpoint`."""
+
+
+def read_trials(results, sweep: Sweep) -> list[Trial]:
+    """Tune's ResultGrid as trials, in the order they were made."""
+    return [_read_trial(number, result, sweep) for number, result in enumerate(results)]
+
+
+def _read_trial(number: int, result, sweep: Sweep) -> Trial:
+    params = {dotted: result.config[dotted] for dotted in sweep.space} if result.config else {}
+    frame, last = result.metrics_dataframe, result.metrics or {}
+    history: dict[int, dict[str, float]] = {}
+    for row in frame.to_dict("records") if frame is not None else []:
+        # Where a trial went on from a checkpoint, what it repeated replaces what was there.
+        if isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid") or "seconds" not in row:
+            continue
+        history[int(row["step"])] = {name: row[name] for name in {"step", "seconds", "tokens", sweep.tune.metric, *CURVES} if name in row}
+    rows = [history[step] for step in sorted(history)]
+    trial = Trial(number, params, _status(result, last, sweep), history=rows)
+    trial.step = max([int(last.get("step", 0)), *history])
+    if trial.status == "failed":
+        lines = [line for line in str(result.error).strip().splitlines() if line.strip()]
+        trial.error = lines[-1].strip() if lines else type(result.error).__name__
+    else:
+        trial.error = str(last.get("error") or "")
+    if rows:
+        choose = min if sweep.tune.mode == "min" else max
+        best = choose(rows, key=lambda row: row[sweep.tune.metric])
+        trial.best_step, trial.score = int(best["step"]), best[sweep.tune.metric]
+        trial.val_loss, trial.val_exact_match = best["val_loss"], best["val_exact_match"]
+        trial.seconds = rows[-1]["seconds"]
+        trial.tokens_per_s = rows[-1]["tokens"] / rows[-1]["seconds"] if rows[-1]["seconds"] else None
+        if result.best_checkpoints:
+            trial.checkpoint = choose(result.best_checkpoints, key=lambda pair: pair[1][sweep.tune.metric])[0]
+    return trial
+
+
+def _status(result, last: dict[str, Any], sweep: Sweep) -> str:
+    if isinstance(last.get("status"), str):
+        return last["status"]
+    if result.error is not None:
+        return "failed"
+    if last.get("step", 0) >= sweep.config.train.steps:
+        return "finished"
+    return "stopped" if last.get("done") else "unfinished"
+
+
+def best_trial(trials: list[Trial], sweep: Sweep) -> Trial | None:
+    """Of those that were trained properly, stopped ones included."""
+    good = [t for t in trials if t.score is not None and t.status not in ("diverged", "invalid", "failed")]
+    choose = min if sweep.tune.mode == "min" else max
+    return choose(good, key=lambda trial: trial.score, default=None)
+
+
+def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial | None:
+    """Writes trials.csv, report.html and, of the best trial, best.yaml and best_checkpoint/; returns that trial."""
+    from hrm_lm.tuning.report import render
+
+    best = best_trial(trials, sweep)
+    folder.write("trials.csv", trials_csv(trials, sweep))
+    folder.write("report.html", render(trials, best, sweep, folder.name))
+    if best is not None:
+        config = point(sweep.base, best.params)
+        folder.write("best.yaml", config.to_yaml())
+        if best.checkpoint is not None:
+            target = f"{folder.path}/best_checkpoint"
+            if folder.exists("best_checkpoint"):
+                folder.fs.delete_dir(target)
+            folder.fs.create_dir(target)
+            pyarrow.fs.copy_files(
+                best.checkpoint.path, target, source_filesystem=best.checkpoint.filesystem, destination_filesystem=folder.fs
+            )
+    return best
+
+
+def trials_csv(trials: list[Trial], sweep: Sweep) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = ["status", "step", "val_loss", "best_step", "val_exact_match", "tokens_per_s", "seconds", "error"]
+    writer.writerow(["trial", *sweep.space, *columns])
+    for trial in trials:
+        values = [getattr(trial, column) for column in columns]
+        writer.writerow([trial.number, *(trial.params.get(p) for p in sweep.space), *(round(v, 6) if isinstance(v, float) else v for v in values)])
+    return text.getvalue()

@@ -1,0 +1,166 @@
+"""A sweep file: a base config, a search space over its dotted paths, and how to search.
+
+    base: default.yaml            # beside this file; or the fields themselves
+    search_space:
+      optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
+      model.hrm.h_cycles: {choice: [1, 2, 4]}
+    tune: {num_samples: 16, scheduler: asha}
+"""
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from hrm_lm.config import Config, Count, Positive, Section, explain, flatten, parse_config, read_yaml, set_dotted
+from hrm_lm.errors import UserError
+
+# distribution -> how many numbers it takes; None: any number of any values
+DISTRIBUTIONS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "choice": None, "grid": None}
+
+PERTURBED = ("optim.lr", "optim.weight_decay", "train.grad_clip")
+"""What population-based training may change in mid-run: weights and sample order do not depend on it."""
+
+
+class TuneSection(Section):
+    num_samples: Positive = 16
+    """Draws from the space; each is repeated for every point of its grids."""
+    max_concurrent_trials: Count = 0
+    """0: as many as the cluster has room for."""
+    metric: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    scheduler: Literal["asha", "fifo", "pbt", "hyperband"] = "asha"
+    search: Literal["random", "optuna"] = "random"
+    seed: Count = 0
+    grace_steps: Positive | None = None
+    """Steps a trial gets before it may be stopped, or perturbed; None: an eighth of `train.steps`."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3
+    """One of so many trials goes on at each rung."""
+    workers_per_trial: Positive = 1
+    """1: the trial trains in its own process; more: a TorchTrainer."""
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """May be a fraction; None: one where the cluster has GPUs."""
+    max_failures: Count = 1
+    """Times that a trial is restarted from its last checkpoint after it crashed."""
+    time_budget_s: Annotated[float, Field(gt=0)] | None = None
+
+
+class SweepFile(Section):
+    base: str | dict[str, Any] = {}
+    search_space: dict[str, dict[str, list[Any]]] = Field(min_length=1)
+    tune: TuneSection = TuneSection()
+
+
+class Sweep:
+    """A sweep file, read and checked."""
+
+    def __init__(self, path: str, overrides: dict[str, Any] | None = None):
+        raw = read_yaml(path)
+        for dotted, value in (overrides or {}).items():
+            if dotted.startswith("tune."):
+                set_dotted(raw, dotted, value)
+        try:
+            file = SweepFile.model_validate(raw)
+        except ValidationError as error:
+            raise UserError("\n".join(f"{path}: {line}" for line in explain(error, SweepFile))) from None
+        self.path, self.tune = path, file.tune
+        self.space = {dotted: _distribution(path, dotted, spec) for dotted, spec in file.search_space.items()}
+        if isinstance(file.base, str):
+            base_path = Path(path).parent / file.base
+            self.base = read_yaml(base_path)
+        else:
+            self.base = copy.deepcopy(file.base)
+        for dotted, value in (overrides or {}).items():
+            if not dotted.startswith("tune."):
+                set_dotted(self.base, dotted, value)
+        set_dotted(self.base, "ray.num_workers", self.tune.workers_per_trial)
+        self.config = parse_config(self.base, source=f"{path}: base")
+        self._check()
+
+    def _check(self) -> None:
+        """Each option and each end of a range must be a value that its field takes."""
+        known, tune = flatten(self.config.to_dict()), self.tune
+        for dotted, (kind, values) in self.space.items():
+            if dotted not in known:
+                point(self.base, {dotted: values[0]})  # says what is there instead
+                raise UserError(f"{self.path}: search_space: {dotted} is a section, not a field")
+            if dotted.startswith("ray."):
+                raise UserError(f"{self.path}: search_space: {dotted}: the ray section is the same for all trials")
+            ends = values if DISTRIBUTIONS[kind] is None else [values[0], values[1] - (kind == "randint")]
+            for value in ends:
+                try:
+                    Config.model_validate(_with(self.base, {dotted: value}))
+                except ValidationError as error:
+                    # What is impossible only together with other fields fails its trial, alone.
+                    if any(item["type"] != "value_error" for item in error.errors()):
+                        message = "; ".join(explain(error, Config))
+                        raise UserError(f"{self.path}: search_space: {message}") from None
+        steps, val_every = self.config.train.steps, self.config.train.val_every
+        if tune.scheduler != "fifo" and not 0 < val_every < steps:
+            raise UserError(
+                f"{self.path}: train.val_every ({val_every}) must be between 0 and train.steps ({steps}) "
+                f"for scheduler {tune.scheduler}: it judges trials by their validations"
+            )
+        if tune.scheduler == "pbt" and not set(PERTURBED) & set(self.space):
+            raise UserError(f"{self.path}: scheduler pbt perturbs {', '.join(PERTURBED)}; none is in search_space")
+        if tune.search == "optuna" and any(kind == "grid" for kind, _ in self.space.values()):
+            raise UserError(f"{self.path}: search optuna takes no grid; use choice")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, base included."""
+        space = {dotted: {kind: values} for dotted, (kind, values) in self.space.items()}
+        return {"base": self.base, "search_space": space, "tune": self.tune.model_dump(mode="json")}
+
+    @property
+    def grace_steps(self) -> int:
+        return self.tune.grace_steps or max(self.config.train.val_every, self.config.train.steps // 8)
+
+    def param_space(self) -> dict[str, Any]:
+        """The space in Ray Tune's terms, in the order of the file."""
+        from ray import tune
+
+        make = {
+            "uniform": tune.uniform,
+            "loguniform": tune.loguniform,
+            "quniform": tune.quniform,
+            "randint": tune.randint,
+            "choice": lambda *options: tune.choice(options),
+            "grid": lambda *options: tune.grid_search(list(options)),
+        }
+        return {dotted: make[kind](*values) for dotted, (kind, values) in self.space.items()}
+
+
+def _distribution(path: str, dotted: str, spec: dict[str, list[Any]]) -> tuple[str, list[Any]]:
+    place = f"{path}: search_space: {dotted}"
+    if len(spec) != 1 or next(iter(spec)) not in DISTRIBUTIONS:
+        raise UserError(f"{place}: needs one of {', '.join(DISTRIBUTIONS)}, such as {{choice: [1, 2]}}")
+    ((kind, values),) = spec.items()
+    count = DISTRIBUTIONS[kind]
+    if count is None:
+        if not values:
+            raise UserError(f"{place}: {kind} needs at least one option")
+        return kind, values
+    try:
+        # YAML reads 1e-4 as text
+        values = [int(v) if kind == "randint" else float(v) for v in values]
+    except (TypeError, ValueError):
+        raise UserError(f"{place}: {kind} takes numbers, not {values}") from None
+    if len(values) != count or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
+        wants = {2: "[low, high]", 3: "[low, high, step]"}[count]
+        positive = ", both positive" if kind == "loguniform" else ""
+        raise UserError(f"{place}: {kind} takes {wants} with low < high{positive}, not {values}")
+    return kind, values
+
+
+def point(base: dict[str, Any], params: dict[str, Any]) -> Config:
+    """The config of a trial. Raises UserError where the values are impossible together."""
+    return parse_config(_with(base, params), source="trial")
+
+
+def _with(raw: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    raw = copy.deepcopy(raw)
+    for dotted, value in params.items():
+        set_dotted(raw, dotted, value)
+    return raw

@@ -1,0 +1,175 @@
+"""A sweep from the driver's side: check, start Ray, let Tune search, leave a table, the best config and a report.
+
+    <storage>/<run_name>/   trials.csv, best.yaml, best_checkpoint/, report.html, sweep.yaml; Tune's files and trials
+"""
+
+import os
+import sys
+from typing import Any
+
+import yaml
+
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.training.driver import say, started_ray
+from hrm_lm.training.storage import RunFolder
+from hrm_lm.tuning.results import Trial, best_trial, read_trials, write_results
+from hrm_lm.tuning.space import PERTURBED, Sweep
+
+EXPERIMENT = "trials"
+"""Tune's folder within the sweep's."""
+
+
+def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
+    """Searches and writes the results. Raises RunFailed where no trial succeeded, KeyboardInterrupt after Ctrl-C."""
+    config, tune_config = sweep.config, sweep.tune
+    load_dataset(config.data, config.model, config.train.seed)
+    written = yaml.safe_dump(sweep.to_dict(), sort_keys=False)
+    if folder.exists("sweep.yaml"):
+        if not resume:
+            raise UserError(f"sweep {folder.name!r} is already in {folder.path}; --resume continues it, --run_name makes another")
+        if folder.read("sweep.yaml") != written:
+            raise UserError(f"sweep {folder.name!r} was started with another sweep file; --resume takes the one it was started with")
+    elif resume:
+        raise UserError(f"no sweep {folder.name!r} in {folder.storage} to resume")
+    say(f"sweep {folder.name!r} in {folder.path}")
+
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed sweep can forget
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    with started_ray(), folder.lock():
+        folder.write("sweep.yaml", written)
+        results = build_tuner(sweep, folder, resume).fit()
+        trials = read_trials(results, sweep)
+        best = write_results(trials, sweep, folder)
+    unfinished = [trial for trial in trials if trial.status == "unfinished"]
+    if unfinished and not tune_config.time_budget_s:
+        say(f"{len(unfinished)} trials are unfinished: the same command with --resume goes on")
+        raise KeyboardInterrupt
+    if best is None:
+        raise RunFailed(f"no trial succeeded; {folder.path}/trials.csv has each one's error, the first: {trials[0].error}")
+    return trials
+
+
+def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
+    """The Tuner of a new sweep, or of the one that is there."""
+    import ray
+    from ray import tune
+
+    from hrm_lm.tuning.progress import SweepProgress
+    from hrm_lm.tuning.trial import run_trial
+
+    options, space = sweep.tune, sweep.param_space()
+    resources = trial_resources(sweep)
+    setup = {
+        "base": sweep.base,
+        "driver_folder": os.getcwd(),
+        "workers": options.workers_per_trial,
+        "resources": resources,
+        "metric": options.metric,
+        "mode": options.mode,
+    }
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, setup=setup),
+        resources if options.workers_per_trial == 1 else {"CPU": 0},  # a TorchTrainer brings its workers' own
+    )
+    if resume:
+        return tune.Tuner.restore(f"{folder.path}/{EXPERIMENT}", trainable, resume_unfinished=True, storage_filesystem=folder.fs)
+
+    cluster = ray.cluster_resources()
+    room = min(int(cluster.get(kind, 0) // amount) for kind, amount in resources.items()) // options.workers_per_trial
+    if room < 1:
+        raise UserError(
+            f"a trial needs {options.workers_per_trial} worker(s) of {resources}; the cluster has "
+            f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+        )
+    at_once = min(options.max_concurrent_trials or room, room)
+    say(f"Ray: {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs; {at_once} trial(s) at a time of {resources}")
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=options.metric,
+            mode=options.mode,
+            num_samples=options.num_samples,
+            max_concurrent_trials=at_once,
+            search_alg=search_algorithm(sweep),
+            scheduler=scheduler(sweep),
+            time_budget_s=options.time_budget_s,
+            reuse_actors=options.workers_per_trial == 1,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=EXPERIMENT,
+            storage_path=folder.path,
+            storage_filesystem=folder.fs,
+            failure_config=tune.FailureConfig(max_failures=options.max_failures),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=1,
+                checkpoint_score_attribute=options.metric,
+                checkpoint_score_order=options.mode,
+            ),
+            callbacks=[SweepProgress(list(sweep.space), options.metric, options.mode, sys.stderr.isatty())],
+            verbose=0,
+        ),
+    )
+
+
+def trial_resources(sweep: Sweep) -> dict[str, float]:
+    """What each worker of a trial takes."""
+    import ray
+
+    gpus = sweep.tune.gpus_per_worker
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) and sweep.config.ray.use_gpu else 0
+    return {"CPU": sweep.tune.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def scheduler(sweep: Sweep):
+    from ray.tune import schedulers
+
+    options, steps = sweep.tune, sweep.config.train.steps
+    if options.scheduler == "asha":
+        return schedulers.ASHAScheduler(
+            time_attr="step", max_t=steps, grace_period=sweep.grace_steps, reduction_factor=options.reduction_factor
+        )
+    if options.scheduler == "hyperband":
+        return schedulers.HyperBandScheduler(time_attr="step", max_t=steps, reduction_factor=options.reduction_factor)
+    if options.scheduler == "pbt":
+        space = sweep.param_space()
+        return schedulers.PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=sweep.grace_steps,
+            hyperparam_mutations={dotted: space[dotted] for dotted in PERTURBED if dotted in space},
+            seed=options.seed,
+        )
+    return schedulers.FIFOScheduler()
+
+
+def search_algorithm(sweep: Sweep):
+    from ray.tune.search import BasicVariantGenerator
+
+    if sweep.tune.search == "random":
+        return BasicVariantGenerator(random_state=sweep.tune.seed)
+    from ray.tune.search.optuna import OptunaSearch
+
+    try:
+        return OptunaSearch(seed=sweep.tune.seed)
+    except (AssertionError, ImportError):
+        raise UserError("tune.search: optuna is not installed; pip install 'hrm-lm[optuna]', or use random") from None
+
+
+def summary(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> str:
+    """The best values, where they are and the command that trains with them."""
+    best = best_trial(trials, sweep)
+    values = "\n".join(f"  {dotted}: {_short(value)}" for dotted, value in best.params.items())
+    return (
+        f"best of {len(trials)} trials: trial {best.number}, {sweep.tune.metric} {best.score:.4f} at step {best.best_step}\n"
+        f"{values}\n"
+        f"report: {folder.path}/report.html\n"
+        f"train with it: python -m ray_jobs.train --config {folder.path}/best.yaml"
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
