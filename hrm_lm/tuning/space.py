@@ -83,9 +83,6 @@ class Sweep:
         """Each option and each end of a range must be a value that its field takes."""
         known, tune = flatten(self.config.to_dict()), self.tune
         for dotted, (kind, values) in self.space.items():
-            if dotted not in known:
-                point(self.base, {dotted: values[0]})  # says what is there instead
-                raise UserError(f"{self.path}: search_space: {dotted} is a section, not a field")
             if dotted.startswith("ray."):
                 raise UserError(f"{self.path}: search_space: {dotted}: the ray section is the same for all trials")
             ends = values if DISTRIBUTIONS[kind] is None else [values[0], values[1] - (kind == "randint")]
@@ -97,6 +94,8 @@ class Sweep:
                     if any(item["type"] != "value_error" for item in error.errors()):
                         message = "; ".join(explain(error, Config))
                         raise UserError(f"{self.path}: search_space: {message}") from None
+            if dotted not in known:
+                raise UserError(f"{self.path}: search_space: {dotted} is a section, not a field")
         steps, val_every = self.config.train.steps, self.config.train.val_every
         if tune.scheduler != "fifo" and not 0 < val_every < steps:
             raise UserError(
@@ -141,9 +140,8 @@ def _distribution(path: str, dotted: str, spec: dict[str, list[Any]]) -> tuple[s
     if count is None:
         if not values:
             raise UserError(f"{place}: {kind} needs at least one option")
-        return kind, values
+        return kind, [_number(value) for value in values]
     try:
-        # YAML reads 1e-4 as text
         values = [int(v) if kind == "randint" else float(v) for v in values]
     except (TypeError, ValueError):
         raise UserError(f"{place}: {kind} takes numbers, not {values}") from None
@@ -154,9 +152,17 @@ def _distribution(path: str, dotted: str, spec: dict[str, list[Any]]) -> tuple[s
     return kind, values
 
 
+def _number(value: Any) -> Any:
+    """1e-4 without a dot is text to YAML, and a number to everybody else."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def point(base: dict[str, Any], params: dict[str, Any]) -> Config:
     """The config of a trial. Raises UserError where the values are impossible together."""
-    return parse_config(_with(base, params), source="trial")
+    return parse_config(_with(base, params), source="this trial's config")
 
 
 def _with(raw: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,11 @@
 """
 
 import os
+import random
 import sys
 from typing import Any
 
+import numpy as np
 import yaml
 
 from hrm_lm.data.registry import load_dataset
@@ -71,7 +73,8 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
     }
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
-        resources if options.workers_per_trial == 1 else {"CPU": 0},  # a TorchTrainer brings its workers' own
+        # A TorchTrainer brings its workers' own; one byte, because Tune takes no empty request.
+        resources if options.workers_per_trial == 1 else {"CPU": 0, "memory": 1},
     )
     if resume:
         return tune.Tuner.restore(f"{folder.path}/{EXPERIMENT}", trainable, resume_unfinished=True, storage_filesystem=folder.fs)
@@ -93,7 +96,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
             mode=options.mode,
             num_samples=options.num_samples,
             max_concurrent_trials=at_once,
-            search_alg=search_algorithm(sweep),
+            search_alg=search_algorithm(sweep, at_once),
             scheduler=scheduler(sweep),
             time_budget_s=options.time_budget_s,
             reuse_actors=options.workers_per_trial == 1,
@@ -105,7 +108,8 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
             storage_filesystem=folder.fs,
             failure_config=tune.FailureConfig(max_failures=options.max_failures),
             checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1,
+                # A donor's checkpoint must be there until the trial that takes it over starts.
+                num_to_keep=None if options.scheduler == "pbt" else 1,
                 checkpoint_score_attribute=options.metric,
                 checkpoint_score_order=options.mode,
             ),
@@ -136,21 +140,22 @@ def scheduler(sweep: Sweep):
     if options.scheduler == "hyperband":
         return schedulers.HyperBandScheduler(time_attr="step", max_t=steps, reduction_factor=options.reduction_factor)
     if options.scheduler == "pbt":
+        random.seed(options.seed)  # it draws from the global generators
+        np.random.seed(options.seed)
         space = sweep.param_space()
         return schedulers.PopulationBasedTraining(
             time_attr="step",
             perturbation_interval=sweep.grace_steps,
             hyperparam_mutations={dotted: space[dotted] for dotted in PERTURBED if dotted in space},
-            seed=options.seed,
         )
     return schedulers.FIFOScheduler()
 
 
-def search_algorithm(sweep: Sweep):
+def search_algorithm(sweep: Sweep, at_once: int):
     from ray.tune.search import BasicVariantGenerator
 
     if sweep.tune.search == "random":
-        return BasicVariantGenerator(random_state=sweep.tune.seed)
+        return BasicVariantGenerator(max_concurrent=at_once, random_state=sweep.tune.seed)
     from ray.tune.search.optuna import OptunaSearch
 
     try:

@@ -1,0 +1,205 @@
+"""Sweeps: the file, and real searches on the shared cluster."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, small_config
+from hrm_lm.config import load_config
+from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.inference.generate import main as generate
+from hrm_lm.training.storage import RunFolder
+from hrm_lm.tuning.space import Sweep, point
+from hrm_lm.tuning.sweep import run_sweep
+from test_ray import wait_until
+
+BASE = small_config(train__steps=20, train__val_every=5, train__log_every=5).to_dict()
+
+
+def sweep_file(folder: Path, space: dict, base=BASE, **tune) -> str:
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"base": base, "search_space": space, "tune": tune}))
+    return str(folder / "sweep.yaml")
+
+
+def search(folder: Path, space: dict, name="s", resume=False, **tune):
+    sweep = Sweep(sweep_file(folder, space, **tune))
+    return run_sweep(sweep, RunFolder(str(folder / "runs"), name), resume)
+
+
+def rows(folder: Path, name="s") -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "runs" / name / "trials.csv").open()))
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_sweep_is_valid():
+    sweep = Sweep(ROOT / "configs" / "sweep.yaml")
+    assert list(sweep.space) == ["optim.lr", "train.grad_clip", "model.hrm.h_cycles", "model.hrm.l_cycles"]
+    assert sweep.tune.num_samples >= 12 and sweep.tune.scheduler == "asha"
+
+
+def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {steps: 50, val_every: 10}\n")
+    sweep = Sweep(sweep_file(tmp_path, {"optim.lr": {"choice": ["1e-3"]}}, base="base.yaml"))
+    assert sweep.config.train.steps == 50 and sweep.space["optim.lr"] == ("choice", [1e-3])
+
+
+@pytest.mark.parametrize(
+    "space, tune, message",
+    [
+        ({"optim.lrr": {"choice": [1]}}, {}, "optim.lrr: no such field; did you mean lr?"),
+        ({"optim": {"choice": [1]}}, {}, "optim: "),
+        ({"optim.lr": {"normal": [0, 1]}}, {}, "optim.lr: needs one of uniform, loguniform"),
+        ({"optim.lr": {"loguniform": [0, 1]}}, {}, "both positive"),
+        ({"optim.lr": {"uniform": [1, 0.1]}}, {}, "low < high"),
+        ({"optim.lr": {"choice": []}}, {}, "at least one option"),
+        ({"optim.lr": {"uniform": [-1, 1]}}, {}, "optim.lr: should be greater than 0"),
+        ({"model.hrm.h_cycles": {"choice": [1, -2]}}, {}, "model.hrm.h_cycles: should be greater than or equal to 0 (got -2)"),
+        ({"optim.lr": {"choice": [1]}}, {"num_smaples": 3}, "tune.num_smaples: no such field; did you mean num_samples?"),
+        ({"optim.lr": {"choice": [1]}}, {"scheduler": "magic"}, "tune.scheduler"),
+        ({"model.hrm.h_cycles": {"choice": [1]}}, {"scheduler": "pbt"}, "scheduler pbt perturbs"),
+        ({"ray.num_workers": {"choice": [1]}}, {}, "the ray section is the same for all trials"),
+    ],
+)
+def test_a_mistake_in_a_sweep_file_is_one_line(tmp_path, space, tune, message):
+    with pytest.raises(UserError) as error:
+        Sweep(sweep_file(tmp_path, space, **tune))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_scheduler_needs_validations_to_judge_by(tmp_path):
+    with pytest.raises(UserError, match=r"train.val_every \(0\)"):
+        Sweep(sweep_file(tmp_path, {"optim.lr": {"choice": [1]}}, base={"train": {"steps": 9}}))
+
+
+# --- searches ----------------------------------------------------------------------------------------------------
+
+
+def held_by_ray() -> dict[str, float]:
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return {kind: total[kind] - free.get(kind, 0) for kind in ("CPU", "GPU") if total.get(kind, 0) - free.get(kind, 0) > 1e-6}
+
+
+def placement_groups_alive() -> list[str]:
+    from ray.util import placement_group_table
+
+    return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
+
+
+def test_a_sweep_larger_than_the_cluster_ends_and_leaves_nothing_held(cluster, in_folder, command):
+    trials = search(in_folder, {"optim.lr": {"loguniform": [1e-4, 3e-2]}}, num_samples=10, grace_steps=5, reduction_factor=3)
+    assert len(trials) == 10 and {t.status for t in trials} <= {"finished", "stopped"}
+    assert sum(t.status == "stopped" for t in trials) >= 4
+    wait_until(lambda: not held_by_ray() and not placement_groups_alive(), 20)
+
+    folder = in_folder / "runs" / "s"
+    best = min(trials, key=lambda trial: trial.score)
+    table = rows(in_folder)
+    assert [int(row["trial"]) for row in table] == list(range(10))
+    assert float(table[best.number]["val_loss"]) == pytest.approx(best.val_loss, abs=1e-5)
+    config = load_config(folder / "best.yaml")
+    assert config.optim.lr == best.params["optim.lr"] and config.train.steps == 20
+    code, out, _ = command(generate, "--checkpoint", folder / "best_checkpoint", "--prompt", "What is 1 + 2?")
+    assert code == 0 and len(out.splitlines()) == 1
+    assert json.loads((folder / "best_checkpoint" / "trainer_state.json").read_text())["step"] == best.best_step
+    report = (folder / "report.html").read_text()
+    assert "<script src" not in report and "Learning curves" in report
+
+
+def test_trials_that_diverge_are_impossible_or_crash_are_marked_and_the_others_go_on(cluster, in_folder, monkeypatch):
+    (in_folder / "crashing.py").write_text(
+        "from hrm_lm.data.synthetic import build_synthetic_dataset\n"
+        "def build(config, seed):\n"
+        "    if config.val_fraction == 0.3: raise RuntimeError('disk on fire')\n"
+        "    return build_synthetic_dataset(config, seed)\n"
+    )
+    monkeypatch.syspath_prepend(in_folder)
+    base = {**BASE, "data": {**BASE["data"], "dataset": "crashing:build"}}
+    space = {"optim.lr": {"grid": [1e-3, 1e20]}, "train.grad_accum_steps": {"grid": [1, 3]}, "data.val_fraction": {"grid": [0.2, 0.3]}}
+    trials = search(in_folder, space, base=base, num_samples=1, max_failures=0)
+    told = {(t.params["optim.lr"], t.params["train.grad_accum_steps"], t.params["data.val_fraction"]): t for t in trials}
+    assert told[1e-3, 1, 0.2].status == "finished"
+    assert told[1e20, 1, 0.2].status == "diverged" and "not finite at step" in told[1e20, 1, 0.2].error
+    assert told[1e-3, 3, 0.2].status == "invalid" and "must be divisible" in told[1e-3, 3, 0.2].error
+    assert told[1e-3, 1, 0.3].status == "failed" and "disk on fire" in told[1e-3, 1, 0.3].error
+    assert {row["status"] for row in rows(in_folder)} == {"finished", "diverged", "invalid", "failed"}
+
+
+def test_a_sweep_without_any_success_fails_with_a_reason(cluster, in_folder):
+    with pytest.raises(RunFailed, match="no trial succeeded.*not finite"):
+        search(in_folder, {"optim.lr": {"choice": [1e20, 1e21]}}, num_samples=2)
+
+
+def test_the_same_seed_gives_the_same_table(cluster, in_folder):
+    space = {"optim.lr": {"loguniform": [1e-4, 3e-2]}, "model.hrm.h_cycles": {"choice": [1, 2]}}
+    tables = []
+    for name in ("a", "b"):
+        search(in_folder, space, name, num_samples=4, max_concurrent_trials=1, seed=5)
+        tables.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows(in_folder, name)])
+    assert tables[0] == tables[1]
+
+
+def test_population_based_training_takes_over_donors_and_changes_the_rate(cluster, in_folder):
+    base = {**BASE, "train": {**BASE["train"], "steps": 60}}
+    trials = search(in_folder, {"optim.lr": {"loguniform": [1e-6, 1e-1]}}, base=base, num_samples=4, max_concurrent_trials=2, scheduler="pbt", grace_steps=10)
+    assert {t.status for t in trials} == {"finished"}
+    states = list((in_folder / "runs/s/trials").glob("pbt_policy_*.txt"))
+    assert states, "nobody was perturbed"
+    assert load_config(in_folder / "runs/s/best.yaml").train.steps == 60
+
+
+def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_folder):
+    trials = search(
+        in_folder, {"optim.lr": {"grid": [1e-3, 1e-2, 1e-5]}}, num_samples=1, workers_per_trial=2, max_concurrent_trials=1, grace_steps=5
+    )
+    assert {t.status for t in trials} <= {"finished", "stopped"} and trials[1].status == "finished"
+    assert (in_folder / "runs/s/best_checkpoint/model.safetensors").exists()
+    wait_until(lambda: not held_by_ray() and not placement_groups_alive(), 60)
+
+
+def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_folder):
+    base = {**BASE, "train": {**BASE["train"], "steps": 300, "val_every": 10}}
+    file = sweep_file(in_folder, {"optim.lr": {"loguniform": [1e-3, 1e-2]}}, base=base, num_samples=4, scheduler="fifo")
+    command = [sys.executable, "-m", "ray_jobs.tune", "--config", file, "--run_name", "s"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    seen = {}
+    for line in driver.stdout:
+        if ": step " in line:
+            trial, step = line.split(":")[0], int(line.split("step ")[1].split()[0])
+            seen[trial] = step
+            if len(seen) == 2 and min(seen.values()) >= 50:
+                break
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume continues it" in refused.stderr
+
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    table = rows(in_folder)
+    assert len(table) == 4 and {row["status"] for row in table} == {"finished"} and {row["step"] for row in table} == {"300"}
+    first = {}
+    for line in again.stdout.splitlines():
+        if ": step " in line:
+            first.setdefault(line.split(":")[0], int(line.split("step ")[1].split()[0]))
+    resumed = sorted(step for step in first.values() if step > 10)
+    assert len(resumed) == 2, f"the two trials that ran went on from their checkpoints: {first}"
+
+
+def test_what_a_trial_needs_beyond_the_cluster_is_refused(cluster, in_folder):
+    with pytest.raises(UserError, match="a trial needs 1 worker.* of {'CPU': 3}; the cluster has 2 CPUs"):
+        search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, cpus_per_worker=3)
+
+
+def test_a_point_overrides_the_base():
+    assert point(BASE, {"model.hrm.h_cycles": 3}).model.hrm.h_cycles == 3
