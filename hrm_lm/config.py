@@ -27,13 +27,13 @@ class HRMConfig(Section):
     """The H/L recurrence (`hrm_lm.models.hrm.HRMCore`)."""
 
     h_cycles: Count = 2
-    """Slow cycles; 0 builds no core at all: a plain encoder-decoder."""
+    """Slow cycles; 0 builds no core at all: a plain encoder-decoder, or a plain stack of h_layers + l_layers."""
     l_cycles: Positive = 2
     """Fast applications within each slow cycle."""
     h_layers: Positive = 1
     l_layers: Positive = 1
     backprop_steps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
-    """How many of the last applications of a stack carry gradient."""
+    """How many applications of a stack carry gradient: the last ones of H first, and at least the last one of L."""
     backprop_warmup_steps: Count = 0
     """Optimisation steps over which the window grows from 2 to `backprop_steps`."""
     deep_supervision: Annotated[float, Field(ge=0)] = 0.0
@@ -41,6 +41,8 @@ class HRMConfig(Section):
 
 
 class BridgeConfig(Section):
+    """From the core to the decoder (`encoder_decoder` only)."""
+
     type: Literal["cross_attention", "prefix"] = "cross_attention"
     prefix_len: Positive = 8
     """Vectors that the core's states are pooled into (`prefix` only)."""
@@ -49,12 +51,16 @@ class BridgeConfig(Section):
 
 
 class ModelConfig(Section):
+    architecture: Literal["encoder_decoder", "prefix_lm"] = "encoder_decoder"
+    """`hrm_lm.models.hybrid`, or the published HRM-Text model, `hrm_lm.models.prefix_lm`."""
     d_model: Positive = 64
     n_heads: Positive = 4
     encoder_layers: Count = 1
+    """Before the core (`encoder_decoder` only)."""
     decoder_layers: Positive = 1
+    """`encoder_decoder` only."""
     expansion: Annotated[float, Field(gt=0)] = 4.0
-    """SwiGLU: the hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32."""
+    """SwiGLU: the hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32 (`prefix_lm`: 256)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_prompt_len: Positive = 512
     max_response_len: Positive = 128

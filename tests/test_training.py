@@ -17,6 +17,9 @@ from hrm_lm.training.loop import train
 from hrm_lm.training.step import Stats, backprop_window, build_state, evaluate, learning_rate, train_step
 
 
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+
+
 def losses(session):
     return [metrics["loss"] for metrics in session.reports]
 
@@ -33,9 +36,11 @@ def assert_same_weights(a, b, **tolerance):
 # --- the step ----------------------------------------------------------------------------------------------------
 
 
-def test_accumulation_steps_change_nothing_but_rounding(tmp_path):
-    one = train_locally(small_config(train__val_every=1), tmp_path / "one")
-    four = train_locally(small_config(train__val_every=1, train__grad_accum_steps=4), tmp_path / "four")
+@ARCHITECTURES
+def test_accumulation_steps_change_nothing_but_rounding(tmp_path, architecture):
+    options = {"train__val_every": 1, "model__architecture": architecture}
+    one = train_locally(small_config(**options), tmp_path / "one")
+    four = train_locally(small_config(**options, train__grad_accum_steps=4), tmp_path / "four")
     assert losses(one) == pytest.approx(losses(four), rel=1e-5)
     assert_same_weights(one.last_weights(), four.last_weights(), atol=1e-5, rtol=1e-4)
 
@@ -78,8 +83,10 @@ def test_the_gradient_window_warms_up_from_two():
     assert backprop_window(HRMConfig(h_cycles=2, l_cycles=2, backprop_steps=6), 0) is None
 
 
-def test_val_exact_match_is_that_of_greedy_generation(tmp_path):
-    train_locally(small_config(train__steps=150, train__batch_size=32, optim__lr=0.01), tmp_path)
+@ARCHITECTURES
+def test_val_exact_match_is_that_of_greedy_generation(tmp_path, architecture):
+    options = {"train__steps": 150, "train__batch_size": 32, "optim__lr": 0.01, "model__architecture": architecture}
+    train_locally(small_config(**options), tmp_path)
     model, tokenizer, checkpoint = load_model(max(tmp_path.glob("step_*")))
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
     splits = splits._replace(val=splits.train + splits.val)  # it has learned the former
@@ -101,7 +108,14 @@ def test_validation_does_not_depend_on_how_it_is_cut_into_batches():
 # --- the life of a run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [{}, {"train__grad_accum_steps": 2, "model__dropout": 0.1, "train__mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"train__grad_accum_steps": 2, "model__dropout": 0.1, "train__mixed_precision": "bf16"},
+        {"model__architecture": "prefix_lm", "model__dropout": 0.1, "model__hrm__backprop_steps": 4},
+    ],
+)
 @pytest.mark.parametrize("stop_at", [4, 9])  # 64 samples of 8: an epoch ends at step 8
 def test_a_resumed_run_has_the_weights_of_one_never_stopped_bit_for_bit(tmp_path, stop_at, extra):
     config = small_config(train__val_every=1, **extra)

@@ -19,7 +19,7 @@ from torch import Tensor
 from hrm_lm.config import Config, parse_config, read_yaml
 from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.models.hybrid import HRMLanguageModel
+from hrm_lm.models.build import LanguageModel, build_model
 from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1
@@ -92,7 +92,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, load_tokenizer(path / "tokenizer.json"), progress, scaler)
 
 
-def load_weights(path: Path, model: HRMLanguageModel) -> None:
+def load_weights(path: Path, model: LanguageModel) -> None:
     """Fills `model` from a checkpoint's model.safetensors; raises UserError where the two do not fit."""
     file = path / "model.safetensors"
     weights, own = _read_tensors(file), model.state_dict()
@@ -125,10 +125,10 @@ def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
     state.step = checkpoint.progress.step
 
 
-def load_model(path: str | Path, device: torch.device | None = None) -> tuple[HRMLanguageModel, Tokenizer, Checkpoint]:
+def load_model(path: str | Path, device: torch.device | None = None) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
     """A checkpoint's model, ready for inference."""
     checkpoint = read_checkpoint(path)
-    model = HRMLanguageModel(checkpoint.config.model, checkpoint.tokenizer.vocab_size)
+    model = build_model(checkpoint.config.model, checkpoint.tokenizer.vocab_size)
     load_weights(checkpoint.path, model)
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
 

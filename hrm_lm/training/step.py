@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hrm_lm.config import Config, HRMConfig, OptimConfig
 from hrm_lm.data.collate import IGNORE, Batch
-from hrm_lm.models.hybrid import HRMLanguageModel
+from hrm_lm.models.build import LanguageModel, build_model
 from hrm_lm.models.layers import ScaledEmbedding
 
 
@@ -25,7 +25,7 @@ class TrainState:
     """All that an optimisation step reads and changes."""
 
     config: Config
-    model: HRMLanguageModel
+    model: LanguageModel
     parallel: nn.Module
     """`model`, or `model` in DistributedDataParallel."""
     optimizer: torch.optim.Optimizer
@@ -74,7 +74,7 @@ def build_state(
     """A new model and its optimizer: the same weights on every rank and device for the same seed."""
     device = device or torch.device("cpu")
     torch.manual_seed(config.train.seed)
-    model = HRMLanguageModel(config.model, vocab_size).to(device)
+    model = build_model(config.model, vocab_size).to(device)
     parallel = model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(
@@ -186,7 +186,7 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
 
 @torch.no_grad()
 def evaluate(
-    model: HRMLanguageModel,
+    model: LanguageModel,
     batches: Iterable[list[Batch]],
     mixed_precision: str = "none",
     h_cycles: int | None = None,
