@@ -131,6 +131,8 @@ class DataConfig(Section):
     """`synthetic`, a .jsonl file, a folder with train.jsonl, or `module:function` of your own."""
     prompt_field: str = "prompt"
     response_field: str = "response"
+    tokenizer: str | None = None
+    """A checkpoint's tokenizer.json to read JSONL with; without one, a tokenizer of the characters that occur."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Held-out share where the dataset brings no validation split."""
     truncate: bool = False

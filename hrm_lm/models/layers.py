@@ -143,9 +143,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, expansion: float, multiple: int = 32):
         super().__init__()
-        hidden = math.ceil(round(expansion * d_model * 2 / 3) / multiple) * multiple
+        hidden = self.hidden_size(d_model, expansion, multiple)
         self.gate_up = linear(d_model, 2 * hidden)
         self.out = linear(hidden, d_model)
+
+    @staticmethod
+    def hidden_size(d_model: int, expansion: float, multiple: int) -> int:
+        return math.ceil(round(expansion * d_model * 2 / 3) / multiple) * multiple
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -30,6 +30,8 @@ class Progress:
     """What a run knows besides its weights."""
 
     step: int = 0
+    val_loss: float | None = None
+    val_exact_match: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
@@ -39,9 +41,9 @@ class Progress:
     tokens: int = 0
     num_train_samples: int = 0
 
-    def update(self, step: int, val_loss: float) -> None:
+    def update(self, step: int, val_loss: float, val_exact_match: float) -> None:
         """Counts a validation."""
-        self.step = step
+        self.step, self.val_loss, self.val_exact_match = step, val_loss, val_exact_match
         if self.best_val_loss is None or val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step, self.stale_validations = val_loss, step, 0
         else:
@@ -61,13 +63,25 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer: Tokenizer) -> None:
     """Writes `state` into the existing folder `path`."""
-    save_file(_cpu(state.model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
     names = {p: name for name, p in state.model.named_parameters()}
     moments = {f"{key}/{names[p]}": value for p, slots in state.optimizer.state.items() for key, value in slots.items()}
     save_file(_cpu(moments), path / "optimizer.safetensors", metadata={"format": "pt"})
-    (path / "config.yaml").write_text(state.config.to_yaml(), encoding="utf-8")
+    save_model(path, state.model, state.config, tokenizer, progress, state.scaler.state_dict())
+
+
+def save_model(
+    path: Path,
+    model: LanguageModel,
+    config: Config,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    scaler: dict | None = None,
+) -> None:
+    """Writes a checkpoint without optimizer state: enough to generate and for `train.init_from`."""
+    save_file(_cpu(model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    fields = {"format_version": FORMAT_VERSION, "scaler": state.scaler.state_dict(), **asdict(progress)}
+    fields = {"format_version": FORMAT_VERSION, "scaler": scaler or {}, **asdict(progress)}
     (path / "trainer_state.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 

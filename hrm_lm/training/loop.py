@@ -67,7 +67,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 val = evaluate(state.model, prefetch(held_out, state.device), config.train.mixed_precision)
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
-                progress.update(state.step, val["val_loss"])
+                progress.update(state.step, **val)
                 log.write(state.step, val)
                 save(state, progress, splits, session, metrics | val)
                 if patience and progress.stale_validations >= patience and not last:
@@ -99,7 +99,10 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
 
         with local_checkpoint(state.config.train.init_from) as folder:
             if read_checkpoint(folder).tokenizer.to_json() != splits.tokenizer.to_json():
-                raise UserError(f"train.init_from: {state.config.train.init_from} has another tokenizer")
+                raise UserError(
+                    f"train.init_from: {state.config.train.init_from} has another tokenizer than the dataset; "
+                    "data.tokenizer names the one to read JSONL with"
+                )
             load_weights(folder, state.model)
     return Progress(num_train_samples=len(splits.train))
 
