@@ -80,9 +80,12 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "adam_atan2"] = "adamw"
+    """`adam_atan2`: the published HRM-Text recipe's (`hrm_lm.training.optim`)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """`adamw` only: the other has none."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Not applied to norms, gates and embeddings."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -104,9 +107,20 @@ class TrainConfig(Section):
     log_every: Positive = 10
     early_stopping_patience: Count = 0
     """Validations in a row without a better `val_loss` before the run ends; 0: never."""
+    sample_h_cycles: tuple[Positive, Positive] | None = None
+    """Least and most H-cycles: each step draws its count. Only such a model is right at other counts than one."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an average of the weights, which validation, generation and export then use; 0: none."""
     seed: Count = 0
     init_from: str | None = None
     """Checkpoint whose weights a new run starts from."""
+
+
+    @model_validator(mode="after")
+    def _cycles_ordered(self):
+        if self.sample_h_cycles and self.sample_h_cycles[0] > self.sample_h_cycles[1]:
+            raise ValueError(f"train.sample_h_cycles ({list(self.sample_h_cycles)}) must be [least, most]")
+        return self
 
 
 class SyntheticConfig(Section):
@@ -162,6 +176,12 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _core_to_sample(self):
+        if self.train.sample_h_cycles and not self.model.hrm.h_cycles:
+            raise ValueError("train.sample_h_cycles: model.hrm.h_cycles is 0, so there is no HRM core to cycle")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self):

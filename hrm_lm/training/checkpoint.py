@@ -1,7 +1,8 @@
 """A training state as a directory, and back. Nothing in it is unpickled: a stranger's checkpoint cannot run code.
 
     model.safetensors       weights
-    optimizer.safetensors   AdamW's moments, `exp_avg/<parameter name>`
+    average.safetensors     their moving average, where train.ema_decay is on; what generates
+    optimizer.safetensors   Adam's moments, `exp_avg/<parameter name>`
     config.yaml             the run's config
     tokenizer.json
     trainer_state.json      step, progress, scaler, format version; written last
@@ -66,6 +67,8 @@ def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer
     names = {p: name for name, p in state.model.named_parameters()}
     moments = {f"{key}/{names[p]}": value for p, slots in state.optimizer.state.items() for key, value in slots.items()}
     save_file(_cpu(moments), path / "optimizer.safetensors", metadata={"format": "pt"})
+    if state.average:
+        save_file(_cpu(state.average.tensors), path / "average.safetensors", metadata={"format": "pt"})
     save_model(path, state.model, state.config, tokenizer, progress, state.scaler.state_dict())
 
 
@@ -106,24 +109,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, load_tokenizer(path / "tokenizer.json"), progress, scaler)
 
 
-def load_weights(path: Path, model: LanguageModel) -> None:
-    """Fills `model` from a checkpoint's model.safetensors; raises UserError where the two do not fit."""
-    file = path / "model.safetensors"
-    weights, own = _read_tensors(file), model.state_dict()
-    for name in own.keys() | weights.keys():
-        if name not in weights or name not in own:
-            where = "is missing in it" if name not in weights else "is not in this model"
-            raise UserError(f"{file}: {name} {where}; the model's config differs from the checkpoint's")
-        if weights[name].shape != own[name].shape:
-            raise UserError(
-                f"{file}: {name} has shape {tuple(weights[name].shape)}, this model's has {tuple(own[name].shape)}"
-            )
-    model.load_state_dict(weights)
+def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
+    """Fills `model` for use, with averaged weights where there are any; raises UserError where the two do not fit."""
+    _fill(model.state_dict(), checkpoint.path / "model.safetensors")
+    if checkpoint.config.train.ema_decay:
+        _fill(dict(model.named_parameters()), checkpoint.path / "average.safetensors")
 
 
 def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Continues a run exactly: weights, optimizer, scaler and step."""
-    load_weights(checkpoint.path, state.model)
+    """Continues a run exactly: weights, their average, optimizer, scaler and step."""
+    _fill(state.model.state_dict(), checkpoint.path / "model.safetensors")
+    if state.average and checkpoint.config.train.ema_decay:
+        _fill(state.average.tensors, checkpoint.path / "average.safetensors")
+    elif state.average:  # switched on in mid-run
+        state.average.restart()
     file = checkpoint.path / "optimizer.safetensors"
     moments = _read_tensors(file)
     parameters = dict(state.model.named_parameters())
@@ -131,8 +130,8 @@ def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
         slot, _, name = key.partition("/")
         if name not in parameters:
             raise UserError(f"{file}: {name} is not in this model")
-        # AdamW counts its steps on the CPU unless it is fused.
-        device = state.device if slot != "step" or state.optimizer.defaults["fused"] else "cpu"
+        # Optimizers count their steps on the CPU unless they are fused.
+        device = state.device if slot != "step" or state.optimizer.defaults.get("fused") else "cpu"
         state.optimizer.state[parameters[name]][slot] = value.to(device)
     if checkpoint.scaler and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint.scaler)
@@ -140,11 +139,27 @@ def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
 
 
 def load_model(path: str | Path, device: torch.device | None = None) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
-    """A checkpoint's model, ready for inference."""
+    """A checkpoint's model, ready for inference; with averaged weights where there is an average."""
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint.config.model, checkpoint.tokenizer.vocab_size)
-    load_weights(checkpoint.path, model)
+    load_weights(checkpoint, model)
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
+
+
+@torch.no_grad()
+def _fill(own: dict[str, Tensor], file: Path) -> None:
+    """Copies a file's tensors into `own`; raises UserError where names or shapes differ."""
+    saved = _read_tensors(file)
+    for name in own.keys() | saved.keys():
+        if name not in saved or name not in own:
+            where = "is missing in it" if name not in saved else "is not in this model"
+            raise UserError(f"{file}: {name} {where}; the model's config differs from the checkpoint's")
+        if saved[name].shape != own[name].shape:
+            raise UserError(
+                f"{file}: {name} has shape {tuple(saved[name].shape)}, this model's has {tuple(own[name].shape)}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
