@@ -102,6 +102,8 @@ class TrainConfig(Section):
     grad_clip: float = 0.0
     """Largest global L2 norm of the gradient; off when <= 0."""
     mixed_precision: Literal["none", "bf16", "fp16"] = "none"
+    compile: bool = False
+    """Compile each transformer block (torch.compile): seconds at the start for speed, on GPUs above all."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint; 0: only at the end."""
     log_every: Positive = 10

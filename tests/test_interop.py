@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from conftest import small_config, train_locally
+from conftest import ROOT, small_config, train_locally
+from hrm_lm.config import load_config
 from hrm_lm.data.collate import pad_batch
 from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.inference.generate import main as generate_main
+from hrm_lm.interop.export import hrm_text_config
 from hrm_lm.interop.export import main as export
 from hrm_lm.interop.hrm_text import to_hrm_text
 from hrm_lm.interop.import_ import main as import_
@@ -149,6 +151,21 @@ def test_greedy_generation_is_theirs_token_for_token(tmp_path, export_to, shape)
     theirs = hf_tokenizer.batch_decode(output, skip_special_tokens=True)
     assert generate(model, tokenizer, prompts) == theirs
     assert len({len(text) for text in theirs} | set(theirs)) > 1, "answers that tell"
+
+
+def test_the_presets_have_the_published_shapes():
+    """XL's numbers are those of the released config.json; the vocabulary is its tokenizer's."""
+    published = {"b": (1024, 2816, 6, 8), "l": (1280, 3584, 12, 10), "xl": (1536, 4096, 16, 12)}
+    for size, (hidden, intermediate, layers, heads) in published.items():
+        config = load_config(ROOT / "configs" / f"hrm_text_{size}.yaml")
+        theirs = hrm_text_config(config.model, TOKENIZER)
+        assert (theirs.hidden_size, theirs.intermediate_size, theirs.num_layers_per_stack) == (hidden, intermediate, layers)
+        assert (theirs.num_attention_heads, theirs.head_dim) == (heads, 128)
+        assert (theirs.H_cycles, theirs.L_cycles, theirs.L_bp_cycles) == (2, 3, [0, 3])
+        assert theirs.max_position_embeddings == 4096
+        window = lambda step: backprop_window(config.model.hrm, step)  # noqa: E731
+        fifth = config.train.steps // 5
+        assert (window(0), window(fifth // 2), window(fifth - 1), window(fifth)) == (2, 3, 4, 5)
 
 
 # --- folders -----------------------------------------------------------------------------------------------------

@@ -55,6 +55,14 @@ def test_accumulation_steps_change_nothing_but_rounding(tmp_path, architecture):
     assert_same_weights(one.last_weights(), four.last_weights(), atol=1e-5, rtol=1e-4)
 
 
+def test_compiling_changes_nothing_but_rounding(tmp_path):
+    options = {"train__steps": 4, "model__architecture": "prefix_lm", "model__hrm__backprop_steps": 4}
+    plain = train_locally(small_config(**options), tmp_path / "plain")
+    compiled = train_locally(small_config(**options, train__compile=True), tmp_path / "compiled")
+    assert compiled.reports[0]["val_loss"] == pytest.approx(plain.reports[0]["val_loss"], rel=1e-4)
+    assert load_model(max((tmp_path / "compiled").glob("step_*")))[0].state_dict().keys() == plain.last_weights().keys()
+
+
 def test_grad_clip_bounds_the_update_and_the_norm_is_reported_unclipped():
     config = small_config(train__grad_clip=1e-6, optim__eps=1.0, optim__weight_decay=0.0, optim__schedule="constant")
     splits = load_dataset(config.data, config.model, 0)

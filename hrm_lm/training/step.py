@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hrm_lm.config import Config, HRMConfig, OptimConfig, TrainConfig
 from hrm_lm.data.collate import IGNORE, Batch
 from hrm_lm.models.build import LanguageModel, build_model
-from hrm_lm.models.layers import ScaledEmbedding
+from hrm_lm.models.layers import Block, ScaledEmbedding
 from hrm_lm.training.optim import AdamAtan2, WeightAverage
 
 
@@ -78,6 +78,11 @@ def build_state(
     device = device or torch.device("cpu")
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, vocab_size).to(device)
+    if config.train.compile:
+        # Block by block: they are alike, so one compilation serves all of them in every cycle.
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
     parallel = model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(
