@@ -27,13 +27,13 @@ class HRMConfig(Section):
     """The H/L recurrence (`hrm_lm.models.hrm.HRMCore`)."""
 
     h_cycles: Count = 2
-    """Slow cycles; 0 builds no core at all: a plain encoder-decoder."""
+    """Slow cycles; 0 builds no core at all: a plain encoder-decoder, or a plain stack of h_layers + l_layers."""
     l_cycles: Positive = 2
     """Fast applications within each slow cycle."""
     h_layers: Positive = 1
     l_layers: Positive = 1
     backprop_steps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
-    """How many of the last applications of a stack carry gradient."""
+    """How many applications of a stack carry gradient: the last ones of H first, and at least the last one of L."""
     backprop_warmup_steps: Count = 0
     """Optimisation steps over which the window grows from 2 to `backprop_steps`."""
     deep_supervision: Annotated[float, Field(ge=0)] = 0.0
@@ -41,6 +41,8 @@ class HRMConfig(Section):
 
 
 class BridgeConfig(Section):
+    """From the core to the decoder (`encoder_decoder` only)."""
+
     type: Literal["cross_attention", "prefix"] = "cross_attention"
     prefix_len: Positive = 8
     """Vectors that the core's states are pooled into (`prefix` only)."""
@@ -49,12 +51,16 @@ class BridgeConfig(Section):
 
 
 class ModelConfig(Section):
+    architecture: Literal["encoder_decoder", "prefix_lm"] = "encoder_decoder"
+    """`hrm_lm.models.hybrid`, or the published HRM-Text model, `hrm_lm.models.prefix_lm`."""
     d_model: Positive = 64
     n_heads: Positive = 4
     encoder_layers: Count = 1
+    """Before the core (`encoder_decoder` only)."""
     decoder_layers: Positive = 1
+    """`encoder_decoder` only."""
     expansion: Annotated[float, Field(gt=0)] = 4.0
-    """SwiGLU: the hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32."""
+    """SwiGLU: the hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32 (`prefix_lm`: 256)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_prompt_len: Positive = 512
     max_response_len: Positive = 128
@@ -74,9 +80,12 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "adam_atan2"] = "adamw"
+    """`adam_atan2`: the published HRM-Text recipe's (`hrm_lm.training.optim`)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """`adamw` only: the other has none."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Not applied to norms, gates and embeddings."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -93,14 +102,27 @@ class TrainConfig(Section):
     grad_clip: float = 0.0
     """Largest global L2 norm of the gradient; off when <= 0."""
     mixed_precision: Literal["none", "bf16", "fp16"] = "none"
+    compile: bool = False
+    """Compile each transformer block (torch.compile): seconds at the start for speed, on GPUs above all."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint; 0: only at the end."""
     log_every: Positive = 10
     early_stopping_patience: Count = 0
     """Validations in a row without a better `val_loss` before the run ends; 0: never."""
+    sample_h_cycles: tuple[Positive, Positive] | None = None
+    """Least and most H-cycles: each step draws its count. Only such a model is right at other counts than one."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an average of the weights, which validation, generation and export then use; 0: none."""
     seed: Count = 0
     init_from: str | None = None
     """Checkpoint whose weights a new run starts from."""
+
+
+    @model_validator(mode="after")
+    def _cycles_ordered(self):
+        if self.sample_h_cycles and self.sample_h_cycles[0] > self.sample_h_cycles[1]:
+            raise ValueError(f"train.sample_h_cycles ({list(self.sample_h_cycles)}) must be [least, most]")
+        return self
 
 
 class SyntheticConfig(Section):
@@ -125,6 +147,8 @@ class DataConfig(Section):
     """`synthetic`, a .jsonl file, a folder with train.jsonl, or `module:function` of your own."""
     prompt_field: str = "prompt"
     response_field: str = "response"
+    tokenizer: str | None = None
+    """A checkpoint's tokenizer.json to read JSONL with; without one, a tokenizer of the characters that occur."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Held-out share where the dataset brings no validation split."""
     truncate: bool = False
@@ -154,6 +178,12 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _core_to_sample(self):
+        if self.train.sample_h_cycles and not self.model.hrm.h_cycles:
+            raise ValueError("train.sample_h_cycles: model.hrm.h_cycles is 0, so there is no HRM core to cycle")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self):

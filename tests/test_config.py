@@ -40,6 +40,8 @@ def test_a_config_survives_yaml(tmp_path):
         ("train.grad_accum_steps=5", "train.batch_size (64) must be divisible by ray.num_workers * train.grad_accum_steps (1 * 5)"),
         ("train.mixed_precision=fp8", "train.mixed_precision: should be 'none', 'bf16' or 'fp16' (got 'fp8')"),
         ("train.steps.x=5", "train.steps"),
+        ("train.sample_h_cycles=[4,1]", "train.sample_h_cycles ([4, 1]) must be [least, most]"),
+        ("train.sample_h_cycles=4", "train.sample_h_cycles: should be a valid tuple (got 4)"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_path(assignment, message):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import LocalSession, small_config, train_locally
 from hrm_lm.config import HRMConfig, OptimConfig
@@ -14,7 +15,19 @@ from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
-from hrm_lm.training.step import Stats, backprop_window, build_state, evaluate, learning_rate, train_step
+from hrm_lm.training.optim import AdamAtan2
+from hrm_lm.training.step import (
+    Stats,
+    backprop_window,
+    build_state,
+    evaluate,
+    learning_rate,
+    sampled_h_cycles,
+    train_step,
+)
+
+
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
 
 
 def losses(session):
@@ -33,11 +46,21 @@ def assert_same_weights(a, b, **tolerance):
 # --- the step ----------------------------------------------------------------------------------------------------
 
 
-def test_accumulation_steps_change_nothing_but_rounding(tmp_path):
-    one = train_locally(small_config(train__val_every=1), tmp_path / "one")
-    four = train_locally(small_config(train__val_every=1, train__grad_accum_steps=4), tmp_path / "four")
+@ARCHITECTURES
+def test_accumulation_steps_change_nothing_but_rounding(tmp_path, architecture):
+    options = {"train__val_every": 1, "model__architecture": architecture}
+    one = train_locally(small_config(**options), tmp_path / "one")
+    four = train_locally(small_config(**options, train__grad_accum_steps=4), tmp_path / "four")
     assert losses(one) == pytest.approx(losses(four), rel=1e-5)
     assert_same_weights(one.last_weights(), four.last_weights(), atol=1e-5, rtol=1e-4)
+
+
+def test_compiling_changes_nothing_but_rounding(tmp_path):
+    options = {"train__steps": 4, "model__architecture": "prefix_lm", "model__hrm__backprop_steps": 4}
+    plain = train_locally(small_config(**options), tmp_path / "plain")
+    compiled = train_locally(small_config(**options, train__compile=True), tmp_path / "compiled")
+    assert compiled.reports[0]["val_loss"] == pytest.approx(plain.reports[0]["val_loss"], rel=1e-4)
+    assert load_model(max((tmp_path / "compiled").glob("step_*")))[0].state_dict().keys() == plain.last_weights().keys()
 
 
 def test_grad_clip_bounds_the_update_and_the_norm_is_reported_unclipped():
@@ -78,8 +101,83 @@ def test_the_gradient_window_warms_up_from_two():
     assert backprop_window(HRMConfig(h_cycles=2, l_cycles=2, backprop_steps=6), 0) is None
 
 
-def test_val_exact_match_is_that_of_greedy_generation(tmp_path):
-    train_locally(small_config(train__steps=150, train__batch_size=32, optim__lr=0.01), tmp_path)
+@ARCHITECTURES
+def test_every_step_draws_its_h_cycles_anew_and_runs_that_many(architecture):
+    options = {"train__steps": 20, "model__hrm__backprop_steps": 5, "model__architecture": architecture}
+    config = small_config(**options, train__sample_h_cycles=[1, 4])
+    splits = load_dataset(config.data, config.model, 0)
+    state, cycles = build_state(config, splits.tokenizer.vocab_size), []
+    state.model.core.h_stack.register_forward_hook(lambda *_: cycles.append(state.step))
+    stats = Stats(state)
+    for batches in train_batches(splits, config.train, 0, 0, 1):
+        train_step(state, batches, stats)
+    drawn = [sampled_h_cycles(config.train, step) for step in range(config.train.steps)]
+    assert [cycles.count(step) for step in range(config.train.steps)] == drawn and set(drawn) == {1, 2, 3, 4}
+    other_seed = config.train.model_copy(update={"seed": 1})
+    assert [sampled_h_cycles(other_seed, step) for step in range(config.train.steps)] != drawn
+    assert sampled_h_cycles(small_config().train, 0) is None
+
+
+def adam_atan2_weights(scale, weight_decay=0.1, steps=5):
+    generator, p = torch.Generator().manual_seed(0), torch.nn.Parameter(torch.linspace(-1, 1, 8))
+    optimizer = AdamAtan2([p], lr=0.1, betas=(0.9, 0.95), weight_decay=weight_decay)
+    gradients = [torch.randn(8, generator=generator) for _ in range(steps)]
+    for gradient in gradients:
+        p.grad = gradient * scale
+        optimizer.step()
+    return p.detach(), gradients
+
+
+def test_adam_atan2_takes_the_steps_of_its_formula():
+    p, m, v = torch.linspace(-1, 1, 8), torch.zeros(8), torch.zeros(8)
+    result, gradients = adam_atan2_weights(scale=1.0)
+    for t, g in enumerate(gradients, start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        p = p * (1 - 0.1 * 0.1) - 0.1 / (1 - 0.9**t) * torch.atan2(m, (v / (1 - 0.95**t)).sqrt())
+    torch.testing.assert_close(result, p)
+
+
+def test_adam_atan2_does_not_see_the_scale_of_the_gradient():
+    torch.testing.assert_close(adam_atan2_weights(scale=1.0)[0], adam_atan2_weights(scale=2.0**-40)[0])
+    assert adam_atan2_weights(scale=0.0)[0].isfinite().all()
+
+
+@ARCHITECTURES
+def test_the_average_of_the_weights_is_what_validates_and_generates(tmp_path, architecture):
+    config = small_config(train__ema_decay=0.5, train__val_every=1, optim__lr=0.05, model__architecture=architecture)
+    session = train_locally(config, tmp_path)
+    folders, average = sorted(tmp_path.glob("step_*")), None
+    names = build_state(config, 20).average.tensors
+    for folder in folders[:3]:
+        raw, saved = load_file(folder / "model.safetensors"), load_file(folder / "average.safetensors")
+        assert saved.keys() == names.keys()
+        if average:
+            assert_same_weights({n: (average[n] + raw[n]) / 2 for n in saved}, saved, atol=1e-6, rtol=1e-6)
+        average = saved
+    model, _, checkpoint = load_model(folders[-1])
+    splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
+    val_loss = evaluate(model, val_batches(splits, 8, 0, 1))["val_loss"]
+    assert val_loss == pytest.approx(session.reports[-1]["val_loss"], rel=1e-5)
+    model.load_state_dict(load_file(folders[-1] / "model.safetensors"))
+    assert evaluate(model, val_batches(splits, 8, 0, 1))["val_loss"] != pytest.approx(val_loss, rel=1e-3)
+
+    child = train_locally(small_config(train__init_from=str(folders[-1]), train__steps=1, optim__lr=1e-12,
+                                       model__architecture=architecture), tmp_path / "child")  # fmt: skip
+    assert child.reports[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
+
+
+def test_an_average_switched_on_in_mid_run_starts_there(tmp_path):
+    train_locally(small_config(), tmp_path)
+    config = small_config(train__steps=13, train__ema_decay=0.999, optim__lr=1e-12)
+    train_locally(config, tmp_path)
+    before, after = (load_file(tmp_path / name) for name in ("step_000012/model.safetensors", "step_000013/average.safetensors"))
+    assert_same_weights({name: before[name] for name in after}, after, atol=1e-6, rtol=0)
+
+
+@ARCHITECTURES
+def test_val_exact_match_is_that_of_greedy_generation(tmp_path, architecture):
+    options = {"train__steps": 150, "train__batch_size": 32, "optim__lr": 0.01, "model__architecture": architecture}
+    train_locally(small_config(**options), tmp_path)
     model, tokenizer, checkpoint = load_model(max(tmp_path.glob("step_*")))
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
     splits = splits._replace(val=splits.train + splits.val)  # it has learned the former
@@ -101,7 +199,16 @@ def test_validation_does_not_depend_on_how_it_is_cut_into_batches():
 # --- the life of a run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [{}, {"train__grad_accum_steps": 2, "model__dropout": 0.1, "train__mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"train__grad_accum_steps": 2, "model__dropout": 0.1, "train__mixed_precision": "bf16"},
+        {"model__architecture": "prefix_lm", "model__dropout": 0.1, "model__hrm__backprop_steps": 4},
+        {"optim__name": "adam_atan2", "train__ema_decay": 0.9, "train__sample_h_cycles": [1, 3]},
+    ],
+    ids=["plain", "bf16", "prefix_lm", "recipe"],
+)
 @pytest.mark.parametrize("stop_at", [4, 9])  # 64 samples of 8: an epoch ends at step 8
 def test_a_resumed_run_has_the_weights_of_one_never_stopped_bit_for_bit(tmp_path, stop_at, extra):
     config = small_config(train__val_every=1, **extra)
@@ -109,7 +216,10 @@ def test_a_resumed_run_has_the_weights_of_one_never_stopped_bit_for_bit(tmp_path
     first = train_locally(config, tmp_path / "stopped", stop_at=stop_at)
     second = train_locally(config, tmp_path / "stopped")
     assert losses(first) + losses(second) == losses(straight)
+    assert [m["val_loss"] for m in first.reports + second.reports] == [m["val_loss"] for m in straight.reports]
     assert_same_weights(straight.last_weights(), second.last_weights())
+    for file in max((tmp_path / "straight").glob("step_*")).glob("*.safetensors"):
+        assert_same_weights(load_file(file), load_file(max((tmp_path / "stopped").glob("step_*")) / file.name))
 
 
 def test_a_run_that_is_complete_does_nothing_more(tmp_path):
@@ -178,11 +288,13 @@ def test_event_files_hold_the_curves(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    train_locally(small_config(train__steps=1), tmp_path)
+    train_locally(small_config(train__steps=1, train__ema_decay=0.5), tmp_path)
     return max(tmp_path.glob("step_*"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "config.yaml", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "average.safetensors", "trainer_state.json", "config.yaml", "tokenizer.json"]
+)
 def test_a_checkpoint_with_a_file_missing_or_torn_names_it(checkpoint, name):
     whole = (checkpoint / name).read_bytes()
     (checkpoint / name).write_bytes(whole[: len(whole) // 2] if name != "config.yaml" else b"model: [")

@@ -8,7 +8,7 @@ import numpy as np
 
 from hrm_lm.config import DataConfig
 from hrm_lm.data.registry import Splits, encode_split
-from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Record(NamedTuple):
 def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
     """A .jsonl file, or a folder with train.jsonl and optionally val.jsonl; else a seeded split by prompt.
 
-    The tokenizer is one of characters, built from all the text there is.
+    The tokenizer is the one `config.tokenizer` names, else one of characters, built from all the text there is.
     """
     path = Path(config.dataset)
     train_file = path / "train.jsonl" if path.is_dir() else path
@@ -34,7 +34,10 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
         train, val = split_by_prompt(train, config.val_fraction, seed)
         if not val or not train:
             raise UserError(f"{train_file}: too few different prompts to hold some out for validation")
-    tokenizer = SimpleTokenizer.from_texts(text for record in train + val for text in record[:2])
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        tokenizer = SimpleTokenizer.from_texts(text for record in train + val for text in record[:2])
     places = {"train": [record.place for record in train], "val": [record.place for record in val]}
     return Splits(
         encode_split((record[:2] for record in train), tokenizer),

@@ -1,8 +1,8 @@
-"""What a tokenizer must offer, and the one of this project: characters."""
+"""What a tokenizer must offer, this project's own (characters), and those of the `tokenizers` library."""
 
 import json
 from pathlib import Path
-from typing import Iterable, Protocol, Sequence
+from typing import Any, Iterable, Protocol, Sequence
 
 from hrm_lm.errors import UserError
 
@@ -62,12 +62,47 @@ class SimpleTokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
+class PretrainedTokenizer:
+    """One of the `tokenizers` library, which must be installed.
+
+    definition: what its `tokenizer.json` holds, which does not say which tokens pad, begin and end a text.
+    vocab_size: the model's; it may be larger than the tokenizer's, but not smaller.
+    """
+
+    def __init__(self, definition: dict[str, Any], pad_id: int, bos_id: int, eos_id: int, vocab_size: int):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError("this tokenizer needs the tokenizers library: pip install 'hrm-lm[interop]'") from None
+        self.definition = definition
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"the tokenizers library cannot read it: {error}") from None
+        if self.tokenizer.get_vocab_size() > vocab_size:
+            raise ValueError(f"it has {self.tokenizer.get_vocab_size()} tokens, the model {vocab_size}")
+        self.pad_id, self.bos_id, self.eos_id, self.vocab_size = pad_id, bos_id, eos_id, vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode([int(i) for i in ids])
+
+    def to_json(self) -> str:
+        fields = {name: getattr(self, name) for name in ("pad_id", "bos_id", "eos_id", "vocab_size", "definition")}
+        return json.dumps({"type": "tokenizers", **fields}, ensure_ascii=False)
+
+
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Raises ValueError where the text is not a tokenizer's."""
     fields = json.loads(text)
-    if not isinstance(fields, dict) or fields.get("type") != "characters":
-        raise ValueError("not a tokenizer of a known type")
-    return SimpleTokenizer(fields["characters"], fields["unknown"])
+    kind = fields.pop("type", None) if isinstance(fields, dict) else None
+    if kind == "characters":
+        return SimpleTokenizer(**fields)
+    if kind == "tokenizers":
+        return PretrainedTokenizer(**fields)
+    raise ValueError("not a tokenizer of a known type")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

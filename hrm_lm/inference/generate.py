@@ -13,14 +13,14 @@ from hrm_lm.cli import run_command
 from hrm_lm.data.collate import pad_batch
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.models.hybrid import HRMLanguageModel
+from hrm_lm.models.build import LanguageModel
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
 @torch.inference_mode()
 def generate(
-    model: HRMLanguageModel,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hrm_lm.config import BridgeConfig, ModelConfig
 from hrm_lm.data.collate import Batch
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Block, CrossAttention, KVCache, ScaledEmbedding, Stack, linear, rotary
+from hrm_lm.models.layers import Block, CrossAttention, KVCache, ScaledEmbedding, Stack, linear, rms_norm, rotary
 
 
 class Bridge(nn.Module):
@@ -70,7 +70,7 @@ class HRMLanguageModel(nn.Module):
         self.bridge = Bridge(config.bridge, C, config.n_heads)
         cross = config.bridge.type == "cross_attention"
         self.decoder = nn.ModuleList(Block(*sizes, cross=cross) for _ in range(config.decoder_layers))
-        self.norm = nn.RMSNorm(C, eps=1e-6)
+        self.norm = rms_norm(C)
         self.head = linear(C, vocab_size)
 
     def set_step(self, step: int) -> None:

@@ -4,6 +4,9 @@ Chosen: pre-norm with RMSNorm, rotary positions (no learned ones), SwiGLU, no bi
 `scaled_dot_product_attention`, fused qkv and gate-up projections. Weights are drawn from a truncated LeCun normal
 (variance 1 / fan_in).
 
+A block comes in two kinds: this project's, and with `hrm_text` the published one (arXiv 2605.20613), whose norms have
+no parameters, whose attention has a sigmoid gate on its output, and whose SwiGLU is rounded up to a multiple of 256.
+
 Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
 """
 
@@ -20,6 +23,10 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
     layer = nn.Linear(fan_in, fan_out, bias=False)
     lecun_normal_(layer.weight, fan_in)
     return layer
+
+
+def rms_norm(d_model: int, hrm_text: bool = False) -> nn.RMSNorm:
+    return nn.RMSNorm(d_model, eps=1e-6, elementwise_affine=not hrm_text)
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
@@ -45,7 +52,7 @@ def rotary(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Rotary:
 
     positions: (T,) or (B, T), integer. Returns two float32 tensors, (T, D) or (B, 1, T, D).
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    frequencies = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
@@ -80,10 +87,12 @@ class KVCache:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
+    """Multi-head attention; `gated`: each element of its output is scaled by a sigmoid of the input."""
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, gated: bool = False):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
-        self.qkv = linear(d_model, 3 * d_model)
+        self.qkv = linear(d_model, (4 if gated else 3) * d_model)  # the gate's rows come first
         self.out = linear(d_model, d_model)
 
     def forward(
@@ -91,7 +100,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """x: (B, T, C); mask: bool, broadcastable to (B, H, T, keys), True where a key may be seen."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        parts = self.qkv(x).view(B, T, -1, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
+        *gate, q, k, v = parts.unbind()  # each (B, H, T, D)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -99,6 +109,8 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
         )
+        if gate:
+            y = torch.sigmoid(gate[0]) * y
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -127,13 +139,17 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202): out(silu(gate(x)) * up(x))."""
+    """Gated feed-forward (arXiv 2002.05202): out(silu(gate(x)) * up(x)), hidden size a multiple of `multiple`."""
 
     def __init__(self, d_model: int, expansion: float, multiple: int = 32):
         super().__init__()
-        hidden = math.ceil(expansion * d_model * 2 / 3 / multiple) * multiple
+        hidden = self.hidden_size(d_model, expansion, multiple)
         self.gate_up = linear(d_model, 2 * hidden)
         self.out = linear(hidden, d_model)
+
+    @staticmethod
+    def hidden_size(d_model: int, expansion: float, multiple: int) -> int:
+        return math.ceil(round(expansion * d_model * 2 / 3) / multiple) * multiple
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -143,15 +159,23 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: self-attention, optionally gated cross-attention, feed-forward."""
 
-    def __init__(self, d_model: int, n_heads: int, expansion: float, dropout: float = 0.0, cross: bool = False):
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        expansion: float,
+        dropout: float = 0.0,
+        cross: bool = False,
+        hrm_text: bool = False,
+    ):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.attention = SelfAttention(d_model, n_heads, dropout)
+        self.attention_norm = rms_norm(d_model, hrm_text)
+        self.attention = SelfAttention(d_model, n_heads, dropout, gated=hrm_text)
         if cross:
-            self.cross_norm = nn.RMSNorm(d_model, eps=1e-6)
+            self.cross_norm = rms_norm(d_model, hrm_text)
             self.cross = CrossAttention(d_model, n_heads, dropout)
-        self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.mlp = SwiGLU(d_model, expansion)
+        self.mlp_norm = rms_norm(d_model, hrm_text)
+        self.mlp = SwiGLU(d_model, expansion, multiple=256 if hrm_text else 32)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -174,12 +198,25 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks and a closing norm, which keeps activations bounded however often the stack is applied."""
 
-    def __init__(self, n_layers: int, d_model: int, n_heads: int, expansion: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        n_layers: int,
+        d_model: int,
+        n_heads: int,
+        expansion: float,
+        dropout: float = 0.0,
+        hrm_text: bool = False,
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, expansion, dropout) for _ in range(n_layers))
-        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(d_model, n_heads, expansion, dropout, hrm_text=hrm_text) for _ in range(n_layers)
+        )
+        self.norm = rms_norm(d_model, hrm_text)
 
-    def forward(self, x: Tensor, rope: Rotary, mask: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, rope, mask)
+    def forward(
+        self, x: Tensor, rope: Rotary, mask: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """caches: one for each block."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache=caches[i] if caches else None)
         return self.norm(x)

@@ -1,7 +1,8 @@
 """A training state as a directory, and back. Nothing in it is unpickled: a stranger's checkpoint cannot run code.
 
     model.safetensors       weights
-    optimizer.safetensors   AdamW's moments, `exp_avg/<parameter name>`
+    average.safetensors     their moving average, where train.ema_decay is on; what generates
+    optimizer.safetensors   Adam's moments, `exp_avg/<parameter name>`
     config.yaml             the run's config
     tokenizer.json
     trainer_state.json      step, progress, scaler, format version; written last
@@ -19,7 +20,7 @@ from torch import Tensor
 from hrm_lm.config import Config, parse_config, read_yaml
 from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.models.hybrid import HRMLanguageModel
+from hrm_lm.models.build import LanguageModel, build_model
 from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1
@@ -30,6 +31,8 @@ class Progress:
     """What a run knows besides its weights."""
 
     step: int = 0
+    val_loss: float | None = None
+    val_exact_match: float | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
@@ -39,9 +42,9 @@ class Progress:
     tokens: int = 0
     num_train_samples: int = 0
 
-    def update(self, step: int, val_loss: float) -> None:
+    def update(self, step: int, val_loss: float, val_exact_match: float) -> None:
         """Counts a validation."""
-        self.step = step
+        self.step, self.val_loss, self.val_exact_match = step, val_loss, val_exact_match
         if self.best_val_loss is None or val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step, self.stale_validations = val_loss, step, 0
         else:
@@ -61,13 +64,27 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer: Tokenizer) -> None:
     """Writes `state` into the existing folder `path`."""
-    save_file(_cpu(state.model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
     names = {p: name for name, p in state.model.named_parameters()}
     moments = {f"{key}/{names[p]}": value for p, slots in state.optimizer.state.items() for key, value in slots.items()}
     save_file(_cpu(moments), path / "optimizer.safetensors", metadata={"format": "pt"})
-    (path / "config.yaml").write_text(state.config.to_yaml(), encoding="utf-8")
+    if state.average:
+        save_file(_cpu(state.average.tensors), path / "average.safetensors", metadata={"format": "pt"})
+    save_model(path, state.model, state.config, tokenizer, progress, state.scaler.state_dict())
+
+
+def save_model(
+    path: Path,
+    model: LanguageModel,
+    config: Config,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    scaler: dict | None = None,
+) -> None:
+    """Writes a checkpoint without optimizer state: enough to generate and for `train.init_from`."""
+    save_file(_cpu(model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    fields = {"format_version": FORMAT_VERSION, "scaler": state.scaler.state_dict(), **asdict(progress)}
+    fields = {"format_version": FORMAT_VERSION, "scaler": scaler or {}, **asdict(progress)}
     (path / "trainer_state.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 
@@ -92,24 +109,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, load_tokenizer(path / "tokenizer.json"), progress, scaler)
 
 
-def load_weights(path: Path, model: HRMLanguageModel) -> None:
-    """Fills `model` from a checkpoint's model.safetensors; raises UserError where the two do not fit."""
-    file = path / "model.safetensors"
-    weights, own = _read_tensors(file), model.state_dict()
-    for name in own.keys() | weights.keys():
-        if name not in weights or name not in own:
-            where = "is missing in it" if name not in weights else "is not in this model"
-            raise UserError(f"{file}: {name} {where}; the model's config differs from the checkpoint's")
-        if weights[name].shape != own[name].shape:
-            raise UserError(
-                f"{file}: {name} has shape {tuple(weights[name].shape)}, this model's has {tuple(own[name].shape)}"
-            )
-    model.load_state_dict(weights)
+def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
+    """Fills `model` for use, with averaged weights where there are any; raises UserError where the two do not fit."""
+    _fill(model.state_dict(), checkpoint.path / "model.safetensors")
+    if checkpoint.config.train.ema_decay:
+        _fill(dict(model.named_parameters()), checkpoint.path / "average.safetensors")
 
 
 def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Continues a run exactly: weights, optimizer, scaler and step."""
-    load_weights(checkpoint.path, state.model)
+    """Continues a run exactly: weights, their average, optimizer, scaler and step."""
+    _fill(state.model.state_dict(), checkpoint.path / "model.safetensors")
+    if state.average and checkpoint.config.train.ema_decay:
+        _fill(state.average.tensors, checkpoint.path / "average.safetensors")
+    elif state.average:  # switched on in mid-run
+        state.average.restart()
     file = checkpoint.path / "optimizer.safetensors"
     moments = _read_tensors(file)
     parameters = dict(state.model.named_parameters())
@@ -117,20 +130,36 @@ def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
         slot, _, name = key.partition("/")
         if name not in parameters:
             raise UserError(f"{file}: {name} is not in this model")
-        # AdamW counts its steps on the CPU unless it is fused.
-        device = state.device if slot != "step" or state.optimizer.defaults["fused"] else "cpu"
+        # Optimizers count their steps on the CPU unless they are fused.
+        device = state.device if slot != "step" or state.optimizer.defaults.get("fused") else "cpu"
         state.optimizer.state[parameters[name]][slot] = value.to(device)
     if checkpoint.scaler and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint.scaler)
     state.step = checkpoint.progress.step
 
 
-def load_model(path: str | Path, device: torch.device | None = None) -> tuple[HRMLanguageModel, Tokenizer, Checkpoint]:
-    """A checkpoint's model, ready for inference."""
+def load_model(path: str | Path, device: torch.device | None = None) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
+    """A checkpoint's model, ready for inference; with averaged weights where there is an average."""
     checkpoint = read_checkpoint(path)
-    model = HRMLanguageModel(checkpoint.config.model, checkpoint.tokenizer.vocab_size)
-    load_weights(checkpoint.path, model)
+    model = build_model(checkpoint.config.model, checkpoint.tokenizer.vocab_size)
+    load_weights(checkpoint, model)
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
+
+
+@torch.no_grad()
+def _fill(own: dict[str, Tensor], file: Path) -> None:
+    """Copies a file's tensors into `own`; raises UserError where names or shapes differ."""
+    saved = _read_tensors(file)
+    for name in own.keys() | saved.keys():
+        if name not in saved or name not in own:
+            where = "is missing in it" if name not in saved else "is not in this model"
+            raise UserError(f"{file}: {name} {where}; the model's config differs from the checkpoint's")
+        if saved[name].shape != own[name].shape:
+            raise UserError(
+                f"{file}: {name} has shape {tuple(saved[name].shape)}, this model's has {tuple(own[name].shape)}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from hrm_lm.config import Config, parse_config
@@ -64,10 +65,11 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 held_out = val_batches(splits, config.micro_batch_size, session.rank, session.world_size)
-                val = evaluate(state.model, prefetch(held_out, state.device), config.train.mixed_precision)
+                with state.average.applied() if state.average else nullcontext():
+                    val = evaluate(state.model, prefetch(held_out, state.device), config.train.mixed_precision)
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
-                progress.update(state.step, val["val_loss"])
+                progress.update(state.step, **val)
                 log.write(state.step, val)
                 save(state, progress, splits, session, metrics | val)
                 if patience and progress.stale_validations >= patience and not last:
@@ -98,9 +100,15 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
         from hrm_lm.training.storage import local_checkpoint
 
         with local_checkpoint(state.config.train.init_from) as folder:
-            if read_checkpoint(folder).tokenizer.to_json() != splits.tokenizer.to_json():
-                raise UserError(f"train.init_from: {state.config.train.init_from} has another tokenizer")
-            load_weights(folder, state.model)
+            checkpoint = read_checkpoint(folder)
+            if checkpoint.tokenizer.to_json() != splits.tokenizer.to_json():
+                raise UserError(
+                    f"train.init_from: {state.config.train.init_from} has another tokenizer than the dataset; "
+                    "data.tokenizer names the one to read JSONL with"
+                )
+            load_weights(checkpoint, state.model)
+            if state.average:
+                state.average.restart()
     return Progress(num_train_samples=len(splits.train))
 
 

@@ -9,15 +9,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrm_lm.config import Config, HRMConfig, OptimConfig
+from hrm_lm.config import Config, HRMConfig, OptimConfig, TrainConfig
 from hrm_lm.data.collate import IGNORE, Batch
-from hrm_lm.models.hybrid import HRMLanguageModel
-from hrm_lm.models.layers import ScaledEmbedding
+from hrm_lm.models.build import LanguageModel, build_model
+from hrm_lm.models.layers import Block, ScaledEmbedding
+from hrm_lm.training.optim import AdamAtan2, WeightAverage
 
 
 @dataclass
@@ -25,11 +27,12 @@ class TrainState:
     """All that an optimisation step reads and changes."""
 
     config: Config
-    model: HRMLanguageModel
+    model: LanguageModel
     parallel: nn.Module
     """`model`, or `model` in DistributedDataParallel."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None
     device: torch.device
     rank: int = 0
     world_size: int = 1
@@ -74,7 +77,12 @@ def build_state(
     """A new model and its optimizer: the same weights on every rank and device for the same seed."""
     device = device or torch.device("cpu")
     torch.manual_seed(config.train.seed)
-    model = HRMLanguageModel(config.model, vocab_size).to(device)
+    model = build_model(config.model, vocab_size).to(device)
+    if config.train.compile:
+        # Block by block: they are alike, so one compilation serves all of them in every cycle.
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
     parallel = model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(
@@ -85,21 +93,20 @@ def build_state(
         )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     optimizer = build_optimizer(model, config.optim, device)
-    return TrainState(config, model, parallel, optimizer, scaler, device, rank, world_size)
+    average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
+    return TrainState(config, model, parallel, optimizer, scaler, average, device, rank, world_size)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW without weight decay on embeddings, norms, gates and other vectors."""
+    """The optimizer that `config.name` says, without weight decay on embeddings, norms, gates and other vectors."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ScaledEmbedding)}
     decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=device.type == "cuda",
-    )
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.name == "adam_atan2":
+        return AdamAtan2(groups, lr=config.lr, betas=config.betas)
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
@@ -115,9 +122,18 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
 
 
-def backprop_window(config: HRMConfig, step: int) -> int | None:
+def sampled_h_cycles(config: TrainConfig, step: int) -> int | None:
+    """H-cycles of optimisation step `step`, the same on every worker; None for the model's own."""
+    if config.sample_h_cycles is None:
+        return None
+    least, most = config.sample_h_cycles
+    stream = 1  # apart from the draws of data order
+    return int(np.random.default_rng((config.seed, step, stream)).integers(least, most + 1))
+
+
+def backprop_window(config: HRMConfig, step: int, h_cycles: int | None = None) -> int | None:
     """Applications of a stack that carry gradient at optimisation step `step`; None for all."""
-    total = config.h_cycles * (config.l_cycles + 1)
+    total = (h_cycles or config.h_cycles) * (config.l_cycles + 1)
     window = total if config.backprop_steps == "all" else min(config.backprop_steps, total)
     if step < config.backprop_warmup_steps:
         window = min(window, 2 + (window - 2) * step // config.backprop_warmup_steps)
@@ -142,7 +158,8 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     if config.model.dropout:
         torch.manual_seed(hash((config.train.seed, step, state.rank)))
     state.model.set_step(step)
-    window = backprop_window(config.model.hrm, step)
+    h_cycles = sampled_h_cycles(config.train, step)
+    window = backprop_window(config.model.hrm, step, h_cycles)
 
     labelled = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
     mine = labelled.clone()
@@ -155,7 +172,7 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
         inner = i < len(micro_batches) - 1
         with state.parallel.no_sync() if inner and state.world_size > 1 else nullcontext():
             with autocast(state.device, config.train.mixed_precision):
-                *earlier, last = state.parallel(batch, backprop_steps=window)
+                *earlier, last = state.parallel(batch, h_cycles, backprop_steps=window)
             loss = token_loss(last, batch.labels)
             step_loss += loss.detach()
             if earlier:  # deep supervision
@@ -172,6 +189,8 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
+    if state.average:
+        state.average.update()
     state.step += 1
 
     tokens = torch.stack([batch.encoder_mask.sum() + batch.decoder_mask.sum() for batch in micro_batches]).sum()
@@ -186,7 +205,7 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
 
 @torch.no_grad()
 def evaluate(
-    model: HRMLanguageModel,
+    model: LanguageModel,
     batches: Iterable[list[Batch]],
     mixed_precision: str = "none",
     h_cycles: int | None = None,

@@ -1,0 +1,166 @@
+"""Checkpoint -> Transformers folder: `python -m hrm_lm.interop.export --checkpoint PATH --output DIR`.
+
+`AutoModelForCausalLM.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load it, with no remote code.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from hrm_lm.cli import run_command
+from hrm_lm.config import ModelConfig
+from hrm_lm.data.tokenizer import PretrainedTokenizer, SimpleTokenizer, Tokenizer
+from hrm_lm.errors import UserError
+from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
+from hrm_lm.models.hrm import gradient_window
+from hrm_lm.models.layers import SwiGLU
+from hrm_lm.training.checkpoint import Checkpoint, load_model
+from hrm_lm.training.step import backprop_window
+from hrm_lm.training.storage import local_checkpoint
+
+
+def export(checkpoint_path: Path, output: Path) -> None:
+    """Writes config, weights, tokenizer, generation config and model card into the new or empty folder `output`.
+
+    Raises UserError for a checkpoint whose model Transformers does not have.
+    """
+    transformers = require_transformers()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} is there already; give a new or empty folder")
+    model, tokenizer, checkpoint = load_model(checkpoint_path)
+    hf_model = transformers.HrmTextForCausalLM(hrm_text_config(checkpoint.config.model, tokenizer))
+    hf_model.load_state_dict(to_hrm_text(model.state_dict()))
+    hf_model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=model.config.max_response_len,
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    hf_model.save_pretrained(output)
+    hf_tokenizer(tokenizer).save_pretrained(output)
+    (output / "README.md").write_text(model_card(checkpoint, sum(p.numel() for p in model.parameters())), encoding="utf-8")
+
+
+def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
+    """The `HrmTextConfig`; raises UserError where there is none for this model."""
+    hrm = config.hrm
+    if config.architecture != "prefix_lm" or not hrm.h_cycles:
+        what = f"model.architecture {config.architecture} with model.hrm.h_cycles {hrm.h_cycles}"
+        raise UserError(f"{what} has no counterpart in Transformers: only prefix_lm with H-cycles can be exported")
+    if hrm.h_layers != hrm.l_layers:
+        raise UserError(f"model.hrm.h_layers ({hrm.h_layers}) and l_layers ({hrm.l_layers}) differ: Transformers has one number")
+    per_cycle = hrm.l_cycles + 1
+    window = gradient_window(hrm.h_cycles, hrm.l_cycles, backprop_window(hrm, step=hrm.backprop_warmup_steps))
+    return require_transformers().HrmTextConfig(
+        architectures=["HrmTextForCausalLM"],
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=SwiGLU.hidden_size(config.d_model, config.expansion, multiple=256),
+        num_hidden_layers=hrm.h_layers,
+        num_attention_heads=config.n_heads,
+        head_dim=config.d_model // config.n_heads,
+        H_cycles=hrm.h_cycles,
+        L_cycles=hrm.l_cycles,
+        # Theirs always lets gradient through H, and counts the applications of L that do in each H-cycle.
+        L_bp_cycles=[sum(window[start : start + hrm.l_cycles]) for start in range(0, len(window), per_cycle)],
+        max_position_embeddings=config.max_prompt_len + config.max_response_len,
+        rms_norm_eps=1e-6,
+        initializer_range=1 / math.sqrt(config.d_model),
+        embedding_scale=math.sqrt(config.d_model),
+        prefix_lm=True,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+
+
+def hf_tokenizer(tokenizer: Tokenizer):
+    """The tokenizer as Transformers' own. It pads on the left, as `generate` wants prompts."""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        inner = tokenizer.tokenizer
+    elif isinstance(tokenizer, SimpleTokenizer):
+        inner = character_tokenizer(tokenizer)
+    else:
+        raise UserError(f"a {type(tokenizer).__name__} has no counterpart in Transformers")
+    names = {f"{kind}_token": inner.id_to_token(getattr(tokenizer, f"{kind}_id")) for kind in ("pad", "bos", "eos")}
+    return require_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        **names,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def character_tokenizer(tokenizer: SimpleTokenizer):
+    """SimpleTokenizer as one of the `tokenizers` library: the same ids, and `<unk>` for an unknown character."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    special = {"<pad>": tokenizer.pad_id, "<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id, "<unk>": tokenizer.unk_id}
+    vocabulary = special | {character: tokenizer.encode(character)[0] for character in tokenizer.characters}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    # Type 1 marks the prompt, whose tokens see one another both ways; without it the model reads causally.
+    inner.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0", special_tokens=[])
+    inner.add_special_tokens(list(special))
+    return inner
+
+
+def model_card(checkpoint: Checkpoint, parameters: int) -> str:
+    progress = checkpoint.progress
+    results = {
+        "optimisation steps": f"{progress.step:,}",
+        "tokens seen": f"{progress.tokens:,}",
+        "validation loss": None if progress.val_loss is None else f"{progress.val_loss:.4f}",
+        "validation exact match": None if progress.val_exact_match is None else f"{progress.val_exact_match:.4f}",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in results.items() if value is not None)
+    # Where the run was kept is its owner's business.
+    config = checkpoint.config.model_copy(update={"ray": type(checkpoint.config.ray)()})
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [hrm, hrm_text, prefix-lm]
+---
+
+An HRM-Text model (arXiv 2605.20613) of {parameters:,} parameters, trained with `hrm_lm`.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer(["a prompt"], return_tensors="pt", padding=True, add_special_tokens=False)
+inputs["token_type_ids"] = inputs["attention_mask"]  # 1: the prompt's tokens see one another both ways
+output = model.generate(**inputs)
+print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+## Config of the run
+
+```yaml
+{config.to_yaml()}```
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hrm_lm.interop.export", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or URI")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to be made")
+    args = parser.parse_args(argv)
+    with local_checkpoint(args.checkpoint) as folder:
+        export(folder, Path(args.output))
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

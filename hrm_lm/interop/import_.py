@@ -1,0 +1,130 @@
+"""Transformers folder -> checkpoint: `python -m hrm_lm.interop.import_ --input DIR --output PATH`.
+
+The folder is one of `HrmTextForCausalLM`, such as the 1 B release downloaded. The checkpoint generates as it is, and
+continues to train: `--config PATH/config.yaml --init_from PATH --set data.tokenizer=PATH/tokenizer.json`.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+from hrm_lm.cli import run_command
+from hrm_lm.config import Config, parse_config
+from hrm_lm.data.tokenizer import PretrainedTokenizer
+from hrm_lm.errors import UserError
+from hrm_lm.interop.hrm_text import from_hrm_text, require_transformers
+from hrm_lm.models.build import build_model
+from hrm_lm.training.checkpoint import Progress, save_model
+
+
+def import_(source: Path, output: Path) -> None:
+    """Writes the checkpoint folder `output`, float32. Raises UserError where the folder holds another kind of model."""
+    transformers = require_transformers()
+    if output.exists():
+        raise UserError(f"--output: {output} is there already; give another path")
+    model_type = read_json(source / "config.json").get("model_type")
+    if model_type != "hrm_text":
+        raise UserError(f"{source / 'config.json'}: model_type is {model_type!r}, not 'hrm_text'")
+    hf_config = transformers.HrmTextConfig.from_pretrained(source)
+    config, tokenizer = config_of(hf_config, source), read_tokenizer(source, hf_config)
+    try:
+        # Not pickles, and not code that the folder may bring along.
+        hf_model = transformers.HrmTextForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    model = build_model(config.model, tokenizer.vocab_size)
+    model.load_state_dict(
+        from_hrm_text(hf_model.state_dict(), config.model.hrm.h_layers, hf_config.embedding_scale), strict=True
+    )
+    output.mkdir(parents=True)
+    save_model(output, model, config, tokenizer, Progress())
+
+
+def config_of(hf_config, source: Path) -> Config:
+    """A config whose model is theirs; raises UserError for what this project's model does not have."""
+    rope = hf_config.rope_parameters
+    needed = {
+        "prefix_lm": (hf_config.prefix_lm, True),
+        "hidden_act": (hf_config.hidden_act, "silu"),
+        "rms_norm_eps": (hf_config.rms_norm_eps, 1e-6),
+        "attention_bias": (hf_config.attention_bias, False),
+        "mlp_bias": (hf_config.mlp_bias, False),
+        "tie_word_embeddings": (hf_config.tie_word_embeddings, False),
+        "rope_type": (rope["rope_type"], "default"),
+        "rope_theta": (float(rope["rope_theta"]), 10_000.0),
+        "head_dim": (hf_config.head_dim, hf_config.hidden_size // hf_config.num_attention_heads),
+        "intermediate_size": (hf_config.intermediate_size, math.ceil(hf_config.intermediate_size / 256) * 256),
+    }
+    for name, (value, supported) in needed.items():
+        if value != supported:
+            raise UserError(f"{source / 'config.json'}: {name} is {value!r}; this project's model has only {supported!r}")
+    H, L = hf_config.H_cycles, hf_config.L_cycles
+    padded = [1] * (H - len(hf_config.L_bp_cycles)) + list(hf_config.L_bp_cycles)
+    window = H + sum(padded[:H])
+    prompt_len = hf_config.max_position_embeddings // 2
+    return parse_config(
+        {
+            "model": {
+                "architecture": "prefix_lm",
+                "d_model": hf_config.hidden_size,
+                "n_heads": hf_config.num_attention_heads,
+                "expansion": hf_config.intermediate_size * 1.5 / hf_config.hidden_size,
+                "max_prompt_len": prompt_len,
+                "max_response_len": hf_config.max_position_embeddings - prompt_len,
+                "hrm": {
+                    "h_cycles": H,
+                    "l_cycles": L,
+                    "h_layers": hf_config.num_layers_per_stack,
+                    "l_layers": hf_config.num_layers_per_stack,
+                    "backprop_steps": "all" if window >= H * (L + 1) else max(window, 2),
+                },
+            }
+        },
+        source=str(source / "config.json"),
+    )
+
+
+def read_tokenizer(source: Path, hf_config) -> PretrainedTokenizer:
+    """tokenizer.json, with the special tokens that the model's config names, else those of the tokenizer's config."""
+    definition = read_json(source / "tokenizer.json")
+    names = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
+    added = {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
+    ids = {}
+    for kind in ("eos", "bos", "pad"):
+        given = getattr(hf_config, f"{kind}_token_id")
+        token = names.get(f"{kind}_token")
+        given = added.get(token["content"] if isinstance(token, dict) else token) if given is None else given
+        ids[kind] = given[0] if isinstance(given, list) else given
+    if ids["eos"] is None:
+        raise UserError(f"{source / 'config.json'}: no eos_token_id, so a response has no end")
+    # A prefix LM starts no response with BOS, and padding is masked: any token will do for these.
+    others = {kind: ids["eos"] if ids[kind] is None else ids[kind] for kind in ("pad", "bos")}
+    return PretrainedTokenizer(definition, others["pad"], others["bos"], ids["eos"], hf_config.vocab_size)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hrm_lm.interop.import_", description=__doc__)
+    parser.add_argument("--input", required=True, metavar="DIR", help="folder that Transformers' save_pretrained wrote")
+    parser.add_argument("--output", required=True, metavar="PATH", help="checkpoint folder to be made")
+    args = parser.parse_args(argv)
+    import_(Path(args.input), Path(args.output))
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,249 @@
+"""Transformers' HRM-Text and ours are one model: logits, gradients, generation, folders there and back."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import ROOT, small_config, train_locally
+from hrm_lm.config import load_config
+from hrm_lm.data.collate import pad_batch
+from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
+from hrm_lm.errors import UserError
+from hrm_lm.inference.generate import generate
+from hrm_lm.inference.generate import main as generate_main
+from hrm_lm.interop.export import hrm_text_config
+from hrm_lm.interop.export import main as export
+from hrm_lm.interop.hrm_text import to_hrm_text
+from hrm_lm.interop.import_ import main as import_
+from hrm_lm.models.build import build_model
+from hrm_lm.models.prefix_lm import compact
+from hrm_lm.training.checkpoint import Progress, load_model, save_model
+from hrm_lm.training.step import backprop_window, token_loss
+
+transformers = pytest.importorskip("transformers")
+TOKENIZER = SimpleTokenizer("What is+?0123456789\n")
+SHAPES = {
+    "two_cycles": dict(d_model=32, n_heads=4, h_cycles=2, l_cycles=3, layers=1, backprop_steps=5),
+    "one_h_cycle": dict(d_model=48, n_heads=2, h_cycles=1, l_cycles=2, layers=2, backprop_steps="all"),
+    "three_h_cycles": dict(d_model=64, n_heads=8, h_cycles=3, l_cycles=1, layers=1, backprop_steps=4),
+    "one_l_step": dict(d_model=32, n_heads=2, h_cycles=2, l_cycles=2, layers=2, backprop_steps=3),
+}
+EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def random_checkpoint(folder, d_model, n_heads, h_cycles, l_cycles, layers, backprop_steps, **overrides):
+    config = small_config(
+        model__architecture="prefix_lm", model__d_model=d_model, model__n_heads=n_heads, model__hrm__h_cycles=h_cycles,
+        model__hrm__l_cycles=l_cycles, model__hrm__h_layers=layers, model__hrm__l_layers=layers,
+        model__hrm__backprop_steps=backprop_steps, model__max_response_len=20, **overrides,
+    )  # fmt: skip
+    torch.manual_seed(d_model)
+    folder.mkdir()
+    save_model(folder, build_model(config.model, TOKENIZER.vocab_size), config, TOKENIZER, Progress(val_loss=1.5))
+    return folder
+
+
+def random_batch():
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda n: torch.randint(4, TOKENIZER.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+    return pad_batch([(draw(s), draw(t), draw(t)) for s, t in [(3, 6), (40, 2), (9, 1), (1, 17)]], 0)
+
+
+def their_logits(hf_model, batch):
+    """Transformers' logits, brought to where `batch.labels` are."""
+    ids, mask = compact(
+        torch.cat([batch.encoder_ids, batch.decoder_input_ids[:, 1:]], 1),
+        torch.cat([batch.encoder_mask, batch.decoder_mask[:, 1:]], 1),
+    )
+    lengths = batch.encoder_mask.sum(1, keepdim=True)
+    prompt = (torch.arange(ids.shape[1]) < lengths).long()
+    logits = hf_model(input_ids=ids, attention_mask=mask, token_type_ids=prompt).logits
+    return torch.stack([row[n - 1 : n - 1 + batch.labels.shape[1]] for row, n in zip(logits, lengths)])
+
+
+def assert_same_logits(ours, theirs, batch):
+    labelled = batch.labels != -100
+    torch.testing.assert_close(ours[labelled], theirs[labelled], atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def export_to(tmp_path, command):
+    def run(checkpoint):
+        code, out, err = command(export, "--checkpoint", checkpoint, "--output", tmp_path / "hf")
+        assert code == 0, err
+        return tmp_path / "hf"
+
+    return run
+
+
+# --- the same function -------------------------------------------------------------------------------------------
+
+
+@EVERY_SHAPE
+def test_an_exported_model_gives_the_same_logits_in_transformers(tmp_path, export_to, shape):
+    model, _, _ = load_model(random_checkpoint(tmp_path / "ours", **shape))
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(export_to(tmp_path / "ours"))
+    batch = random_batch()
+    with torch.no_grad():
+        assert_same_logits(model(batch)[-1], their_logits(hf_model, batch), batch)
+
+
+@EVERY_SHAPE
+def test_an_imported_model_gives_the_same_logits_here(tmp_path, command, export_to, shape):
+    """From a folder with another embedding scale, more rows than tokens, and random weights of Transformers' own."""
+    tokenizer_folder = export_to(random_checkpoint(tmp_path / "ours", **shape))
+    torch.manual_seed(1)
+    hf_model = transformers.HrmTextForCausalLM(
+        transformers.HrmTextConfig(
+            vocab_size=TOKENIZER.vocab_size + 7, hidden_size=shape["d_model"], intermediate_size=512,
+            num_hidden_layers=shape["layers"], num_attention_heads=shape["n_heads"], H_cycles=shape["h_cycles"],
+            head_dim=shape["d_model"] // shape["n_heads"], L_cycles=shape["l_cycles"], initializer_range=0.1,
+            embedding_scale=3.0, pad_token_id=0, bos_token_id=1, eos_token_id=[2, 3], max_position_embeddings=90,
+        )
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(hf_model.model.z_L_init)
+    hf_model.save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "theirs" / name).write_bytes((tokenizer_folder / name).read_bytes())
+    code, _, err = command(import_, "--input", tmp_path / "theirs", "--output", tmp_path / "back")
+    assert code == 0, err
+    model, tokenizer, checkpoint = load_model(tmp_path / "back")
+    batch = random_batch()
+    with torch.no_grad():
+        assert_same_logits(model(batch)[-1], their_logits(hf_model, batch), batch)
+    assert tokenizer.encode("What is 1 + 2?") == TOKENIZER.encode("What is 1 + 2?")
+    assert tokenizer.decode([2, *TOKENIZER.encode("a 7\n"), 0]) == "a 7\n"
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert checkpoint.config.model.max_prompt_len + checkpoint.config.model.max_response_len == 90
+
+
+@EVERY_SHAPE
+def test_gradients_agree_where_the_windows_do(tmp_path, export_to, shape):
+    model, _, checkpoint = load_model(random_checkpoint(tmp_path / "ours", **shape))
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(export_to(tmp_path / "ours"))
+    batch = random_batch()
+    window = backprop_window(checkpoint.config.model.hrm, step=0)
+    token_loss(model.train()(batch, backprop_steps=window)[-1], batch.labels).backward()
+    token_loss(their_logits(hf_model.train(), batch), batch.labels).backward()
+    ours = to_hrm_text({name: p.grad for name, p in model.named_parameters()})
+    theirs = {name: p.grad for name, p in hf_model.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert theirs[name].norm() > 0
+        assert (ours[name] - theirs[name]).norm() < 1e-4 * theirs[name].norm(), name
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+@EVERY_SHAPE
+def test_greedy_generation_is_theirs_token_for_token(tmp_path, export_to, shape):
+    model, tokenizer, _ = load_model(random_checkpoint(tmp_path / "ours", **shape))
+    folder = export_to(tmp_path / "ours")
+    hf_model, hf_tokenizer = (
+        kind.from_pretrained(folder) for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    prompts = ["What is 1 + 2?", "7", "123 + 456 is\nWhat 0123456789"]
+    inputs = hf_tokenizer(prompts, return_tensors="pt", padding=True)
+    assert inputs["token_type_ids"].equal(inputs["attention_mask"]) and not inputs["attention_mask"].all()
+    output = hf_model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    theirs = hf_tokenizer.batch_decode(output, skip_special_tokens=True)
+    assert generate(model, tokenizer, prompts) == theirs
+    assert len({len(text) for text in theirs} | set(theirs)) > 1, "answers that tell"
+
+
+def test_the_presets_have_the_published_shapes():
+    """XL's numbers are those of the released config.json; the vocabulary is its tokenizer's."""
+    published = {"b": (1024, 2816, 6, 8), "l": (1280, 3584, 12, 10), "xl": (1536, 4096, 16, 12)}
+    for size, (hidden, intermediate, layers, heads) in published.items():
+        config = load_config(ROOT / "configs" / f"hrm_text_{size}.yaml")
+        theirs = hrm_text_config(config.model, TOKENIZER)
+        assert (theirs.hidden_size, theirs.intermediate_size, theirs.num_layers_per_stack) == (hidden, intermediate, layers)
+        assert (theirs.num_attention_heads, theirs.head_dim) == (heads, 128)
+        assert (theirs.H_cycles, theirs.L_cycles, theirs.L_bp_cycles) == (2, 3, [0, 3])
+        assert theirs.max_position_embeddings == 4096
+        window = lambda step: backprop_window(config.model.hrm, step)  # noqa: E731
+        fifth = config.train.steps // 5
+        assert (window(0), window(fifth // 2), window(fifth - 1), window(fifth)) == (2, 3, 4, 5)
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_checkpoint_survives_the_way_there_and_back_and_trains_on(tmp_path, command, export_to):
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{a}+{b}", "response": str(a + b)}) + "\n" for a in range(9) for b in range(9))
+    )
+    options = dict(model__architecture="prefix_lm", data__dataset=str(tmp_path / "sums.jsonl"), train__steps=80)
+    train_locally(small_config(**options, optim__lr=0.01), tmp_path / "run")
+    first = max((tmp_path / "run").glob("step_*"))
+    folder = export_to(first)
+    card = (folder / "README.md").read_text()
+    assert "validation exact match" in card and "architecture: prefix_lm" in card
+    assert command(import_, "--input", folder, "--output", tmp_path / "back")[0] == 0
+    ask = lambda path: command(generate_main, "--checkpoint", path, "--prompt", "3+4", "--prompt", "8+8")[1]  # noqa: E731
+    assert ask(tmp_path / "back") == ask(first) and ask(first).strip()
+
+    again = small_config(**options, train__init_from=str(tmp_path / "back"), model__max_response_len=64,
+                         data__tokenizer=str(tmp_path / "back" / "tokenizer.json"))  # fmt: skip
+    session = train_locally(again, tmp_path / "again")
+    assert session.reports[-1]["step"] == 80
+    with pytest.raises(UserError, match="another tokenizer than the dataset; data.tokenizer names"):
+        train_locally(small_config(**options, train__init_from=str(tmp_path / "back")), tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(model__architecture="encoder_decoder"), "only prefix_lm with H-cycles can be exported"),
+        (dict(h_cycles=0), "only prefix_lm with H-cycles can be exported"),
+        (dict(model__hrm__h_layers=2), r"h_layers (2) and l_layers (1) differ"),
+    ],
+)
+def test_what_transformers_does_not_have_is_refused_in_a_line(tmp_path, command, overrides, message):
+    fields = SHAPES["two_cycles"] | overrides
+    shape = {key: fields.pop(key) for key in SHAPES["two_cycles"]}
+    config = dict(model__architecture="prefix_lm", model__d_model=32, model__n_heads=4, model__hrm__h_cycles=shape["h_cycles"])
+    config = small_config(**config | fields)
+    (tmp_path / "ours").mkdir()
+    save_model(tmp_path / "ours", build_model(config.model, TOKENIZER.vocab_size), config, TOKENIZER, Progress())
+    code, out, err = command(export, "--checkpoint", tmp_path / "ours", "--output", tmp_path / "hf")
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', not 'hrm_text'"),
+        ({"prefix_lm": False}, "prefix_lm is False; this project's model has only True"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta is 500000.0"),
+        ({"eos_token_id": None}, None),
+    ],
+)
+def test_a_folder_of_another_model_is_refused_in_a_line(tmp_path, command, export_to, change, message):
+    folder = export_to(random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    code, out, err = command(import_, "--input", folder, "--output", tmp_path / "back")
+    if message is None:  # the tokenizer's own config says it too
+        assert code == 0 and load_model(tmp_path / "back")[1].eos_id == TOKENIZER.eos_id
+        return
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and not (tmp_path / "back").exists()
+
+
+def test_without_transformers_the_message_says_what_to_install(tmp_path, command, monkeypatch):
+    import sys
+
+    folder = random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = command(export, "--checkpoint", folder, "--output", tmp_path / "hf")
+    assert code == 2 and "pip install 'hrm-lm[interop]'" in err
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, export_to):
+    definition = json.loads((export_to(random_checkpoint(tmp_path / "o", **SHAPES["two_cycles"])) / "tokenizer.json").read_text())
+    fields = dict(type="tokenizers", definition=definition, pad_id=0, bos_id=1, eos_id=2, vocab_size=5)
+    (tmp_path / "t.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="t.json: not a tokenizer: it has 24 tokens, the model 5"):
+        load_tokenizer(tmp_path / "t.json")
