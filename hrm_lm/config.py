@@ -122,7 +122,7 @@ class SyntheticConfig(Section):
 
 class DataConfig(Section):
     dataset: str | None = None
-    """`synthetic`, a .jsonl file, a folder with train.jsonl, or `module:function` of your own."""
+    """`synthetic`, a .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`."""
     prompt_field: str = "prompt"
     response_field: str = "response"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05

@@ -8,7 +8,7 @@ from conftest import small_config
 from hrm_lm.config import DataConfig, ModelConfig, SyntheticConfig
 from hrm_lm.data.collate import IGNORE, pad_batch
 from hrm_lm.data.registry import Splits, encode_split, load_dataset
-from hrm_lm.data.sampler import global_batch, worker_share
+from hrm_lm.data.sampler import global_batch, permuted, stream, worker_share
 from hrm_lm.data.synthetic import build_synthetic_dataset
 from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
@@ -52,6 +52,18 @@ def test_a_batch_depends_on_seed_and_number_alone():
     late = global_batch(10, 4, seed=3, k=7)
     [global_batch(10, 4, seed=3, k=k) for k in (2, 9, 0)]
     assert late.tolist() == global_batch(10, 4, seed=3, k=7).tolist() != global_batch(10, 4, seed=4, k=7).tolist()
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 10, 257, 4096])
+def test_an_epoch_is_a_permutation_of_any_number_of_samples(num_samples):
+    assert sorted(stream(num_samples, 2 * num_samples, num_samples, seed=5)) == list(range(num_samples))
+
+
+def test_epochs_order_samples_evenly():
+    """Of 5 samples, each of the 20 ordered pairs comes first about as often."""
+    firsts = [tuple(permuted(np.arange(2), 5, seed, 0)) for seed in range(2000)]
+    counts = [firsts.count(pair) for pair in set(firsts)]
+    assert len(counts) == 20 and sum((count - 100) ** 2 / 100 for count in counts) < 44  # chi-square, p = 0.001
 
 
 @pytest.mark.parametrize("world_size, accum", [(1, 1), (2, 1), (1, 4), (2, 2)])

@@ -13,7 +13,7 @@ import torch
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import Batch, pad_batch
-from hrm_lm.data.registry import Splits
+from hrm_lm.data.registry import Splits, take_samples
 from hrm_lm.data.sampler import global_batch, worker_share
 
 
@@ -24,7 +24,7 @@ def train_batches(
     for step in range(first_step, config.steps):
         indices = global_batch(len(splits.train), config.batch_size, config.seed, step)
         yield [
-            pad_batch([splits.train[i] for i in micro], splits.tokenizer.pad_id)
+            pad_batch(take_samples(splits.train, micro), splits.tokenizer.pad_id)
             for micro in worker_share(indices, rank, world_size, config.grad_accum_steps)
         ]
 
@@ -33,8 +33,7 @@ def val_batches(splits: Splits, batch_size: int, rank: int, world_size: int) -> 
     """This worker's share of the validation set, each sample once over all workers."""
     mine = np.arange(rank, len(splits.val), world_size)
     for start in range(0, len(mine), batch_size):
-        samples = [splits.val[i] for i in mine[start : start + batch_size]]
-        yield [pad_batch(samples, splits.tokenizer.pad_id)]
+        yield [pad_batch(take_samples(splits.val, mine[start : start + batch_size]), splits.tokenizer.pad_id)]
 
 
 def prefetch(batches: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:
