@@ -43,9 +43,9 @@ def test_pad_batch_makes_the_five_tensors_of_the_guide():
 
 
 def test_every_epoch_visits_each_sample_once_also_across_batch_borders():
-    stream = np.concatenate([global_batch(10, 4, seed=3, k=k) for k in range(5)])
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10].tolist() != stream[10:].tolist()
+    row = np.concatenate([global_batch(10, 4, seed=3, k=k) for k in range(5)])
+    assert sorted(row[:10]) == sorted(row[10:]) == list(range(10))
+    assert row[:10].tolist() != row[10:].tolist()
 
 
 def test_a_batch_depends_on_seed_and_number_alone():
@@ -70,8 +70,8 @@ def test_epochs_order_samples_evenly():
 def test_workers_share_a_batch_without_loss_or_overlap(world_size, accum):
     batch = global_batch(100, 8, seed=0, k=0)
     shares = [worker_share(batch, rank, world_size, accum) for rank in range(world_size)]
-    assert sorted(np.concatenate([s.ravel() for s in shares])) == sorted(batch)
-    assert all(share.shape == (accum, 8 // world_size // accum) for share in shares)
+    assert sorted(np.concatenate([micro for share in shares for micro in share])) == sorted(batch)
+    assert [[len(micro) for micro in share] for share in shares] == [[8 // world_size // accum] * accum] * world_size
 
 
 # --- synthetic ---------------------------------------------------------------------------------------------------

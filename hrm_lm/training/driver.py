@@ -20,7 +20,8 @@ from hrm_lm.training.checkpoint import Progress, read_checkpoint
 from hrm_lm.training.storage import RunFolder
 
 # Changing one of these changes the model's shape or the order of samples: no resume across that.
-FIXED = ("data.", "train.seed", "train.batch_size", "model.d_model", "model.n_heads", "model.encoder_layers")
+FIXED = ("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window", "model.d_model")
+FIXED += ("model.n_heads", "model.encoder_layers")
 FIXED += ("model.decoder_layers", "model.expansion", "model.hrm.h_layers", "model.hrm.l_layers")
 FIXED += ("model.bridge.type", "model.bridge.prefix_len")
 
