@@ -98,6 +98,10 @@ class TrainConfig(Section):
     steps: Positive = 200
     batch_size: Positive = 64
     """Samples of one optimisation step, over all workers and accumulation steps."""
+    batch_tokens: Positive | None = None
+    """Instead of `batch_size`: as many samples as fit so many tokens of prompt and response, padding counted."""
+    length_window: Count = 0
+    """Samples out of which batches of similar length are made, padded to few sizes; 0: batches are random."""
     grad_accum_steps: Positive = 1
     grad_clip: float = 0.0
     """Largest global L2 norm of the gradient; off when <= 0."""
@@ -144,7 +148,7 @@ class SyntheticConfig(Section):
 
 class DataConfig(Section):
     dataset: str | None = None
-    """`synthetic`, a .jsonl file, a folder with train.jsonl, or `module:function` of your own."""
+    """`synthetic`, a .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`."""
     prompt_field: str = "prompt"
     response_field: str = "response"
     tokenizer: str | None = None
@@ -186,7 +190,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _window_holds_batches(self):
+        train, longest = self.train, self.model.max_prompt_len + self.model.max_response_len
+        if train.batch_tokens is not None and not train.length_window:
+            raise ValueError("train.batch_tokens needs train.length_window, such as 65536: it fills batches from that")
+        if train.batch_tokens is not None and train.batch_tokens < longest:
+            raise ValueError(
+                f"train.batch_tokens ({train.batch_tokens}) is less than one sample of model.max_prompt_len + "
+                f"model.max_response_len ({longest}) takes"
+            )
+        if train.batch_tokens is None and 0 < train.length_window < train.batch_size:
+            raise ValueError(
+                f"train.length_window ({train.length_window}) is smaller than train.batch_size ({train.batch_size})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self):
+        if self.train.batch_tokens is not None:
+            return self
         shares = self.ray.num_workers * self.train.grad_accum_steps
         if self.train.batch_size % shares:
             raise ValueError(
@@ -197,7 +219,10 @@ class Config(Section):
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples that one worker takes through the model at a time."""
+        """Samples that one worker takes through the model at a time; with `train.batch_tokens`, the longest ones."""
+        if self.train.batch_tokens is not None:
+            tokens = self.train.batch_tokens // (self.ray.num_workers * self.train.grad_accum_steps)
+            return max(tokens // (self.model.max_prompt_len + self.model.max_response_len), 1)
         return self.train.batch_size // (self.ray.num_workers * self.train.grad_accum_steps)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from conftest import small_config
 from hrm_lm.config import DataConfig, ModelConfig, SyntheticConfig
 from hrm_lm.data.collate import IGNORE, pad_batch
 from hrm_lm.data.registry import Splits, encode_split, load_dataset
-from hrm_lm.data.sampler import global_batch, worker_share
+from hrm_lm.data.sampler import global_batch, permuted, stream, worker_share
 from hrm_lm.data.synthetic import build_synthetic_dataset
 from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
@@ -43,9 +43,9 @@ def test_pad_batch_makes_the_five_tensors_of_the_guide():
 
 
 def test_every_epoch_visits_each_sample_once_also_across_batch_borders():
-    stream = np.concatenate([global_batch(10, 4, seed=3, k=k) for k in range(5)])
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10].tolist() != stream[10:].tolist()
+    row = np.concatenate([global_batch(10, 4, seed=3, k=k) for k in range(5)])
+    assert sorted(row[:10]) == sorted(row[10:]) == list(range(10))
+    assert row[:10].tolist() != row[10:].tolist()
 
 
 def test_a_batch_depends_on_seed_and_number_alone():
@@ -54,12 +54,24 @@ def test_a_batch_depends_on_seed_and_number_alone():
     assert late.tolist() == global_batch(10, 4, seed=3, k=7).tolist() != global_batch(10, 4, seed=4, k=7).tolist()
 
 
+@pytest.mark.parametrize("num_samples", [1, 2, 10, 257, 4096])
+def test_an_epoch_is_a_permutation_of_any_number_of_samples(num_samples):
+    assert sorted(stream(num_samples, 2 * num_samples, num_samples, seed=5)) == list(range(num_samples))
+
+
+def test_epochs_order_samples_evenly():
+    """Of 5 samples, each of the 20 ordered pairs comes first about as often."""
+    firsts = [tuple(permuted(np.arange(2), 5, seed, 0)) for seed in range(2000)]
+    counts = [firsts.count(pair) for pair in set(firsts)]
+    assert len(counts) == 20 and sum((count - 100) ** 2 / 100 for count in counts) < 44  # chi-square, p = 0.001
+
+
 @pytest.mark.parametrize("world_size, accum", [(1, 1), (2, 1), (1, 4), (2, 2)])
 def test_workers_share_a_batch_without_loss_or_overlap(world_size, accum):
     batch = global_batch(100, 8, seed=0, k=0)
     shares = [worker_share(batch, rank, world_size, accum) for rank in range(world_size)]
-    assert sorted(np.concatenate([s.ravel() for s in shares])) == sorted(batch)
-    assert all(share.shape == (accum, 8 // world_size // accum) for share in shares)
+    assert sorted(np.concatenate([micro for share in shares for micro in share])) == sorted(batch)
+    assert [[len(micro) for micro in share] for share in shares] == [[8 // world_size // accum] * accum] * world_size
 
 
 # --- synthetic ---------------------------------------------------------------------------------------------------

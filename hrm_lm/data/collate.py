@@ -30,19 +30,26 @@ class Batch(NamedTuple):
         return Batch(*(tensor.pin_memory() for tensor in self))
 
 
-def pad_batch(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pads the samples on the right, each side to its longest."""
+def pad_batch(samples: Sequence[Sample], pad_id: int, round_up: bool = False) -> Batch:
+    """Pads the samples on the right, each side to its longest, or `round_up` to that one's `padded_length`."""
     prompts, inputs, labels = zip(*samples)
-    encoder_ids, encoder_mask = _pad(prompts, pad_id)
-    decoder_input_ids, decoder_mask = _pad(inputs, pad_id)
-    padded_labels, _ = _pad(labels, IGNORE)
+    encoder_ids, encoder_mask = _pad(prompts, pad_id, round_up)
+    decoder_input_ids, decoder_mask = _pad(inputs, pad_id, round_up)
+    padded_labels, _ = _pad(labels, IGNORE, round_up)
     return Batch(encoder_ids, decoder_input_ids, padded_labels, encoder_mask, decoder_mask)
 
 
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows as (B, longest) int64, and where they are (1) and are not (0)."""
+def padded_length(lengths: np.ndarray) -> np.ndarray:
+    """Lengths rounded up to one of few sizes: eight to an octave and multiples of 8, so 32 of them up to 512."""
+    step = np.maximum(8, 2 ** np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8)
+    return -(-lengths // step) * step
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int, round_up: bool) -> tuple[Tensor, Tensor]:
+    """Returns the rows as (B, width) int64, and where they are (1) and are not (0)."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    width = padded_length(lengths.max()) if round_up else lengths.max()
+    mask = np.arange(width) < lengths[:, None]
     ids = np.full(mask.shape, fill, dtype=np.int64)
     ids[mask] = np.concatenate(rows)  # row-major, as the mask is read
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

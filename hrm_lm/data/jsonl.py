@@ -27,6 +27,8 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
     path = Path(config.dataset)
     train_file = path / "train.jsonl" if path.is_dir() else path
     val_file = path / "val.jsonl"
+    if path.is_dir() and not train_file.exists():
+        raise UserError(f"{path}: has neither train.jsonl nor meta.json, which a finished prepared dataset has")
     train = read_jsonl(train_file, config.prompt_field, config.response_field)
     if path.is_dir() and val_file.exists():
         val = read_jsonl(val_file, config.prompt_field, config.response_field)

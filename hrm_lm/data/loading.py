@@ -12,29 +12,41 @@ import numpy as np
 import torch
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import Batch, pad_batch
-from hrm_lm.data.registry import Splits
-from hrm_lm.data.sampler import global_batch, worker_share
+from hrm_lm.data.collate import IGNORE, Batch, pad_batch
+from hrm_lm.data.registry import Splits, sample_lengths, take_samples
+from hrm_lm.data.sampler import by_length, global_batches, worker_share
+
+VAL_WINDOW = 1 << 16
+"""Validation samples that are sorted by length together."""
 
 
 def train_batches(
     splits: Splits, config: TrainConfig, first_step: int, rank: int, world_size: int
 ) -> Iterator[list[Batch]]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
-    for step in range(first_step, config.steps):
-        indices = global_batch(len(splits.train), config.batch_size, config.seed, step)
-        yield [
-            pad_batch([splits.train[i] for i in micro], splits.tokenizer.pad_id)
-            for micro in worker_share(indices, rank, world_size, config.grad_accum_steps)
-        ]
+    pad_id, round_up = splits.tokenizer.pad_id, config.length_window > 0
+    for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step)):
+        micro_batches = []
+        for micro in worker_share(indices, rank, world_size, config.grad_accum_steps):
+            samples = take_samples(splits.train, micro)
+            if not samples:  # fewer samples fit train.batch_tokens than there are shares: one without a label
+                ((prompt, inputs, labels),) = take_samples(splits.train, indices[:1])
+                samples = [(prompt, inputs, np.full(len(labels), IGNORE))]
+            micro_batches.append(pad_batch(samples, pad_id, round_up))
+        yield micro_batches
 
 
-def val_batches(splits: Splits, batch_size: int, rank: int, world_size: int) -> Iterator[list[Batch]]:
-    """This worker's share of the validation set, each sample once over all workers."""
+def val_batches(
+    splits: Splits, batch_size: int, rank: int, world_size: int, round_up: bool = False
+) -> Iterator[list[Batch]]:
+    """This worker's share of the validation set, each sample once over all workers, alike lengths together."""
     mine = np.arange(rank, len(splits.val), world_size)
-    for start in range(0, len(mine), batch_size):
-        samples = [splits.val[i] for i in mine[start : start + batch_size]]
-        yield [pad_batch(samples, splits.tokenizer.pad_id)]
+    for window in np.split(mine, range(VAL_WINDOW, len(mine), VAL_WINDOW)):
+        if not len(window):  # more workers than samples
+            return
+        window = window[by_length(sample_lengths(splits.val, window), len(window) / batch_size)]
+        for batch in np.split(window, range(batch_size, len(window), batch_size)):
+            yield [pad_batch(take_samples(splits.val, batch), splits.tokenizer.pad_id, round_up)]
 
 
 def prefetch(batches: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:

@@ -8,6 +8,8 @@ import importlib
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Sequence
 
+import numpy as np
+
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.collate import Sample
 from hrm_lm.data.tokenizer import Tokenizer, encode_pair
@@ -17,7 +19,11 @@ BUILT_IN = {"synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset"}
 
 
 class Splits(NamedTuple):
-    """What training needs of a dataset. The splits are anything with `len` and `[i]`."""
+    """What training needs of a dataset.
+
+    The splits are anything with `len` and `[i]`. One that can do better than sample by sample has `take`, `lengths`,
+    `longest` and `truncated` as well; `hrm_lm.data.prepared.PreparedSplit` says what they are.
+    """
 
     train: Sequence[Sample]
     val: Sequence[Sample]
@@ -35,11 +41,17 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
 
     Raises UserError where it is missing, empty or malformed, or where a sample is too long for the model.
     """
+    from hrm_lm.data import prepared  # it makes Splits
+
     name = config.dataset
     if name is None:
-        raise UserError("no dataset: give --dataset synthetic, a .jsonl file, or a folder with train.jsonl")
+        raise UserError(
+            "no dataset: give --dataset synthetic, a .jsonl file, a folder with train.jsonl, or a prepared dataset"
+        )
     if name in BUILT_IN:
         splits = _function(BUILT_IN[name])(config, seed)
+    elif prepared.is_prepared(name):
+        splits = prepared.load_prepared(name)
     elif Path(name).exists() or name.endswith(".jsonl"):
         from hrm_lm.data.jsonl import build_jsonl_dataset
 
@@ -64,25 +76,37 @@ def fit_lengths(
     samples: Sequence[Sample], model: ModelConfig, truncate: bool, place: Callable[[int], str]
 ) -> Sequence[Sample]:
     """Refuses samples longer than the model takes, or cuts their ends off where `truncate`."""
-    longest_prompt, longest_response = model.max_prompt_len, model.max_response_len
-    fitted = []
-    for i, (prompt, inputs, labels) in enumerate(samples):
-        if not len(prompt):
-            raise UserError(f"{place(i)}: the prompt is empty")
-        if len(prompt) > longest_prompt or len(labels) > longest_response:
-            if not truncate:
-                side, length, limit = (
-                    ("prompt", len(prompt), longest_prompt)
-                    if len(prompt) > longest_prompt
-                    else ("response", len(labels), longest_response)
-                )
-                raise UserError(
-                    f"{place(i)}: the {side} has {length} tokens, more than model.max_{side}_len ({limit}); "
-                    "raise that, or cut with data.truncate=true"
-                )
-            prompt, inputs, labels = prompt[:longest_prompt], inputs[:longest_response], labels[:longest_response]
-        fitted.append((prompt, inputs, labels))
-    return fitted
+    limits = (model.max_prompt_len, model.max_response_len)
+    measured = hasattr(samples, "longest")  # a prepared split: none of its prompts is empty either
+    lengths = np.array([samples.longest]) if measured else sample_lengths(samples, np.arange(len(samples)))
+    empty, over = lengths[:, 0] == 0, lengths > limits
+    if empty.any():
+        raise UserError(f"{place(int(empty.argmax()))}: the prompt is empty")
+    if not over.any():
+        return samples
+    if not truncate:
+        first = int(over.any(axis=1).argmax())
+        side = int(over[first].argmax())
+        name = ("prompt", "response")[side]
+        which = f"data.dataset: the longest {name}" if measured else f"{place(first)}: the {name}"
+        raise UserError(
+            f"{which} has {lengths[first, side]} tokens, more than model.max_{name}_len ({limits[side]}); "
+            "raise that, or cut with data.truncate=true"
+        )
+    if measured:
+        return samples.truncated(*limits)
+    return [(prompt[: limits[0]], inputs[: limits[1]], labels[: limits[1]]) for prompt, inputs, labels in samples]
+
+
+def take_samples(samples: Sequence[Sample], indices: np.ndarray) -> list[Sample]:
+    return samples.take(indices) if hasattr(samples, "take") else [samples[i] for i in indices]
+
+
+def sample_lengths(samples: Sequence[Sample], indices: np.ndarray) -> np.ndarray:
+    """(B, 2) int64: tokens of the prompts and responses at `indices`, EOS counted."""
+    if hasattr(samples, "lengths"):
+        return samples.lengths(indices)
+    return np.array([(len(samples[i][0]), len(samples[i][2])) for i in indices])
 
 
 def _function(name: str):

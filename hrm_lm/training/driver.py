@@ -21,9 +21,9 @@ from hrm_lm.training.checkpoint import Progress, read_checkpoint
 from hrm_lm.training.storage import RunFolder
 
 # Changing one of these changes the model's shape or the order of samples: no resume across that.
-FIXED = ("data.", "train.seed", "train.batch_size", "model.architecture", "model.d_model", "model.n_heads")
-FIXED += ("model.encoder_layers", "model.decoder_layers", "model.expansion", "model.hrm.h_layers")
-FIXED += ("model.hrm.l_layers", "model.bridge.type", "model.bridge.prefix_len")
+FIXED = ("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window")
+FIXED += ("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers")
+FIXED += ("model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.bridge.type", "model.bridge.prefix_len")
 
 
 def run(config: Config, resume: str = "auto") -> dict[str, Any]:

@@ -59,12 +59,15 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 "grad_norm": window["grad_norm"],
                 "samples_per_s": window["samples"] / seconds,
                 "tokens_per_s": window["tokens"] / seconds,
+                "padding": window["padding"],
             }
             log.write(state.step, metrics)
 
             if validating:
                 state.model.set_step(state.step)
-                held_out = val_batches(splits, config.micro_batch_size, session.rank, session.world_size)
+                held_out = val_batches(
+                    splits, config.micro_batch_size, session.rank, session.world_size, config.train.length_window > 0
+                )
                 with state.average.applied() if state.average else nullcontext():
                     val = evaluate(state.model, prefetch(held_out, state.device), config.train.mixed_precision)
                 if not math.isfinite(val["val_loss"]):

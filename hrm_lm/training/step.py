@@ -45,8 +45,8 @@ class Stats:
 
     def __init__(self, state: TrainState):
         self.state = state
-        self.sums = torch.zeros(4, dtype=torch.float64, device=state.device)
-        """loss summed over labelled tokens, labelled tokens, tokens read, samples"""
+        self.sums = torch.zeros(5, dtype=torch.float64, device=state.device)
+        """loss summed over labelled tokens, labelled tokens, tokens read, positions with padding, samples"""
         self.bad_step = torch.tensor(math.inf, device=state.device)
         self.grad_norm = torch.zeros((), device=state.device)
 
@@ -58,7 +58,7 @@ class Stats:
         if self.state.world_size > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
-        loss, labelled, tokens, samples, bad_step, grad_norm = torch.cat(
+        loss, labelled, tokens, positions, samples, bad_step, grad_norm = torch.cat(
             [self.sums, self.bad_step.double()[None], self.grad_norm.double()[None]]
         ).tolist()
         self.sums.zero_()
@@ -66,6 +66,7 @@ class Stats:
             "loss": loss / max(labelled, 1),
             "grad_norm": grad_norm,
             "tokens": tokens,
+            "padding": 1 - tokens / max(positions, 1),
             "samples": samples,
             "bad_step": None if math.isinf(bad_step) else int(bad_step),
         }
@@ -194,8 +195,10 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     state.step += 1
 
     tokens = torch.stack([batch.encoder_mask.sum() + batch.decoder_mask.sum() for batch in micro_batches]).sum()
-    samples = torch.full_like(mine, sum(len(batch.labels) for batch in micro_batches))
-    stats.sums += torch.stack([step_loss.double(), mine.double(), tokens.double(), samples.double()])
+    positions = sum(batch.encoder_mask.numel() + batch.decoder_mask.numel() for batch in micro_batches)
+    samples = sum(len(batch.labels) for batch in micro_batches)
+    counts = [mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
+    stats.sums += torch.stack([step_loss.double(), *(count.double() for count in counts)])
     stats.grad_norm = norm
     finite = step_loss.isfinite()
     if not state.scaler.is_enabled():  # the scaler skips steps of infinite gradients itself, and backs off

@@ -21,7 +21,7 @@ FLAGS = {
     "use_gpu": "ray.use_gpu",
 }
 HELP = {
-    "dataset": "synthetic, a .jsonl file, a folder with train.jsonl, or module:function",
+    "dataset": "synthetic, a .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or module:function",
     "steps": "optimization steps",
     "val_every": "steps between validations, each with a checkpoint; 0: only at the end",
     "save_dir": "folder or URI that run folders are created in (default: runs/)",

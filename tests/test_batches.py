@@ -1,0 +1,168 @@
+"""Batches by length and by token budget: which samples, how they are padded, resumes and worker counts; no Ray."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import small_config, train_locally
+from hrm_lm.config import TrainConfig, load_config
+from hrm_lm.data.collate import IGNORE, pad_batch, padded_length
+from hrm_lm.data.loading import train_batches, val_batches
+from hrm_lm.data.registry import Splits, sample_lengths
+from hrm_lm.data.sampler import global_batches, stream
+from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.errors import UserError
+from hrm_lm.training.step import Stats, build_state, train_step
+
+BY_SIZE = TrainConfig(steps=10_000, batch_size=16, length_window=250)  # 240 samples, then
+BY_TOKENS = TrainConfig(steps=10_000, batch_tokens=2048, length_window=250)
+
+
+def skewed(n, seed=0, longest=512):
+    """Prompts and responses of 8 to `longest` tokens, both log-uniform and independent: the hardest case."""
+    lengths = np.exp(np.random.default_rng(seed).uniform(np.log(8), np.log(longest), (n, 2))).astype(int)
+    return [(np.full(p, 5), np.full(r, 6), np.full(r, 7)) for p, r in lengths]
+
+
+SAMPLES = skewed(1000)
+
+
+def first_batches(config, number, first=0, samples=SAMPLES):
+    return [batch.tolist() for batch in islice(global_batches(samples, config, first), number)]
+
+
+def padding(batches):
+    tokens = sum(int(b.encoder_mask.sum() + b.decoder_mask.sum()) for b in batches)
+    return 1 - tokens / sum(b.encoder_mask.numel() + b.decoder_mask.numel() for b in batches)
+
+
+@pytest.mark.parametrize("config, window", [(BY_SIZE, 240), (BY_TOKENS, 250)])
+def test_every_window_holds_each_of_its_samples_once(config, window):
+    row, windows = [], 0
+    for batch in first_batches(config, 500):
+        row += batch
+        if len(row) >= (windows + 1) * window:
+            there = range(windows * window, (windows + 1) * window)
+            assert sorted(row[there.start :]) == sorted(stream(there.start, there.stop, len(SAMPLES), config.seed))
+            windows += 1
+    assert windows > 5, "more than one epoch"
+
+
+@pytest.mark.parametrize("config", [BY_SIZE, BY_TOKENS])
+def test_batch_k_is_the_same_from_wherever_one_starts(config):
+    straight = first_batches(config, 60)
+    for first in (1, 17, 45):
+        assert first_batches(config, 60 - first, first) == straight[first:]
+    assert straight != first_batches(config.model_copy(update={"seed": 1}), 60)
+
+
+def test_a_token_budget_is_kept_and_filled():
+    batches = first_batches(BY_TOKENS, 400)
+    used = []
+    for batch in batches:
+        lengths = padded_length(sample_lengths(SAMPLES, np.array(batch)))
+        used.append(len(batch) * int(lengths.max(axis=0).sum()))
+    assert max(used) <= 2048
+    assert np.median(used) > 0.8 * 2048  # windows of 250 samples cut coarsely
+
+
+def test_batches_come_in_no_order_of_length():
+    longest = [max(len(SAMPLES[i][0]) for i in batch) for batch in first_batches(BY_SIZE, 15)]
+    assert longest != sorted(longest)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 64, "length_window": 131_072}, {"batch_tokens": 16_384, "length_window": 65_536}])
+def test_on_a_skewed_corpus_padding_falls_below_a_tenth(options):
+    splits = Splits(skewed(30_000), [], SimpleTokenizer("x"))
+    by_length = TrainConfig(steps=10**6, **options)
+    shuffled = padding([b for (b,) in islice(train_batches(splits, TrainConfig(steps=10**6), 0, 0, 1), 50)])
+    assert shuffled > 0.7
+    assert padding([b for (b,) in islice(train_batches(splits, by_length, 0, 0, 1), 300)]) < 0.1
+
+
+def test_padded_lengths_are_few_and_at_most_an_eighth_or_seven_longer():
+    lengths = np.arange(1, 513)
+    padded = padded_length(lengths)
+    assert (padded >= lengths).all() and (padded - lengths < np.maximum(8, lengths / 8 + 1)).all()
+    assert len(np.unique(padded)) == 32
+    batch = pad_batch([([1] * 70, [1] * 3, [1] * 3)], pad_id=0, round_up=True)
+    assert batch.encoder_ids.shape == (1, 72) and batch.labels.shape == (1, 8) and (batch.labels[0, 3:] == IGNORE).all()
+
+
+@pytest.mark.parametrize("config", [BY_SIZE, BY_TOKENS])
+@pytest.mark.parametrize("world_size, accum", [(2, 1), (1, 4), (3, 2)])
+def test_workers_and_accumulation_share_out_the_same_global_batches(config, world_size, accum):
+    splits = Splits(SAMPLES, SAMPLES, SimpleTokenizer("x"))
+    shared = config.model_copy(update={"grad_accum_steps": accum})
+    alone = islice(train_batches(splits, config, 5, 0, 1), 20)
+    workers = [islice(train_batches(splits, shared, 5, rank, world_size), 20) for rank in range(world_size)]
+    for (whole,), *shares in zip(alone, *workers):
+        assert [len(share) for share in shares] == [accum] * world_size
+        micro = [batch for share in shares for batch in share]
+        real = [row for batch in micro for row, labels in zip(batch.encoder_mask.sum(1), batch.labels) if (labels != IGNORE).any()]
+        assert sorted(map(int, real)) == sorted(whole.encoder_mask.sum(1).tolist())
+        assert sum(int((b.labels != IGNORE).sum()) for b in micro) == int((whole.labels != IGNORE).sum())
+
+
+def test_validation_batches_hold_each_sample_once_over_all_workers():
+    splits = Splits([], SAMPLES, SimpleTokenizer("x"))
+    batches = [b for rank in range(3) for (b,) in val_batches(splits, 16, rank, 3)]
+    assert sorted(int(n) for b in batches for n in b.encoder_mask.sum(1)) == sorted(len(p) for p, _, _ in SAMPLES)
+    assert padding(batches) < 0.5
+    assert list(val_batches(Splits([], SAMPLES[:2], SimpleTokenizer("x")), 16, 2, 3)) == []
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+BY_LENGTH = [
+    {"train__length_window": 24},
+    {"train__length_window": 24, "train__batch_tokens": 160, "model__max_prompt_len": 60, "model__max_response_len": 20},
+]
+
+
+@pytest.mark.parametrize("options", BY_LENGTH)
+@pytest.mark.parametrize("stop_at", [4, 9])
+def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options, stop_at):
+    config = small_config(train__val_every=1, data__synthetic__max_digits=2, data__synthetic__num_samples=100, **options)
+    straight = train_locally(config, tmp_path / "straight")
+    train_locally(config, tmp_path / "stopped", stop_at=stop_at)
+    second = train_locally(config, tmp_path / "stopped")
+    assert [m["loss"] for m in second.reports] == [m["loss"] for m in straight.reports[stop_at:]]
+    for name, value in second.last_weights().items():
+        assert torch.equal(value, straight.last_weights()[name]), name
+
+
+@pytest.mark.parametrize("options", BY_LENGTH)
+def test_accumulation_changes_nothing_but_rounding(tmp_path, options):
+    """Also where a batch has fewer samples than there are micro-batches."""
+    options |= dict(data__synthetic__max_digits=2, data__synthetic__num_samples=100, train__val_every=1)
+    one = train_locally(small_config(**options), tmp_path / "one")
+    four = train_locally(small_config(**options, train__grad_accum_steps=8), tmp_path / "four")
+    assert [m["loss"] for m in one.reports] == pytest.approx([m["loss"] for m in four.reports], rel=1e-5)
+    assert [m["grad_norm"] for m in one.reports] == pytest.approx([m["grad_norm"] for m in four.reports], rel=1e-3)
+
+
+def test_the_share_of_padding_is_reported(tmp_path):
+    config = small_config(train__val_every=1, data__synthetic__max_digits=2)
+    session = train_locally(config, tmp_path)
+    state = build_state(config, 20)
+    batch = pad_batch([([5] * 6, [1] * 3, [5] * 3), ([5] * 2, [1], [5])], pad_id=0)
+    stats = Stats(state)
+    train_step(state, [batch], stats)
+    assert stats.read()["padding"] == pytest.approx(1 - 12 / 18)
+    assert all(0 < metrics["padding"] < 1 for metrics in session.reports)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"train.batch_tokens": 4096}, "train.batch_tokens needs train.length_window"),
+        ({"train.batch_tokens": 100, "train.length_window": 64}, r"train.batch_tokens \(100\) is less than one sample"),
+        ({"train.length_window": 8}, r"train.length_window \(8\) is smaller than train.batch_size \(64\)"),
+    ],
+)
+def test_windows_and_budgets_that_hold_no_batch_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(overrides=overrides)

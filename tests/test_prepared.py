@@ -1,0 +1,217 @@
+"""Prepared datasets: the format and its reader, order and batches; no Ray."""
+
+import hashlib
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.fs
+import pytest
+
+from conftest import ROOT, small_config, train_locally
+from hrm_lm.config import DataConfig, ModelConfig
+from hrm_lm.data import prepared
+from hrm_lm.data.prepared import ShardWriter, fetch, load_prepared, write_meta
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.errors import UserError
+
+LOCAL = pyarrow.fs.LocalFileSystem()
+TOKENIZER = SimpleTokenizer("0123456789+=")
+
+
+def write_prepared(folder, train, val=(("1+1", "2"), ("2+2", "4")), shards=3, tokenizer=TOKENIZER):
+    """A prepared dataset of text pairs, the way `ray_jobs.prepare` leaves it."""
+    folder.mkdir(parents=True)
+    closed = {"train": [], "val": []}
+    for split, pairs, count in (("train", train, shards), ("val", val, 1)):
+        for i in range(count):
+            writer = ShardWriter(LOCAL, str(folder), f"{split}-{i:05d}", tokenizer)
+            writer.write([(tokenizer.encode(prompt), tokenizer.encode(response)) for prompt, response in pairs[i::count]])
+            closed[split].append(writer.close())
+    write_meta(LOCAL, str(folder), tokenizer, closed)
+    return folder
+
+
+def sums(n):
+    return [(f"{a}+{a * a}", str(a + a * a)) for a in range(n)]
+
+
+def load(location, model=ModelConfig(), **fields):
+    return load_dataset(DataConfig(dataset=str(location), **fields), model, seed=0)
+
+
+def test_samples_come_back_as_they_were_written_over_all_shards(tmp_path):
+    splits = load(write_prepared(tmp_path / "d", sums(50)))
+    decode = splits.tokenizer.decode
+    assert len(splits.train) == 50 and len(splits.val) == 2
+    assert sorted((decode(p), decode(l)) for p, _, l in splits.train) == sorted(sums(50))
+    for prompt, inputs, labels in splits.train:
+        assert prompt.dtype == np.uint8
+        assert [*inputs, labels[-1]] == [TOKENIZER.bos_id, *labels[:-1], TOKENIZER.eos_id]
+    lengths = splits.train.lengths(np.arange(50))
+    assert lengths.tolist() == [[len(p), len(l)] for p, _, l in splits.train]
+    assert splits.train.longest == tuple(lengths.max(axis=0))
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
+def test_ids_take_the_smallest_unsigned_type(vocab_size, dtype):
+    assert prepared.token_dtype(vocab_size) == dtype
+
+
+def test_what_is_too_long_is_refused_or_cut_when_read(tmp_path):
+    folder, model = write_prepared(tmp_path / "d", sums(50)), ModelConfig(max_prompt_len=4, max_response_len=3)
+    with pytest.raises(UserError, match=r"longest prompt has 7 tokens, more than model.max_prompt_len \(4\)"):
+        load(folder, model)
+    whole, cut = load(folder).train, load(folder, model, truncate=True).train
+    for (prompt, inputs, labels), (cut_prompt, cut_inputs, cut_labels) in zip(whole, cut):
+        assert prompt[:4].tolist() == cut_prompt.tolist()
+        assert inputs[:3].tolist() == cut_inputs.tolist() and labels[:3].tolist() == cut_labels.tolist()
+    assert cut.lengths(np.arange(50)).tolist() == [[len(p), len(l)] for p, _, l in cut]
+
+
+def break_file(name, how):
+    def apply(folder):
+        file = folder / name
+        raw = file.read_bytes()
+        file.unlink() if how is None else file.write_bytes(how(raw))
+
+    return apply
+
+
+def edit_meta(**fields):
+    return break_file("meta.json", lambda raw: json.dumps(json.loads(raw) | fields).encode())
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_file("train-00001.bin", lambda raw: raw[:-1]), r"train-00001\.bin: has \d+ bytes, meta\.json says \d+"),
+        (break_file("train-00002.idx", None), r"train-00002\.idx: is missing"),
+        (break_file("meta.json", lambda raw: raw[: len(raw) // 2]), r"meta\.json: torn or foreign"),
+        (break_file("meta.json", lambda raw: b"[]"), r"meta\.json: torn or foreign"),
+        (edit_meta(format_version=99), r"meta\.json: format version 99, this program reads 1"),
+        (edit_meta(splits={}), r"meta\.json: torn or foreign: KeyError\('train'\)"),
+        (break_file("tokenizer.json", lambda raw: raw.replace(b"9", b"x")), r"tokenizer\.json: is not the one"),
+    ],
+)
+def test_a_torn_or_foreign_folder_is_refused_by_file_and_reason(tmp_path, damage, message):
+    folder = write_prepared(tmp_path / "d", sums(20))
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+def test_a_folder_without_meta_is_not_taken_for_a_dataset(tmp_path):
+    folder = write_prepared(tmp_path / "d", sums(20))
+    (folder / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"train\.jsonl nor meta\.json"):
+        load(folder)
+    with pytest.raises(UserError, match=r"no meta\.json there"):
+        load(f"file://{folder}")
+
+
+def test_opening_reads_no_samples_and_a_sample_takes_microseconds(tmp_path):
+    """Four million samples: neither time nor memory may depend on that."""
+    folder = write_prepared(tmp_path / "d", sums(10), shards=1)
+    meta = json.loads((folder / "meta.json").read_text())
+    samples = 4_000_000
+    with open(folder / "train-00000.bin", "wb") as tokens:
+        tokens.truncate(samples * 100)
+    with open(folder / "train-00000.idx", "wb") as ends:
+        for start in range(0, samples, 1_000_000):
+            block = np.arange(start, start + 1_000_000)[:, None] * 100 + [0, 80]
+            ends.write(block.astype("<i8").tobytes())
+        ends.write(np.array([samples * 100], "<i8").tobytes())
+    meta["splits"]["train"]["shards"][0]["samples"] = samples
+    for name in ("train-00000.bin", "train-00000.idx"):
+        meta["files"][name][0] = (folder / name).stat().st_size
+    (folder / "meta.json").write_text(json.dumps(meta))
+    code = (
+        "import resource, time, numpy as np; from hrm_lm.config import *; from hrm_lm.data.registry import load_dataset\n"
+        "from hrm_lm.data import prepared; from hrm_lm.data.loading import train_batches\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak(); start = time.perf_counter()\n"
+        f"splits = load_dataset(DataConfig(dataset={str(folder)!r}), ModelConfig(), 0)\n"
+        "splits.train[0]; opened = time.perf_counter() - start\n"
+        "indices = np.random.default_rng(0).integers(len(splits.train), size=1000).tolist(); start = time.perf_counter()\n"
+        "for i in indices: splits.train[i]\n"
+        "each = (time.perf_counter() - start) / 1000\n"
+        "next(train_batches(splits, TrainConfig(steps=50_001), 50_000, 0, 1)); print(opened, each, peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    opened, each, grown = map(float, done.stdout.split())
+    assert opened < 0.5 and each < 100e-6 and grown < 30, (opened, each, grown)
+
+
+# --- remote storage ----------------------------------------------------------------------------------------------
+
+
+class CountingFileSystem:
+    """A file system as `fetch` sees one: slow, and it writes down each opening."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def open_input_stream(self, path):
+        with open(self.log, "a") as log:
+            log.write("opened\n")
+        time.sleep(0.3)
+        return LOCAL.open_input_stream(path)
+
+
+def fetch_once(source, target, log, sha256):
+    assert fetch(CountingFileSystem(log), source, target, 1 << 20, sha256).read_bytes() == b"x" * (1 << 20)
+
+
+def test_of_processes_that_start_at_once_one_fetches_and_all_read_it_whole(tmp_path):
+    (tmp_path / "remote").write_bytes(b"x" * (1 << 20))
+    sha256 = hashlib.sha256(b"x" * (1 << 20)).hexdigest()
+    context = multiprocessing.get_context("fork")
+    arguments = (str(tmp_path / "remote"), tmp_path / "cache" / "file", tmp_path / "log", sha256)
+    workers = [context.Process(target=fetch_once, args=arguments) for _ in range(5)]
+    [worker.start() for worker in workers]
+    [worker.join() for worker in workers]
+    assert [worker.exitcode for worker in workers] == [0] * 5
+    assert (tmp_path / "log").read_text() == "opened\n"
+
+
+def test_what_comes_damaged_is_refused_and_not_kept(tmp_path):
+    (tmp_path / "remote").write_bytes(b"y")
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        fetch(LOCAL, str(tmp_path / "remote"), tmp_path / "cache" / "file", 1, hashlib.sha256(b"x").hexdigest())
+    assert not (tmp_path / "cache" / "file").exists()
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [4, 9])
+def test_a_run_on_a_prepared_dataset_resumes_bit_for_bit(tmp_path, stop_at):
+    folder = write_prepared(tmp_path / "d", sums(60))
+    config = small_config(train__val_every=1, data__dataset=str(folder))
+    straight = train_locally(config, tmp_path / "straight")
+    first = train_locally(config, tmp_path / "stopped", stop_at=stop_at)
+    second = train_locally(config, tmp_path / "stopped")
+    assert [m["loss"] for m in first.reports + second.reports] == [m["loss"] for m in straight.reports]
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer_or_number_of_samples(tmp_path):
+    def config(folder, steps):
+        return small_config(data__dataset=str(folder), train__steps=steps)
+
+    folder = write_prepared(tmp_path / "a", sums(20))
+    train_locally(config(folder, 2), tmp_path / "run")
+    with pytest.raises(UserError, match="another tokenizer"):
+        train_locally(config(write_prepared(tmp_path / "b", sums(20), tokenizer=SimpleTokenizer("0123456789+")), 4), tmp_path / "run")
+    with pytest.raises(UserError, match="was trained on 20 samples, the dataset now has 21"):
+        train_locally(config(write_prepared(tmp_path / "c", sums(21)), 4), tmp_path / "run")
+
+
+def test_load_prepared_takes_a_uri(tmp_path, monkeypatch):
+    """A local file system under a URI; tests/test_prepare_s3.py has the remote one."""
+    folder = write_prepared(tmp_path / "d", sums(20))
+    assert len(load_prepared(f"file://{folder}").train) == 20
