@@ -16,7 +16,7 @@ def run_command(main: Callable[[], int]) -> int:
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        message = "interrupted; the same command with the same --run_name continues from the last checkpoint"
-        print(message, file=sys.__stderr__)
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "the same command with the same --run_name continues from the last checkpoint"
+        print(f"interrupted; {message}", file=sys.__stderr__)
         return 130

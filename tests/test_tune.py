@@ -158,6 +158,13 @@ def test_population_based_training_takes_over_donors_and_changes_the_rate(cluste
     assert load_config(in_folder / "runs/s/best.yaml").train.steps == 60
 
 
+@pytest.mark.parametrize("options", [{"search": "optuna", "scheduler": "fifo"}, {"scheduler": "hyperband"}])
+def test_the_other_ways_to_search_end_with_a_best_trial(cluster, in_folder, options):
+    trials = search(in_folder, {"optim.lr": {"loguniform": [1e-4, 3e-2]}, "train.grad_clip": {"choice": [0, 1]}}, num_samples=4, **options)
+    assert len(trials) == 4 and {t.status for t in trials} <= {"finished", "stopped"}
+    assert (in_folder / "runs/s/best.yaml").exists()
+
+
 def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_folder):
     trials = search(
         in_folder, {"optim.lr": {"grid": [1e-3, 1e-2, 1e-5]}}, num_samples=1, workers_per_trial=2, max_concurrent_trials=1, grace_steps=5
@@ -187,7 +194,7 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     table = rows(in_folder)
-    assert len(table) == 4 and {row["status"] for row in table} == {"finished"} and {row["step"] for row in table} == {"300"}
+    assert len(table) == 4 and {row["status"] for row in table} == {"finished"} and {row["steps"] for row in table} == {"300"}
     first = {}
     for line in again.stdout.splitlines():
         if ": step " in line:

@@ -5,6 +5,7 @@ Drawn by Plotly, whose script is put into the page.
 
 import html
 import math
+import statistics
 from typing import Any
 
 import plotly.graph_objects as go
@@ -78,7 +79,7 @@ def _curves(trials: list[Trial], best: Trial | None, metric: str) -> go.Figure:
 def _parallel(trials: list[Trial], sweep: Sweep) -> go.Figure:
     dimensions = [_axis(_name(dotted), [t.params[dotted] for t in trials], sweep.space[dotted][0] == "loguniform") for dotted in sweep.space]
     scores = [trial.score for trial in trials]
-    dimensions += [_axis("steps", [t.step for t in trials]), _axis(sweep.tune.metric, scores, log=min(scores) > 0)]
+    dimensions += [_axis("steps", [t.steps for t in trials]), _axis(sweep.tune.metric, scores, log=min(scores) > 0)]
     line = dict(color=_ranks(trials), colorscale=SCALE, cmin=0, cmax=max(len(trials) - 1, 1))
     figure = go.Figure(go.Parcoords(line=line, dimensions=dimensions, labelfont=dict(size=13)))
     figure.update_layout(height=380, margin=dict(l=70, r=70, t=60, b=30))
@@ -109,9 +110,9 @@ def _effect(trials: list[Trial], best: Trial | None, dotted: str, sweep: Sweep) 
     if discrete:
         options = sorted(set(x), key=lambda text: (float(text) if _is_number(text) else math.inf, text))
         for option in options:
-            scores = sorted(s for s, value in zip(y, x) if value == option)
+            scores = [score for score, value in zip(y, x) if value == option]
             figure.add_scatter(
-                x=[option], y=[scores[len(scores) // 2]], mode="markers", hoverinfo="skip",
+                x=[option], y=[statistics.median(scores)], mode="markers", hoverinfo="skip",
                 marker=dict(symbol="line-ew", size=46, line=dict(width=3, color="#d1495b")),
             )  # fmt: skip
         counts = {option: x.count(option) for option in options}
@@ -136,7 +137,7 @@ def _table(trials: list[Trial], best: Trial | None, sweep: Sweep) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     rows = []
     for t in trials:
-        cells = [t.number, *(t.params.get(p) for p in sweep.space), t.status, t.step, t.val_loss, t.best_step]
+        cells = [t.number, *(t.params.get(p) for p in sweep.space), t.status, t.steps, t.val_loss, t.best_step]
         cells += [t.val_exact_match, t.tokens_per_s, t.seconds, t.error]
         tds = "".join(f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(_short(c))}</td>' for c in cells)
         rows.append(f'<tr class="{"best " if best and t.number == best.number else ""}{t.status}">{tds}</tr>')
@@ -155,7 +156,7 @@ def _colors(trials: list[Trial]) -> list[str]:
 
 def _figure(figure: go.Figure) -> str:
     figure.update_layout(template="plotly_white", font=dict(family="system-ui, sans-serif"), margin=figure.layout.margin.to_plotly_json() or dict(l=60, r=20, t=40, b=50))
-    return f'<div class="figure">{figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})}</div>'
+    return f'<div class="figure">{figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})}</div>'
 
 
 def _name(dotted: str) -> str:
@@ -163,7 +164,9 @@ def _name(dotted: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def _is_number(text: str) -> bool:
@@ -189,7 +192,7 @@ h1 {{ font-size: 26px; margin: 0 0 4px; }} h2 {{ font-size: 19px; margin: 36px 0
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }}
 th {{ cursor: pointer; text-align: right; border-bottom: 2px solid #bbb; padding: 6px 10px; white-space: nowrap; user-select: none; }}
-td {{ text-align: right; padding: 5px 10px; border-bottom: 1px solid #eee; }} td:last-child, th:last-child {{ text-align: left; max-width: 420px; }}
+td {{ text-align: right; padding: 5px 10px; border-bottom: 1px solid #eee; }} td:last-child, th:last-child {{ text-align: left; min-width: 240px; }}
 th.up::after {{ content: " \\25B2"; }} th.down::after {{ content: " \\25BC"; }}
 tr.best td {{ background: #fff6d6; font-weight: 600; }} tr.diverged td, tr.failed td, tr.invalid td {{ color: #a33; }} tr.stopped td {{ color: #777; }}
 </style>

@@ -19,7 +19,7 @@ class Trial:
     params: dict[str, Any]
     status: str
     """finished, early_stopped, stopped (by the scheduler), diverged, invalid, failed, unfinished"""
-    step: int = 0
+    steps: int = 0
     best_step: int | None = None
     score: float | None = None
     """The metric's best value; None for a trial without a validation."""
@@ -49,7 +49,7 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
         history[int(row["step"])] = {name: row[name] for name in {"step", "seconds", "tokens", sweep.tune.metric, *CURVES} if name in row}
     rows = [history[step] for step in sorted(history)]
     trial = Trial(number, params, _status(result, last, sweep), history=rows)
-    trial.step = max([int(last.get("step", 0)), *history])
+    trial.steps = max([int(last.get("step", 0)), *history])
     if trial.status == "failed":
         lines = [line for line in str(result.error).strip().splitlines() if line.strip()]
         trial.error = lines[-1].strip() if lines else type(result.error).__name__
@@ -108,7 +108,7 @@ def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial
 def trials_csv(trials: list[Trial], sweep: Sweep) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = ["status", "step", "val_loss", "best_step", "val_exact_match", "tokens_per_s", "seconds", "error"]
+    columns = ["status", "steps", "val_loss", "best_step", "val_exact_match", "tokens_per_s", "seconds", "error"]
     writer.writerow(["trial", *sweep.space, *columns])
     for trial in trials:
         values = [getattr(trial, column) for column in columns]

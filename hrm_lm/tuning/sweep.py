@@ -46,8 +46,7 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         best = write_results(trials, sweep, folder)
     unfinished = [trial for trial in trials if trial.status == "unfinished"]
     if unfinished and not tune_config.time_budget_s:
-        say(f"{len(unfinished)} trials are unfinished: the same command with --resume goes on")
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"--resume --run_name {folder.name} goes on with the {len(unfinished)} unfinished trials")
     if best is None:
         raise RunFailed(f"no trial succeeded; {folder.path}/trials.csv has each one's error, the first: {trials[0].error}")
     return trials
@@ -63,10 +62,12 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
 
     options, space = sweep.tune, sweep.param_space()
     resources = trial_resources(sweep)
+    in_process, reuse_actors = trial_kind(sweep)
     setup = {
         "base": sweep.base,
         "driver_folder": os.getcwd(),
         "workers": options.workers_per_trial,
+        "in_process": in_process,
         "resources": resources,
         "metric": options.metric,
         "mode": options.mode,
@@ -74,7 +75,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
         # A TorchTrainer brings its workers' own; one byte, because Tune takes no empty request.
-        resources if options.workers_per_trial == 1 else {"CPU": 0, "memory": 1},
+        resources if in_process else {"CPU": 0, "memory": 1},
     )
     if resume:
         return tune.Tuner.restore(f"{folder.path}/{EXPERIMENT}", trainable, resume_unfinished=True, storage_filesystem=folder.fs)
@@ -99,7 +100,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
             search_alg=search_algorithm(sweep, at_once),
             scheduler=scheduler(sweep),
             time_budget_s=options.time_budget_s,
-            reuse_actors=options.workers_per_trial == 1,
+            reuse_actors=reuse_actors,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -127,6 +128,16 @@ def trial_resources(sweep: Sweep) -> dict[str, float]:
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) and sweep.config.ray.use_gpu else 0
     return {"CPU": sweep.tune.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def trial_kind(sweep: Sweep) -> tuple[bool, bool]:
+    """Whether a trial trains in Tune's own process, and whether the next trial takes that over.
+
+    Measured (benchmarks/trial_startup.py): a process taken over starts at once, a new one costs seconds, a TorchTrainer
+    many. A TorchTrainer's process ends with its trial, so that Ray ends the workers of a stopped one.
+    """
+    alone = sweep.tune.workers_per_trial == 1
+    return alone, alone
 
 
 def scheduler(sweep: Sweep):

@@ -40,7 +40,6 @@ class TuneSession:
     rank, world_size, progress, event_folder = 0, 1, "none", None  # Tune writes the event files
 
     def __init__(self, config: Config):
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for each checkpoint is no news
         self.config, self.metrics = config, {}
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         use_assigned_cpus(self.device)
@@ -73,14 +72,15 @@ class QueueCallback(ray.train.UserCallback):
 
 
 def run_trial(params: dict[str, Any], setup: dict[str, Any]) -> None:
-    """What Tune runs. params: dotted path -> value; setup: `base` (a raw config), `driver_folder`, `workers`."""
+    """What Tune runs. params: dotted path -> value; setup: what `build_tuner` gives every trial."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for each checkpoint is no news
     enter(setup["driver_folder"])
     try:
         config = point(setup["base"], params)
     except UserError as error:
         ray.tune.report(failed("invalid", 0, str(error), setup))
         return
-    if setup["workers"] == 1:
+    if setup["in_process"]:
         session = TuneSession(config)
         outcome, last = train(config, session), session.metrics
     else:
@@ -138,7 +138,8 @@ def train_with_workers(config: Config, setup: dict[str, Any]) -> tuple[dict[str,
                 metrics, checkpoint = queue.get(timeout=0.2)
             except Empty:
                 continue
-            ray.tune.report(metrics, checkpoint=checkpoint)
+            # As Tune's own class; Ray Train's is another, though it holds the same.
+            ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint(checkpoint.path, checkpoint.filesystem))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(ended[0], BaseException):
