@@ -4,8 +4,6 @@ Most tests run the real loop in this process through `LocalSession`, without Ray
 """
 
 import os
-import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +31,7 @@ def small_config(**overrides) -> Config:
 class LocalSession:
     """Runs the loop in this process and keeps every checkpoint in `folder`."""
 
-    rank, world_size, device, progress, event_folder = 0, 1, torch.device("cpu"), "lines", None
+    rank, world_size, device, display, event_folder = 0, 1, torch.device("cpu"), "lines", None
 
     def __init__(self, folder: Path, stop_at: int | None = None):
         self.folder, self.stop_at, self.reports = folder, stop_at, []

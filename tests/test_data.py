@@ -4,10 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from conftest import small_config
 from hrm_lm.config import DataConfig, ModelConfig, SyntheticConfig
 from hrm_lm.data.collate import IGNORE, pad_batch
-from hrm_lm.data.registry import Splits, encode_split, load_dataset
+from hrm_lm.data.registry import Splits, load_dataset
 from hrm_lm.data.sampler import global_batch, permuted, stream, worker_share
 from hrm_lm.data.synthetic import build_synthetic_dataset
 from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer

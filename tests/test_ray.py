@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import small_config, train_locally
+from conftest import ROOT, small_config, train_locally
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.checkpoint import load_model
-from hrm_lm.training.driver import run
+from hrm_lm.training.driver import plan_workers, run
 from hrm_lm.training.storage import RunFolder
 
 
@@ -122,6 +122,14 @@ def test_what_the_cluster_cannot_hold_is_refused_with_what_it_has(cluster, in_fo
     with pytest.raises(UserError, match="1 GPU each do not fit"):
         run(small_config(ray__use_gpu=True))
     assert not (in_folder / "runs").exists()
+
+
+def test_what_ray_up_may_add_counts_as_room(cluster, in_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_folder))
+    (in_folder / "ray_bootstrap_config.yaml").write_text((ROOT / "cluster.yaml").read_text())
+    assert plan_workers(small_config(ray__use_gpu=True, ray__num_workers=8)).num_workers == 8
+    with pytest.raises(UserError, match="room for 8 such workers with all it can grow to"):
+        plan_workers(small_config(ray__use_gpu=True, ray__num_workers=9, train__batch_size=9))
 
 
 def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(cluster, in_folder, capsys):

@@ -201,7 +201,7 @@ def fit(config: Config, folder: RunFolder, scaling) -> dict[str, Any]:
         train_loop_config={
             "config": config.to_dict(),
             "driver_folder": os.getcwd(),
-            "progress": "bar" if sys.stderr.isatty() else "lines",
+            "display": "bar" if sys.stderr.isatty() else "lines",
             "event_folder": folder.path if folder.is_local else None,
         },
         scaling_config=scaling,

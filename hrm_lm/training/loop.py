@@ -34,7 +34,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     if patience and progress.stale_validations >= patience:
         return {"status": "early_stopped", "step": state.step}
 
-    stats, log = Stats(state), MetricsLog(session.event_folder, session.progress, state.step, config.train.steps)
+    stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
     source = train_batches(splits, config.train, state.step, session.rank, session.world_size)
     batches = prefetch(source, state.device)
     clock = time.perf_counter()

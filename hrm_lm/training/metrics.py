@@ -5,19 +5,19 @@ from typing import Literal
 
 from tensorboardX import SummaryWriter
 
-Progress = Literal["bar", "lines", "none"]
+Display = Literal["bar", "lines", "none"]
 
 
 class MetricsLog:
     """Rank 0's log. `folder`: where event files go, if anywhere."""
 
-    def __init__(self, folder: Path | None, progress: Progress, first_step: int, steps: int):
+    def __init__(self, folder: Path | None, display: Display, first_step: int, steps: int):
         self.steps, self.step = steps, first_step
         # After a resume, what an earlier attempt wrote beyond its last checkpoint is hidden.
         self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10) if folder else None
-        self.lines = progress == "lines"
+        self.lines = display == "lines"
         self.bar = None
-        if progress == "bar":
+        if display == "bar":
             from ray.experimental.tqdm_ray import tqdm  # drawn by the driver, wherever the worker is
 
             self.bar, self.shown = tqdm(desc="training", total=steps, unit="step"), {}

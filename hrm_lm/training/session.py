@@ -13,14 +13,14 @@ from typing import Any, Iterator, Protocol
 
 import torch
 
-from hrm_lm.training.metrics import Progress
+from hrm_lm.training.metrics import Display
 
 
 class Session(Protocol):
     rank: int
     world_size: int
     device: torch.device
-    progress: Progress
+    display: Display
     event_folder: Path | None
     """Where TensorBoard files go."""
 
@@ -53,7 +53,7 @@ def use_assigned_cpus(device: torch.device) -> None:
 class RayTrainSession:
     """A worker of a `TorchTrainer`."""
 
-    def __init__(self, driver_folder: str, progress: Progress, event_folder: str | None, start_from=None):
+    def __init__(self, driver_folder: str, display: Display, event_folder: str | None, start_from=None):
         """start_from: a `ray.train.Checkpoint` to continue from where the run has none of its own."""
         import ray.train
         import ray.train.torch
@@ -64,7 +64,7 @@ class RayTrainSession:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         use_assigned_cpus(self.device)
-        self.progress: Progress = progress if self.rank == 0 else "none"
+        self.display: Display = display if self.rank == 0 else "none"
         self.event_folder = Path(event_folder) if event_folder and self.rank == 0 else None
         # Ray gives each worker a scratch folder; the config's relative paths mean the driver's.
         self._scratch = os.getcwd() if os.getcwd() != driver_folder else None

@@ -37,7 +37,7 @@ WORST_LOSS = 1e9
 class TuneSession:
     """A trial of one worker, seen from the loop."""
 
-    rank, world_size, progress, event_folder = 0, 1, "none", None  # Tune writes the event files
+    rank, world_size, display, event_folder = 0, 1, "none", None  # Tune writes the event files
 
     def __init__(self, config: Config):
         self.config, self.metrics = config, {}
@@ -105,7 +105,7 @@ def train_with_workers(config: Config, setup: dict[str, Any]) -> tuple[dict[str,
         train_loop_config={
             "config": config.to_dict(),
             "driver_folder": setup["driver_folder"],
-            "progress": "none",
+            "display": "none",
             "event_folder": None,
             "start_from": ray.tune.get_checkpoint() or orphan(config),
         },
