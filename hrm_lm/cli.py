@@ -17,6 +17,6 @@ def run_command(main: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "the same command with the same --run_name continues from the last checkpoint"
+        message = str(interrupt) or "the same command, for a run with the same --run_name, goes on from what was saved"
         print(f"interrupted; {message}", file=sys.__stderr__)
         return 130

@@ -66,12 +66,13 @@ def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> L
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def cluster(tmp_path_factory):
     """Two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
 
     from hrm_lm.training.driver import init_ray
 
+    os.environ["HRM_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the workers' too
     init_ray(num_cpus=2)
     yield
     ray.shutdown()

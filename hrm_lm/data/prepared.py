@@ -26,7 +26,7 @@ from hrm_lm.data.collate import Sample
 from hrm_lm.data.registry import Splits
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.training.storage import resolve
+from hrm_lm.training.storage import resolve, without_secrets
 
 FORMAT_VERSION = 1
 META, TOKENIZER = "meta.json", "tokenizer.json"
@@ -119,7 +119,7 @@ def is_prepared(location: str) -> bool:
 def load_prepared(location: str) -> Splits:
     """A folder or URI as train and validation split. Raises UserError, naming file and reason, where it is not whole."""
     fs, path = resolve(location)
-    shown = location.partition("?")[0]
+    shown = without_secrets(location)
     try:
         found = fs.get_file_info(pyarrow.fs.FileSelector(path))
         sizes = {info.base_name: info.size for info in found}

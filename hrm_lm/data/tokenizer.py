@@ -1,4 +1,4 @@
-"""What a tokenizer must offer, this project's own (characters), and those of the `tokenizers` library."""
+"""What a tokenizer must offer, this project's own (characters, bytes), and those of the `tokenizers` library."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids without BOS or EOS."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens leave none."""
@@ -51,6 +53,9 @@ class SimpleTokenizer:
                 return [self._ids.get(character, self.unk_id) for character in text]
             raise UserError(f"character {error.args[0]!r} of {text[:60]!r} is not in the tokenizer's vocabulary") from None
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[i - self.SPECIAL] for i in map(int, ids) if i >= self.SPECIAL)
 
@@ -60,6 +65,26 @@ class SimpleTokenizer:
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+class ByteTokenizer:
+    """A token for each byte of UTF-8: no text is unknown to it."""
+
+    pad_id, bos_id, eos_id = range(3)
+    SPECIAL = 3
+    vocab_size = SPECIAL + 256
+
+    def encode(self, text: str) -> list[int]:
+        return [self.SPECIAL + byte for byte in text.encode()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i - self.SPECIAL for i in map(int, ids) if i >= self.SPECIAL).decode(errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "bytes"})
 
 
 class PretrainedTokenizer:
@@ -73,7 +98,7 @@ class PretrainedTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise UserError("this tokenizer needs the tokenizers library: pip install 'hrm-lm[interop]'") from None
+            raise UserError("this tokenizer needs the tokenizers library: pip install 'hrm-lm[tokenizers]'") from None
         self.definition = definition
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
@@ -85,6 +110,9 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(i) for i in ids])
@@ -100,6 +128,8 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     kind = fields.pop("type", None) if isinstance(fields, dict) else None
     if kind == "characters":
         return SimpleTokenizer(**fields)
+    if kind == "bytes":
+        return ByteTokenizer()
     if kind == "tokenizers":
         return PretrainedTokenizer(**fields)
     raise ValueError("not a tokenizer of a known type")
@@ -112,6 +142,42 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
+
+
+SPECIAL_TOKENS = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
+}
+
+
+def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
+    """A Hugging Face `tokenizer.json`; a `tokenizer_config.json` beside it, else their usual names, tell its special tokens.
+
+    A tokenizer without BOS or padding gets EOS for those, as is usual. Raises UserError where it cannot be used.
+    """
+    path = Path(path)
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        config_file = path.with_name("tokenizer_config.json")
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+        ids = {token["content"]: token["id"] for token in definition["added_tokens"]}
+        vocabulary = definition["model"].get("vocab")
+        ids = (vocabulary if isinstance(vocabulary, dict) else {}) | ids
+        special = {}
+        for role, usual in SPECIAL_TOKENS.items():
+            named = config.get(f"{role}_token")
+            named = named["content"] if isinstance(named, dict) else named
+            special[role] = next((ids[name] for name in (named, *usual) if name in ids), None)
+        if special["eos"] is None:
+            raise UserError(f"{path}: has no end-of-text token: none of {', '.join(SPECIAL_TOKENS['eos'])}, nor one named in {config_file.name}")
+        special = {f"{role}_id": special["eos"] if i is None else i for role, i in special.items()}
+        size = max(max(ids.values()) + 1, len(vocabulary or ()))  # a Unigram vocabulary is a list
+        return PretrainedTokenizer(definition, **special, vocab_size=size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a Hugging Face tokenizer.json: {error!r}") from None
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:

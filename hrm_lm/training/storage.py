@@ -40,6 +40,12 @@ def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return fs, path.rstrip("/")
 
 
+def without_secrets(location: str) -> str:
+    """A folder or URI for messages: a URI may carry keys and options, which are nobody's business."""
+    scheme, separator, rest = location.rpartition("://")
+    return scheme + separator + rest.partition("?")[0].rpartition("@")[2] if separator else location
+
+
 class RunFolder:
     """A run's folder in storage. `location`: the storage's folder or URI."""
 

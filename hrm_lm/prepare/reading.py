@@ -1,0 +1,385 @@
+"""Files to pairs of texts: which files, in which parts, and what is wrong with them. No Ray in here.
+
+A part is what one task reads and what one shard holds. Reading a part is a pure function of its bytes, so it can be
+read twice, or again after a kill, with the same pairs in the same order. What cannot be read becomes a `Problem` in the
+place where it was, and reading goes on behind it.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from pathlib import PurePosixPath
+from string import Formatter
+from typing import Any, Iterator, NamedTuple
+
+import pyarrow
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from hrm_lm.errors import UserError
+from hrm_lm.training.storage import resolve, without_secrets
+
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+MAX_RECORD = 1 << 20
+"""Bytes of the longest line or pair that is read; a longer one is a fault of its file."""
+BLOCK = 1 << 18
+UNREADABLE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
+
+
+class Mapping(NamedTuple):
+    """Where a record's prompt and response are."""
+
+    prompt: str
+    """A field (`question`, `data.question`, `messages.0.content`) or a template (`{question}\\nContext: {context}`)."""
+    response: str
+    text_prompt_chars: int = 400
+    text_response_chars: int = 100
+    """Plain text is cut into prompts and continuations of so many characters."""
+
+
+class Piece(NamedTuple):
+    """Some of a file: the lines that begin in bytes [start, stop), or the row groups [start, stop); all for stop -1."""
+
+    fs: pyarrow.fs.FileSystem
+    path: str
+    format: str
+    compression: str | None
+    num_bytes: int
+    start: int = 0
+    stop: int = -1
+
+
+class Pair(NamedTuple):
+    prompt: str
+    response: str
+    position: int
+    """Line, counted from 1 and from the piece's start; row of the file for Parquet."""
+
+
+class Problem(NamedTuple):
+    reason: str
+    position: int
+    text: str = ""
+    """What is there, for the report."""
+    count: int = 1
+    """Records lost."""
+
+
+class End(NamedTuple):
+    """The last item of a piece of lines."""
+
+    lines: int
+
+
+class Missing(Exception):
+    """A field is not there, or is no text."""
+
+
+# --- which files, in which parts ---------------------------------------------------------------------------------
+
+
+def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
+    """Every file of the given files, folders and URIs, whole, with its modification time (ns), in order of path."""
+    found = {}
+    for location in locations:
+        fs, path = resolve(location)
+        shown = without_secrets(location)
+        try:
+            info = fs.get_file_info(path)
+            if info.type == pyarrow.fs.FileType.File:
+                infos = [info]
+                if file_format(path) is None:
+                    raise UserError(f"--input {shown}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not")
+            elif info.type == pyarrow.fs.FileType.Directory:
+                infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+                infos = [i for i in infos if i.type == pyarrow.fs.FileType.File and file_format(i.path)]
+                if not infos:
+                    raise UserError(f"--input {shown}: no {', '.join(FORMATS)} file in it, compressed or not")
+            else:
+                raise UserError(f"--input {shown}: does not exist")
+        except OSError as error:
+            raise UserError(f"--input {shown}: cannot be read: {' '.join(str(error).split())}") from None
+        for i in sorted(infos, key=lambda i: i.path):
+            found[i.path] = (Piece(fs, i.path, *file_format(i.path), i.size), i.mtime_ns or 0)
+    return list(found.values())
+
+
+def file_format(path: str) -> tuple[str, str | None] | None:
+    *_, outer, inner = ["", "", *PurePosixPath(path.lower()).suffixes]
+    compression = COMPRESSIONS.get(inner)
+    form = FORMATS.get(outer if compression else inner)
+    return (form, compression) if form and not (form == "parquet" and compression) else None
+
+
+def plan_parts(files: list[Piece], part_bytes: int) -> list[list[Piece]]:
+    """Cuts large files that can be cut, and puts small ones together: parts of about `part_bytes`, in the files' order."""
+    parts, size = [[]], 0
+    for file in files:
+        for piece in cut(file, part_bytes):
+            if parts[-1] and size + piece.num_bytes > part_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(piece)
+            size += piece.num_bytes
+    return parts
+
+
+def cut(file: Piece, part_bytes: int) -> list[Piece]:
+    if file.num_bytes <= part_bytes or file.compression or file.format == "csv":  # CSV has line ends in quotes
+        return [file]
+    if file.format == "parquet":
+        try:
+            with file.fs.open_input_file(file.path) as stream:
+                metadata = pq.ParquetFile(stream).metadata
+                sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        except UNREADABLE:
+            return [file]  # reading it will say what is wrong
+        pieces, start = [], 0
+        for i, size in enumerate(sizes):
+            if i + 1 == len(sizes) or sum(sizes[start : i + 2]) > part_bytes:
+                share = file.num_bytes * sum(sizes[start : i + 1]) // max(sum(sizes), 1)
+                pieces.append(file._replace(num_bytes=share, start=start, stop=i + 1))
+                start = i + 1
+        return pieces
+    borders = [*range(0, file.num_bytes, part_bytes), file.num_bytes]
+    return [file._replace(num_bytes=b - a, start=a, stop=b) for a, b in zip(borders, borders[1:])]
+
+
+# --- records to pairs --------------------------------------------------------------------------------------------
+
+
+Template = list[tuple[str, tuple[str, ...] | None]]
+"""Literal text, each stretch followed by a field or by nothing; a field is its whole name, then its steps."""
+
+
+def parse_mapping(flag: str, spec: str) -> Template:
+    """Raises UserError, naming the flag, for a template that is none."""
+    if "{" not in spec:
+        return [("", (spec, *spec.split(".")))]
+    try:
+        parsed = [(literal, name, conversion or form) for literal, name, form, conversion in Formatter().parse(spec)]
+    except ValueError as error:
+        raise UserError(f"{flag} {spec!r}: not a template: {error}") from None
+    if any(extra or name == "" for _, name, extra in parsed) or not any(name for _, name, _ in parsed):
+        raise UserError(f"{flag} {spec!r}: not a template: name fields in braces, such as {{question}} or {{data.question}}")
+    return [(literal, (name, *name.split(".")) if name else None) for literal, name, _ in parsed]
+
+
+def fill_template(template: Template, record: Any) -> str:
+    """Raises Missing. A lone field must be text; in a template, numbers are written out."""
+    if len(template) == 1 and not template[0][0]:
+        return look_up(record, template[0][1], (str,))
+    return "".join(literal + (str(look_up(record, path, (str, int, float))) if path else "") for literal, path in template)
+
+
+def look_up(record: Any, path: tuple[str, ...], types: tuple[type, ...]) -> Any:
+    name, *steps = path
+    value = record
+    for step in [name] if isinstance(record, dict) and name in record else steps:
+        if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        elif isinstance(value, dict) and step in value:
+            value = value[step]
+        else:
+            raise Missing(f"no field {name!r}")
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise Missing(f"field {name!r} is {'null' if value is None else type(value).__name__}, not text")
+    return value
+
+
+def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
+    """All that is in a piece, in order; pieces of lines have an End."""
+    if not piece.num_bytes:
+        yield Problem("the file is empty", 0)
+        return
+    if piece.format == "text":
+        yield from read_text(piece, mapping)
+        return
+    templates = [parse_mapping("--prompt_field", mapping.prompt), parse_mapping("--response_field", mapping.response)]
+    read = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}[piece.format]
+    for item in read(piece, templates):
+        if isinstance(item, (Problem, End)):
+            yield item
+            continue
+        position, record = item
+        try:
+            prompt, response = (fill_template(template, record) for template in templates)
+        except Missing as missing:
+            yield Problem(str(missing), position, excerpt(record))
+            continue
+        if not prompt:
+            yield Problem("the prompt is empty", position, excerpt(record))
+        elif len(prompt) + len(response) > MAX_RECORD:
+            yield Problem(f"longer than {MAX_RECORD:,} bytes", position, prompt[:80])
+        else:
+            yield Pair(prompt, response, position)
+
+
+def excerpt(record: Any) -> str:
+    text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=True, default=str)
+    return text[:80]
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+def read_lines(piece: Piece) -> Iterator[tuple[int, str] | Problem | End]:
+    """Lines of UTF-8 with their number, without their end; a line in two pieces is its beginning's."""
+    number, rest, skipping = 0, b"", False
+    offset = piece.start  # of `rest` in the file
+    try:
+        with open_stream(piece) as stream:
+            read = getattr(stream, "read1", stream.read)  # gzip's read would lose what comes before a fault
+            if piece.start:
+                stream.seek(piece.start - 1)
+                while (block := read(BLOCK)) and b"\n" not in block:
+                    offset += len(block)
+                before, _, rest = block.partition(b"\n")
+                offset += len(before)
+            while True:
+                block = read(BLOCK)
+                *lines, rest = (rest + block).split(b"\n")
+                if not block and rest:  # the last line has no end
+                    lines, rest = [*lines, rest], b""
+                for line in lines:
+                    if 0 <= piece.stop <= offset and not skipping:
+                        yield End(number)
+                        return
+                    number += 1
+                    offset += len(line) + 1
+                    if skipping or len(line) > MAX_RECORD:
+                        skipping = False
+                        yield Problem(f"longer than {MAX_RECORD:,} bytes", number, line[:80].decode(errors="replace"))
+                        continue
+                    if number == 1 and not piece.start:
+                        line = line.removeprefix(b"\xef\xbb\xbf")
+                    try:
+                        yield number, line.decode()
+                    except UnicodeDecodeError:
+                        yield Problem("not UTF-8 text", number, line[:80].decode(errors="replace"))
+                if not block:
+                    if skipping:
+                        number += 1
+                        yield Problem(f"longer than {MAX_RECORD:,} bytes", number)
+                    yield End(number)
+                    return
+                if len(rest) > MAX_RECORD:
+                    skipping, offset, rest = True, offset + len(rest), b""
+    except UNREADABLE as error:
+        yield Problem("unreadable from here on", number + 1, " ".join(str(error).split())[:200])
+        yield End(number)
+
+
+def open_stream(piece: Piece):
+    if piece.compression == "gzip":  # pyarrow's would lose up to a block before where it is truncated
+        return gzip.GzipFile(fileobj=piece.fs.open_input_stream(piece.path, compression=None))
+    if piece.compression:
+        return piece.fs.open_input_stream(piece.path, compression=piece.compression)
+    return piece.fs.open_input_file(piece.path) if piece.start else piece.fs.open_input_stream(piece.path)
+
+
+def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
+    for item in read_lines(piece):
+        if isinstance(item, (Problem, End)):
+            yield item
+            continue
+        number, line = item
+        if not line or line.isspace():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError):
+            yield Problem("not JSON", number, line[:80])
+
+
+def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
+    csv.field_size_limit(MAX_RECORD)
+    problems, number = [], 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for item in read_lines(piece):
+            if isinstance(item, (Problem, End)):
+                problems.append(item)
+            else:
+                number = item[0]
+                yield item[1] + "\n"
+
+    rows = csv.reader(lines(), delimiter="\t" if ".tsv" in piece.path.lower() else ",")
+    header = None
+    while True:
+        first = number + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            row = []
+            yield Problem("not CSV", first, str(error))
+        yield from problems
+        problems.clear()
+        if row is None:
+            return
+        if not row:
+            continue
+        if header is None:
+            header = row
+        elif len(row) > len(header):
+            yield Problem("more fields than the header", first, excerpt(row))
+        else:
+            yield first, dict(zip(header, row))
+
+
+def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem]:
+    row = 0
+    try:
+        with piece.fs.open_input_file(piece.path) as stream:
+            file = pq.ParquetFile(stream)
+            groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
+            row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+            columns = set()
+            for path in (path for template in templates for _, path in template if path):
+                names = [name for name in path[:2] if name in file.schema_arrow.names]
+                if not names:
+                    num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+                    if num_rows:
+                        there = f"all {num_rows} rows; there are {', '.join(file.schema_arrow.names)}"
+                        yield Problem(f"no field {path[0]!r}", row + 1, there[:200], num_rows)
+                    return
+                columns.add(names[0])
+            for batch in file.iter_batches(1024, row_groups=groups, columns=sorted(columns)):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
+    except UNREADABLE as error:
+        yield Problem("unreadable from here on", row + 1, " ".join(str(error).split())[:200])
+
+
+def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
+    """A document, cut at white space into stretches of prompt and continuation; nothing of it is left out."""
+    whole = mapping.text_prompt_chars + mapping.text_response_chars
+    buffer, first, last = "", 1, 1
+    for item in read_lines(piece):
+        if isinstance(item, (Problem, End)):
+            yield item
+            continue
+        last, line = item
+        buffer += line + "\n"
+        while len(buffer) > whole + 2:  # the rest still makes a pair
+            middle = cut_at_space(buffer, mapping.text_prompt_chars)
+            end = middle + cut_at_space(buffer[middle:], mapping.text_response_chars)
+            yield Pair(buffer[:middle], buffer[middle:end], first)
+            buffer, first = buffer[end:], last
+    buffer = buffer.removesuffix("\n")
+    if len(buffer) > 1 and not buffer.isspace():
+        middle = cut_at_space(buffer, max(len(buffer) * mapping.text_prompt_chars // whole, 1))
+        yield Pair(buffer[:middle], buffer[middle:], first)
+
+
+def cut_at_space(text: str, limit: int) -> int:
+    """Where to cut `text` so that at most `limit` characters come before, between words if that can be."""
+    if len(text) <= limit:
+        return len(text)
+    return next((end for end in range(limit, 0, -1) if text[end].isspace()), limit)
