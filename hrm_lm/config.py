@@ -158,6 +158,8 @@ class DataConfig(Section):
 
 class RayConfig(Section):
     num_workers: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several workers: the model whole on each, or in parts (`hrm_lm.training.parallel`)."""
     use_gpu: Literal["auto"] | bool = "auto"
     cpus_per_worker: Literal["auto"] | Positive = "auto"
     """`auto`: an equal share of the cluster's CPUs when training on CPU, else 1."""
@@ -183,6 +185,12 @@ class Config(Section):
     def _core_to_sample(self):
         if self.train.sample_h_cycles and not self.model.hrm.h_cycles:
             raise ValueError("train.sample_h_cycles: model.hrm.h_cycles is 0, so there is no HRM core to cycle")
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_precision(self):
+        if self.ray.parallel == "fsdp" and self.train.mixed_precision == "fp16":
+            raise ValueError("train.mixed_precision: fp16 does not go with ray.parallel fsdp; use bf16 or none")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ Batches are small and come from memory, so a thread is enough: it starts at once
 copy to the device (pinned, on a stream of its own) running while the step computes.
 """
 
+import math
 import queue
 import threading
 from typing import Iterable, Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import Batch, pad_batch
+from hrm_lm.data.collate import IGNORE, Batch, pad_batch
 from hrm_lm.data.registry import Splits
 from hrm_lm.data.sampler import global_batch, worker_share
 
@@ -30,10 +31,17 @@ def train_batches(
 
 
 def val_batches(splits: Splits, batch_size: int, rank: int, world_size: int) -> Iterator[list[Batch]]:
-    """This worker's share of the validation set, each sample once over all workers."""
+    """This worker's share of the validation set, each sample once over all workers.
+
+    All workers get the same number of batches, since workers that share a model must run together: one that has no
+    sample left gets a batch without labels.
+    """
     mine = np.arange(rank, len(splits.val), world_size)
-    for start in range(0, len(mine), batch_size):
+    for start in range(0, math.ceil(len(splits.val) / world_size), batch_size):
         samples = [splits.val[i] for i in mine[start : start + batch_size]]
+        if not samples:
+            prompt, inputs, labels = splits.val[0]
+            samples = [(prompt, inputs, [IGNORE] * len(labels))]
         yield [pad_batch(samples, splits.tokenizer.pad_id)]
 
 
