@@ -162,6 +162,8 @@ class DataConfig(Section):
 
 class RayConfig(Section):
     num_workers: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several workers: the model whole on each, or in parts (`hrm_lm.training.parallel`)."""
     use_gpu: Literal["auto"] | bool = "auto"
     cpus_per_worker: Literal["auto"] | Positive = "auto"
     """`auto`: an equal share of the cluster's CPUs when training on CPU, else 1."""
@@ -203,6 +205,12 @@ class Config(Section):
             raise ValueError(
                 f"train.length_window ({train.length_window}) is smaller than train.batch_size ({train.batch_size})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_precision(self):
+        if self.ray.parallel == "fsdp" and self.train.mixed_precision == "fp16":
+            raise ValueError("train.mixed_precision: fp16 does not go with ray.parallel fsdp; use bf16 or none")
         return self
 
     @model_validator(mode="after")

@@ -45,6 +45,14 @@ def test_two_workers_train_as_one(cluster, in_folder):
     assert list((in_folder / "runs/two").glob("events.out.tfevents.*"))
 
 
+def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(cluster, in_folder):
+    options = {"train__val_every": 3, "train__steps": 6, "ray__run_name": "s", "model__architecture": "prefix_lm"}
+    run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
+    result = run(small_config(**options | {"train__steps": 9}))
+    alone = train_locally(small_config(**options | {"train__steps": 9}), in_folder / "alone")
+    assert result["step"] == 9 and result["val_loss"] == pytest.approx(alone.reports[-1]["val_loss"], rel=0.05)
+
+
 PID_DATA = """
 import os
 from pathlib import Path

@@ -6,13 +6,13 @@ copy to the device (pinned, on a stream of its own) running while the step compu
 
 import queue
 import threading
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import IGNORE, Batch, pad_batch
+from hrm_lm.data.collate import IGNORE, Batch, Sample, pad_batch
 from hrm_lm.data.registry import Splits, sample_lengths, take_samples
 from hrm_lm.data.sampler import by_length, global_batches, worker_share
 
@@ -28,10 +28,8 @@ def train_batches(
     for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step)):
         micro_batches = []
         for micro in worker_share(indices, rank, world_size, config.grad_accum_steps):
-            samples = take_samples(splits.train, micro)
-            if not samples:  # fewer samples fit train.batch_tokens than there are shares: one without a label
-                ((prompt, inputs, labels),) = take_samples(splits.train, indices[:1])
-                samples = [(prompt, inputs, np.full(len(labels), IGNORE))]
+            # Fewer samples may fit train.batch_tokens than there are shares.
+            samples = take_samples(splits.train, micro) or unlabelled(splits.train)
             micro_batches.append(pad_batch(samples, pad_id, round_up))
         yield micro_batches
 
@@ -39,14 +37,26 @@ def train_batches(
 def val_batches(
     splits: Splits, batch_size: int, rank: int, world_size: int, round_up: bool = False
 ) -> Iterator[list[Batch]]:
-    """This worker's share of the validation set, each sample once over all workers, alike lengths together."""
+    """This worker's share of the validation set, each sample once over all workers, alike lengths together.
+
+    All workers get the same number of batches, since workers that share a model must run together: one that has no
+    sample left gets a batch without labels.
+    """
     mine = np.arange(rank, len(splits.val), world_size)
-    for window in np.split(mine, range(VAL_WINDOW, len(mine), VAL_WINDOW)):
-        if not len(window):  # more workers than samples
-            return
-        window = window[by_length(sample_lengths(splits.val, window), len(window) / batch_size)]
-        for batch in np.split(window, range(batch_size, len(window), batch_size)):
-            yield [pad_batch(take_samples(splits.val, batch), splits.tokenizer.pad_id, round_up)]
+    most = -(-len(splits.val) // world_size)  # samples of the worker that has most
+    for start in range(0, most, VAL_WINDOW):
+        window = mine[start : start + VAL_WINDOW]
+        if len(window):
+            window = window[by_length(sample_lengths(splits.val, window), len(window) / batch_size)]
+        for first in range(0, min(most - start, VAL_WINDOW), batch_size):
+            samples = take_samples(splits.val, window[first : first + batch_size])
+            yield [pad_batch(samples or unlabelled(splits.val), splits.tokenizer.pad_id, round_up)]
+
+
+def unlabelled(samples: Sequence[Sample]) -> list[Sample]:
+    """A sample that counts for nothing, for a worker that has none left."""
+    ((prompt, inputs, labels),) = take_samples(samples, np.zeros(1, dtype=np.int64))
+    return [(prompt, inputs, np.full(len(labels), IGNORE))]
 
 
 def prefetch(batches: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:

@@ -22,7 +22,7 @@ class Bridge(nn.Module):
     def __init__(self, config: BridgeConfig, d_model: int, n_heads: int):
         super().__init__()
         self.warmup_steps = config.gate_warmup_steps
-        self.gate = nn.Parameter(torch.tensor(2.0))  # sigmoid(2) = 0.88: nearly open
+        self.gate = nn.Parameter(torch.tensor([2.0]))  # sigmoid(2) = 0.88: nearly open; FSDP shards no scalars
         # Saved with the weights, so that a checkpoint from within the warm-up generates as it was trained.
         self.register_buffer("open", torch.tensor(0.0 if self.warmup_steps else 1.0))
         self._is_open = not self.warmup_steps

@@ -171,6 +171,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = rms_norm(d_model, hrm_text)
         self.attention = SelfAttention(d_model, n_heads, dropout, gated=hrm_text)
+        self.cross = None
         if cross:
             self.cross_norm = rms_norm(d_model, hrm_text)
             self.cross = CrossAttention(d_model, n_heads, dropout)

@@ -31,7 +31,7 @@ from hrm_lm.data.tokenizer import (
 )  # fmt: skip
 from hrm_lm.errors import UserError
 from hrm_lm.prepare.reading import (
-    End, Mapping, Pair, Piece, Problem, find_files, parse_mapping, plan_parts, read_piece,
+    Mapping, Pair, Piece, Problem, find_files, parse_mapping, plan_parts, read_piece,
 )  # fmt: skip
 from hrm_lm.training.driver import say, started_ray
 from hrm_lm.training.storage import resolve, without_secrets

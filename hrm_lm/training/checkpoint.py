@@ -6,16 +6,24 @@
     config.yaml             the run's config
     tokenizer.json
     trainer_state.json      step, progress, scaler, format version; written last
+
+A run whose model is sharded over its workers (`ray.parallel: fsdp`) has folders `model/`, `average/` and `optimizer/`
+in place of the first three, with a file of each worker's parts, also safetensors (torch.distributed.checkpoint's
+Hugging Face format). Both kinds load into any number of workers, sharded or not.
 """
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hrm_lm.config import Config, parse_config, read_yaml
 from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer
@@ -63,28 +71,25 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer: Tokenizer) -> None:
-    """Writes `state` into the existing folder `path`."""
-    names = {p: name for name, p in state.model.named_parameters()}
-    moments = {f"{key}/{names[p]}": value for p, slots in state.optimizer.state.items() for key, value in slots.items()}
-    save_file(_cpu(moments), path / "optimizer.safetensors", metadata={"format": "pt"})
+    """Writes `state` into the existing folder `path`; of a sharded one this worker's part, rank 0 also the rest."""
+    _save(path / "optimizer", _optimizer_tensors(state))
     if state.average:
-        save_file(_cpu(state.average.tensors), path / "average.safetensors", metadata={"format": "pt"})
-    save_model(path, state.model, state.config, tokenizer, progress, state.scaler.state_dict())
+        _save(path / "average", state.average.tensors)
+    _save(path / "model", state.model.state_dict())
+    if state.rank == 0:
+        _save_description(path, state.config, tokenizer, progress, state.scaler.state_dict())
 
 
-def save_model(
-    path: Path,
-    model: LanguageModel,
-    config: Config,
-    tokenizer: Tokenizer,
-    progress: Progress,
-    scaler: dict | None = None,
-) -> None:
+def save_model(path: Path, model: LanguageModel, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
     """Writes a checkpoint without optimizer state: enough to generate and for `train.init_from`."""
-    save_file(_cpu(model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
+    _save(path / "model", model.state_dict())
+    _save_description(path, config, tokenizer, progress, scaler={})
+
+
+def _save_description(path: Path, config: Config, tokenizer: Tokenizer, progress: Progress, scaler: dict) -> None:
     (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    fields = {"format_version": FORMAT_VERSION, "scaler": scaler or {}, **asdict(progress)}
+    fields = {"format_version": FORMAT_VERSION, "scaler": scaler, **asdict(progress)}
     (path / "trainer_state.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 
@@ -94,7 +99,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder")
     for name in ("trainer_state.json", "config.yaml", "tokenizer.json", "model.safetensors"):
-        if not (path / name).is_file():
+        if not (path / name).is_file() and not (path / name).with_suffix("").is_dir():
             raise UserError(f"{path}: not a whole checkpoint: {name} is missing")
     state_file = path / "trainer_state.json"
     try:
@@ -111,28 +116,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
     """Fills `model` for use, with averaged weights where there are any; raises UserError where the two do not fit."""
-    _fill(model.state_dict(), checkpoint.path / "model.safetensors")
+    _fill(model.state_dict(), checkpoint.path / "model")
     if checkpoint.config.train.ema_decay:
-        _fill(dict(model.named_parameters()), checkpoint.path / "average.safetensors")
+        _fill(dict(model.named_parameters()), checkpoint.path / "average")
 
 
 def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
     """Continues a run exactly: weights, their average, optimizer, scaler and step."""
-    _fill(state.model.state_dict(), checkpoint.path / "model.safetensors")
+    _fill(state.model.state_dict(), checkpoint.path / "model")
     if state.average and checkpoint.config.train.ema_decay:
-        _fill(state.average.tensors, checkpoint.path / "average.safetensors")
+        _fill(state.average.tensors, checkpoint.path / "average")
     elif state.average:  # switched on in mid-run
         state.average.restart()
-    file = checkpoint.path / "optimizer.safetensors"
-    moments = _read_tensors(file)
-    parameters = dict(state.model.named_parameters())
-    for key, value in moments.items():
-        slot, _, name = key.partition("/")
-        if name not in parameters:
-            raise UserError(f"{file}: {name} is not in this model")
-        # Optimizers count their steps on the CPU unless they are fused.
-        device = state.device if slot != "step" or state.optimizer.defaults.get("fused") else "cpu"
-        state.optimizer.state[parameters[name]][slot] = value.to(device)
+    _fill(_optimizer_tensors(state), checkpoint.path / "optimizer")
     if checkpoint.scaler and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint.scaler)
     state.step = checkpoint.progress.step
@@ -146,24 +142,69 @@ def load_model(path: str | Path, device: torch.device | None = None) -> tuple[La
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
 
 
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """The optimizer's own tensors as `<slot>/<parameter name>`, made where it has not taken a step yet."""
+    tensors = {}
+    for name, p in state.model.named_parameters():
+        slots = state.optimizer.state[p]
+        if not slots:
+            # Optimizers count their steps on the CPU unless they are fused.
+            fused = state.optimizer.defaults.get("fused")
+            slots["step"] = torch.zeros((), device=state.device if fused else "cpu")
+            slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        tensors |= {f"{slot}/{name}": tensor for slot, tensor in slots.items()}
+    return tensors
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes `<path>.safetensors`, or of sharded tensors this worker's part in a file of its own in the folder `path`."""
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+    else:
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(tensors, path.with_suffix(".safetensors"), metadata={"format": "pt"})
+
+
 @torch.no_grad()
-def _fill(own: dict[str, Tensor], file: Path) -> None:
-    """Copies a file's tensors into `own`; raises UserError where names or shapes differ."""
-    saved = _read_tensors(file)
+def _fill(own: dict[str, Tensor], path: Path) -> None:
+    """Copies what `_save` wrote into `own`, sharded or not, however many workers wrote it.
+
+    Raises UserError where names or shapes differ, or where a part is missing.
+    """
+    if not path.is_dir():
+        file = path.with_suffix(".safetensors")
+        saved = _read_tensors(file)
+        _check_fit(own, {name: tensor.shape for name, tensor in saved.items()}, file)
+        for name, tensor in own.items():
+            value = saved[name].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(value)
+        return
+    reader = HuggingFaceStorageReader(str(path))
+    try:
+        saved = reader.read_metadata().state_dict_metadata
+        for name, parts in saved.items():
+            if sum(part.sizes.numel() for part in parts.chunks) != parts.size.numel():
+                raise UserError(f"{path}: not whole: a part of {name} is missing")
+        _check_fit(own, {name: parts.size for name, parts in saved.items()}, path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(own, storage_reader=reader, no_dist=True)  # each worker reads what it needs
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: torn or foreign: {error}") from None
+
+
+def _check_fit(own: dict[str, Tensor], saved: dict[str, torch.Size], source: Path) -> None:
     for name in own.keys() | saved.keys():
         if name not in saved or name not in own:
             where = "is missing in it" if name not in saved else "is not in this model"
-            raise UserError(f"{file}: {name} {where}; the model's config differs from the checkpoint's")
-        if saved[name].shape != own[name].shape:
-            raise UserError(
-                f"{file}: {name} has shape {tuple(saved[name].shape)}, this model's has {tuple(own[name].shape)}"
-            )
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-
-
-def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            raise UserError(f"{source}: {name} {where}; the model's config differs from the checkpoint's")
+        if saved[name] != own[name].shape:
+            shapes = f"has shape {tuple(saved[name])}, this model's has {tuple(own[name].shape)}"
+            raise UserError(f"{source}: {name} {shapes}")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

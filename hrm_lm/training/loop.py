@@ -11,6 +11,7 @@ from hrm_lm.data.registry import Splits, load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
 from hrm_lm.training.metrics import MetricsLog
+from hrm_lm.training.parallel import is_sharded
 from hrm_lm.training.session import RayTrainSession, Session
 from hrm_lm.training.step import Stats, TrainState, build_state, evaluate, learning_rate, train_step
 
@@ -116,9 +117,9 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
 
 
 def save(state: TrainState, progress: Progress, splits: Splits, session: Session, metrics: dict[str, float]) -> None:
-    """Reports a checkpoint, written by rank 0; Ray uploads it while training goes on."""
+    """Reports a checkpoint, written by rank 0, or by all where each has a part; Ray uploads it while training goes on."""
     folder = None
-    if session.rank == 0:
+    if session.rank == 0 or is_sharded(state.model):
         folder = session.new_folder()
         save_checkpoint(folder, state, progress, splits.tokenizer)
     session.report(metrics | {"step": state.step, "seconds": progress.seconds, "tokens": progress.tokens}, folder)

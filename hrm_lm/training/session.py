@@ -31,7 +31,7 @@ class Session(Protocol):
         """An empty local folder for a checkpoint to be reported."""
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        """Hands metrics over on every rank, and rank 0's checkpoint folder for good."""
+        """Hands metrics over on every rank, and a checkpoint's folder for good; those of several ranks become one."""
 
 
 def enter(driver_folder: str) -> None:

@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hrm_lm.config import Config, HRMConfig, OptimConfig, TrainConfig
 from hrm_lm.data.collate import IGNORE, Batch
 from hrm_lm.models.build import LanguageModel, build_model
 from hrm_lm.models.layers import Block, ScaledEmbedding
 from hrm_lm.training.optim import AdamAtan2, WeightAverage
+from hrm_lm.training.parallel import forget_gathered, parallelize, unsynchronized
 
 
 @dataclass
@@ -29,7 +31,7 @@ class TrainState:
     config: Config
     model: LanguageModel
     parallel: nn.Module
-    """`model`, or `model` in DistributedDataParallel."""
+    """`model`, or `model` in DistributedDataParallel; see `hrm_lm.training.parallel`."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
@@ -84,14 +86,7 @@ def build_state(
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()
-    parallel = model
-    if world_size > 1:
-        parallel = nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+    parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     optimizer = build_optimizer(model, config.optim, device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
@@ -166,12 +161,12 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     mine = labelled.clone()
     if state.world_size > 1:
         dist.all_reduce(labelled)
-    scale = state.world_size / labelled.clamp(min=1)  # DDP takes the mean over workers
+    scale = state.world_size / labelled.clamp(min=1)  # DDP and FSDP take the mean over workers
 
     step_loss = torch.zeros((), device=state.device)
     for i, batch in enumerate(micro_batches):
         inner = i < len(micro_batches) - 1
-        with state.parallel.no_sync() if inner and state.world_size > 1 else nullcontext():
+        with unsynchronized(state.parallel) if inner else nullcontext():
             with autocast(state.device, config.train.mixed_precision):
                 *earlier, last = state.parallel(batch, h_cycles, backprop_steps=window)
             loss = token_loss(last, batch.labels)
@@ -185,6 +180,8 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # of sharded gradients
+        norm = norm.full_tensor()
     if config.train.grad_clip > 0:
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.train.grad_clip, norm)
     state.scaler.step(state.optimizer)
@@ -231,6 +228,7 @@ def evaluate(
             counts = torch.stack([labelled.sum(), right.sum(), labelled.any(dim=1).sum()])
             sums += torch.cat([token_loss(logits, batch.labels)[None].double(), counts.double()])
     model.train(was_training)
+    forget_gathered(model)
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss, tokens, right, samples = sums.tolist()
