@@ -199,6 +199,7 @@ tr.best td {{ background: #fff6d6; font-weight: 600; }} tr.diverged td, tr.faile
 <script>{plotly}</script></head><body>
 {body}
 <script>
+addEventListener("load", () => dispatchEvent(new Event("resize")));  // figures drawn before the grid was whole
 document.querySelectorAll("th").forEach((th, i) => th.onclick = () => {{
   const up = !th.classList.contains("up"), body = document.querySelector("tbody");
   document.querySelectorAll("th").forEach(other => other.className = "");
