@@ -52,7 +52,8 @@ class HRMCore(nn.Module):
         outputs = []
         for i, stack in enumerate(applications):
             if i > 0 and carries[i] and not carries[i - 1]:
-                # Autocast remembers the weights it has cast; those cast without a graph would swallow the gradient.
+                # Autocast remembers the weights it has cast, in PyTorch before 2.13 also those cast without a graph, which
+                # would swallow the gradient.
                 torch.clear_autocast_cache()
                 if z_h is not x and not any(carries[:i]):
                     # A window that opens after the first cycle cuts x off. The state passes x on along its residual
