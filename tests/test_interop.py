@@ -8,11 +8,11 @@ import torch
 from conftest import ROOT, small_config, train_locally
 from hrm_lm.config import load_config
 from hrm_lm.data.collate import pad_batch
-from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.inference.generate import main as generate_main
-from hrm_lm.interop.export import hrm_text_config
+from hrm_lm.interop.export import hf_tokenizer, hrm_text_config
 from hrm_lm.interop.export import main as export
 from hrm_lm.interop.hrm_text import to_hrm_text
 from hrm_lm.interop.import_ import main as import_
@@ -239,6 +239,15 @@ def test_without_transformers_the_message_says_what_to_install(tmp_path, command
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = command(export, "--checkpoint", folder, "--output", tmp_path / "hf")
     assert code == 2 and "pip install 'hrm-lm[interop]'" in err
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SimpleTokenizer.from_texts(["héllo ∑\n\t 7"])], ids=["bytes", "characters"])
+def test_an_exported_tokenizer_gives_the_same_ids_and_text(tmp_path, tokenizer):
+    hf_tokenizer(tokenizer).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("héllo ∑\n", "  l\t77", "\n"):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True) == text
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, export_to):

@@ -11,7 +11,7 @@ from typing import Sequence
 
 from hrm_lm.cli import run_command
 from hrm_lm.config import ModelConfig
-from hrm_lm.data.tokenizer import PretrainedTokenizer, SimpleTokenizer, Tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.hrm import gradient_window
@@ -81,8 +81,8 @@ def hf_tokenizer(tokenizer: Tokenizer):
     """The tokenizer as Transformers' own. It pads on the left, as `generate` wants prompts."""
     if isinstance(tokenizer, PretrainedTokenizer):
         inner = tokenizer.tokenizer
-    elif isinstance(tokenizer, SimpleTokenizer):
-        inner = character_tokenizer(tokenizer)
+    elif isinstance(tokenizer, SimpleTokenizer | ByteTokenizer):
+        inner = single_tokens(tokenizer)
     else:
         raise UserError(f"a {type(tokenizer).__name__} has no counterpart in Transformers")
     names = {f"{kind}_token": inner.id_to_token(getattr(tokenizer, f"{kind}_id")) for kind in ("pad", "bos", "eos")}
@@ -95,16 +95,26 @@ def hf_tokenizer(tokenizer: Tokenizer):
     )
 
 
-def character_tokenizer(tokenizer: SimpleTokenizer):
-    """SimpleTokenizer as one of the `tokenizers` library: the same ids, and `<unk>` for an unknown character."""
+def single_tokens(tokenizer: SimpleTokenizer | ByteTokenizer):
+    """Characters or bytes as a tokenizer of the `tokenizers` library: the same ids. An unknown character is `<unk>`."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
 
-    special = {"<pad>": tokenizer.pad_id, "<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id, "<unk>": tokenizer.unk_id}
-    vocabulary = special | {character: tokenizer.encode(character)[0] for character in tokenizer.characters}
-    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
-    inner.decoder = decoders.Fuse()
+    special = {"<pad>": tokenizer.pad_id, "<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
+    each = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+    if isinstance(tokenizer, SimpleTokenizer):
+        special["<unk>"] = tokenizer.unk_id
+        vocabulary = {character: i for i, character in enumerate(tokenizer.characters, start=tokenizer.SPECIAL)}
+        steps, decoder = [each], decoders.Fuse()
+    else:
+        # The library's byte level writes a byte as a printable character: itself, or else the next one from 256 on.
+        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in plain]
+        vocabulary = {chr(byte): tokenizer.SPECIAL + byte for byte in plain}
+        vocabulary |= {chr(256 + n): tokenizer.SPECIAL + byte for n, byte in enumerate(others)}
+        steps, decoder = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), each], decoders.ByteLevel()
+    inner = tokenizers.Tokenizer(models.WordLevel(special | vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Sequence(steps), decoder
     # Type 1 marks the prompt, whose tokens see one another both ways; without it the model reads causally.
     inner.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0", special_tokens=[])
     inner.add_special_tokens(list(special))
