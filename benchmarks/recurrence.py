@@ -1,11 +1,18 @@
-"""Does recurrence pay? HRM against plain stacks of equal parameters and of equal training compute, and what cycle counts
+r"""Does recurrence pay? HRM against plain stacks of equal parameters and of equal training compute, and what cycle counts
 other than the trained one do. No Ray; on CUDA where there is any.
 
     python benchmarks/reasoning_gym_jsonl.py chain_sum data/chain_sum --size 40000 min_terms=4 max_terms=6 min_digits=1 max_digits=2
     python benchmarks/recurrence.py --jsonl data/chain_sum --parallel 16 --output recurrence.json
 
 Prints a Markdown table. Every finished run is in --output at once, and a run that is there is not repeated, so a broken
-off benchmark goes on where it was. On CPU, `--quick` shows that it works, and nothing else.
+off benchmark goes on where it was. On CPU, `--quick` shows that it works, and nothing else; two cores and twenty minutes
+are enough for smaller models:
+
+    python benchmarks/reasoning_gym_jsonl.py basic_arithmetic data/basic_arithmetic --size 40000 \
+        min_terms=2 max_terms=2 max_digits=2
+    python benchmarks/recurrence.py --jsonl data/basic_arithmetic --parallel 2 --output recurrence.json \
+        --set model.d_model=64 --set train.batch_size=64 --set train.steps=600 --set optim.lr=3e-3 \
+        --set optim.warmup_steps=50 --set data.synthetic.max_digits=2
 """
 
 import argparse
@@ -19,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrm_lm.config import load_config
+from hrm_lm.config import load_config, parse_set
 from hrm_lm.data.collate import Batch
 from hrm_lm.data.loading import prefetch, train_batches, val_batches
 from hrm_lm.data.registry import load_dataset
@@ -139,7 +146,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, over all GPUs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help=f"of each run (default: {COMMON['train.steps']})")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="a field of every run's config")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, one seed")
     args = parser.parse_args()
@@ -147,7 +154,8 @@ def main() -> None:
     tasks = {"synthetic": SYNTHETIC}
     if args.jsonl:
         tasks[args.jsonl.name] = {"data.dataset": str(args.jsonl)}
-    settings = COMMON | (QUICK if args.quick else {}) | ({"train.steps": args.steps} if args.steps else {})
+    settings = COMMON | (QUICK if args.quick else {}) | parse_set(args.set)
+    tasks = {name: data | parse_set(args.set) for name, data in tasks.items()}
     results = json.loads(args.output.read_text()) if args.output.exists() else []
     finished = [result["key"] for result in results]
     due = [job for job in jobs(tasks, 1 if args.quick else args.seeds, settings) if job["key"] not in finished]

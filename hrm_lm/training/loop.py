@@ -18,8 +18,8 @@ from hrm_lm.training.step import Stats, TrainState, build_state, evaluate, learn
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     """What `TorchTrainer` runs on every worker. loop_config: `config` (as a dict) and RayTrainSession's arguments."""
-    config = parse_config(loop_config.pop("config"))
-    return train(config, RayTrainSession(**loop_config))
+    session = {key: value for key, value in loop_config.items() if key != "config"}
+    return train(parse_config(loop_config["config"]), RayTrainSession(**session))
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
