@@ -1,7 +1,8 @@
-"""Does recurrence pay? HRM against plain stacks of equal parameters and of equal training compute, and what cycle counts
-other than the trained one do. No Ray; on CUDA where there is any.
+"""Does recurrence pay? HRM against plain stacks of equal parameters and of equal training compute, and what cycle
+counts other than the trained one do. No Ray; on CUDA where there is any.
 
-    python benchmarks/reasoning_gym_jsonl.py chain_sum data/chain_sum --size 40000 min_terms=4 max_terms=6 min_digits=1 max_digits=2
+    python benchmarks/reasoning_gym_jsonl.py chain_sum data/chain_sum --size 40000 --val_size 1000 \\
+        min_terms=4 max_terms=6 min_digits=1 max_digits=2
     python benchmarks/recurrence.py --jsonl data/chain_sum --parallel 16 --output recurrence.json
 
 Prints a Markdown table. Every finished run is in --output at once, and a run that is there is not repeated, so a broken
@@ -113,7 +114,8 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in sorted(results, key=lambda result: result["key"][3]):
         groups.setdefault(tuple(result["key"][:3]), []).append(result)
     head = ["task", "architecture", "model", "parameters", "GFLOP a step", "seeds"]
-    lines = [" | ".join(head + [f"{n} H-cycle{'s' * (n > 1)}" for n in EVALUATED_AT]), " | ".join(["---"] * (6 + len(EVALUATED_AT)))]
+    head += [f"{n} H-cycle{'s' * (n > 1)}" for n in EVALUATED_AT]
+    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     order = [(task, a, m) for task in dict.fromkeys(key[0] for key in groups) for a in MODELS for m in MODELS[a]]
     for key in (key for key in order if key in groups):
         runs = groups[key]
@@ -130,12 +132,13 @@ def table(results: list[dict[str, Any]]) -> str:
         name = key[2] + (" (diverged)" if any(run["diverged"] for run in runs) else "")
         cells = [key[0], key[1], name, f"{runs[0]['parameters']:,}", f"{runs[0]['gflops_per_step']:.1f}", str(len(runs))]
         lines.append(" | ".join(cells + scores))
-    return "Validation exact match in %, mean ± standard deviation over seeds.\n\n" + "\n".join(f"| {line} |" for line in lines)
+    rows = "\n".join(f"| {line} |" for line in lines)
+    return f"Validation exact match in %, mean ± standard deviation over seeds.\n\n{rows}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jsonl", type=Path, help="folder with train.jsonl and val.jsonl, as reasoning_gym_jsonl.py makes it")
+    parser.add_argument("--jsonl", type=Path, help="folder that reasoning_gym_jsonl.py made")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, over all GPUs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
