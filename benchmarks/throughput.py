@@ -120,7 +120,8 @@ def main() -> None:
             results[name]["tokens_per_s"].append(config.train.batch_size * length * args.steps / seconds)
     for name, result in results.items():
         rates = result["tokens_per_s"]
-        print(f"{name}: {statistics.median(rates):,.0f} tokens/s (median of {len(rates)}; {min(rates):,.0f} to {max(rates):,.0f})")
+        spread = f"median of {len(rates)}; {min(rates):,.0f} to {max(rates):,.0f}"
+        print(f"{name}: {statistics.median(rates):,.0f} tokens/s ({spread})")
     if len(results) == 2:
         ratios = [a / b for a, b in zip(results["ours"]["tokens_per_s"], results["theirs"]["tokens_per_s"])]
         print(f"ratio {statistics.median(ratios):.3f}")

@@ -40,7 +40,8 @@ def export(checkpoint_path: Path, output: Path) -> None:
     )
     hf_model.save_pretrained(output)
     hf_tokenizer(tokenizer).save_pretrained(output)
-    (output / "README.md").write_text(model_card(checkpoint, sum(p.numel() for p in model.parameters())), encoding="utf-8")
+    card = model_card(checkpoint, sum(p.numel() for p in model.parameters()))
+    (output / "README.md").write_text(card, encoding="utf-8")
 
 
 def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
@@ -50,7 +51,8 @@ def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
         what = f"model.architecture {config.architecture} with model.hrm.h_cycles {hrm.h_cycles}"
         raise UserError(f"{what} has no counterpart in Transformers: only prefix_lm with H-cycles can be exported")
     if hrm.h_layers != hrm.l_layers:
-        raise UserError(f"model.hrm.h_layers ({hrm.h_layers}) and l_layers ({hrm.l_layers}) differ: Transformers has one number")
+        layers = f"model.hrm.h_layers ({hrm.h_layers}) and l_layers ({hrm.l_layers})"
+        raise UserError(f"{layers} differ: Transformers has one number for both")
     per_cycle = hrm.l_cycles + 1
     window = gradient_window(hrm.h_cycles, hrm.l_cycles, backprop_window(hrm, step=hrm.backprop_warmup_steps))
     return require_transformers().HrmTextConfig(

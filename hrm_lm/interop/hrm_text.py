@@ -13,7 +13,11 @@ from torch import Tensor
 from hrm_lm.errors import UserError
 
 STACKS = {"core.h_stack.blocks.": "model.H_module.layers.", "core.l_stack.blocks.": "model.L_module.layers."}
-OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "core.z_l0": "model.z_L_init"}
+OUTSIDE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "head.weight": "lm_head.weight",
+    "core.z_l0": "model.z_L_init",
+}
 INSIDE = {
     "attention.qkv.weight": [f"self_attn.{name}_proj.weight" for name in ("gate", "q", "k", "v")],
     "attention.out.weight": ["self_attn.o_proj.weight"],

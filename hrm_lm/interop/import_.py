@@ -62,7 +62,8 @@ def config_of(hf_config, source: Path) -> Config:
     }
     for name, (value, supported) in needed.items():
         if value != supported:
-            raise UserError(f"{source / 'config.json'}: {name} is {value!r}; this project's model has only {supported!r}")
+            difference = f"{name} is {value!r}; this project's model has only {supported!r}"
+            raise UserError(f"{source / 'config.json'}: {difference}")
     H, L = hf_config.H_cycles, hf_config.L_cycles
     padded = [1] * (H - len(hf_config.L_bp_cycles)) + list(hf_config.L_bp_cycles)
     window = H + sum(padded[:H])

@@ -115,7 +115,9 @@ class HRMPrefixLM(nn.Module):
         ids, mask = compact(prompt_ids, prompt_mask)
         (B, S), lengths = ids.shape, mask.sum(dim=1)
         h_cycles, l_cycles = self._cycles(h_cycles, l_cycles)
-        stacks = [self.stack] if self.core is None else ([self.core.l_stack] * l_cycles + [self.core.h_stack]) * h_cycles
+        stacks = [self.stack]
+        if self.core is not None:
+            stacks = ([self.core.l_stack] * l_cycles + [self.core.h_stack]) * h_cycles
         caches = [[KVCache(S + max_new_tokens) for _ in stack.blocks] for stack in stacks]
         positions = torch.arange(S, device=ids.device)
         rope = rotary(positions, self.head_dim)

@@ -157,7 +157,7 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes `<path>.safetensors`, or of sharded tensors this worker's part in a file of its own in the folder `path`."""
+    """Writes `<path>.safetensors`, or of sharded tensors this worker's part, a file of its own in the folder `path`."""
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)

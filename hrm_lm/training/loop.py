@@ -117,7 +117,7 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
 
 
 def save(state: TrainState, progress: Progress, splits: Splits, session: Session, metrics: dict[str, float]) -> None:
-    """Reports a checkpoint, written by rank 0, or by all where each has a part; Ray uploads it while training goes on."""
+    """Reports a checkpoint, written by rank 0, or by all where each has a part; Ray uploads it as training goes on."""
     folder = None
     if session.rank == 0 or is_sharded(state.model):
         folder = session.new_folder()

@@ -1,4 +1,4 @@
-"""What the published HRM-Text recipe (arXiv 2605.20613) adds to the optimiser: Adam-atan2, and an average of weights."""
+"""What the published HRM-Text recipe (arXiv 2605.20613) has beside AdamW: Adam-atan2, and an average of the weights."""
 
 import math
 from contextlib import contextmanager

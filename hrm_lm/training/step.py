@@ -82,8 +82,8 @@ def build_state(
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, vocab_size).to(device)
     if config.train.compile:
-        # Block by block: they are alike, so one compilation serves all of them in every cycle. Encoder and decoder, with
-        # and without gradient, fixed and free lengths, training and not make more kinds than Dynamo would keep.
+        # Block by block: they are alike, so one compilation serves all of them in every cycle. Encoder and decoder,
+        # with and without gradient, fixed and free lengths, training and not make more kinds than Dynamo would keep.
         torch._dynamo.config.recompile_limit = 64
         for module in model.modules():
             if isinstance(module, Block):
