@@ -22,6 +22,7 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, load_tokenizer, pretrained_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
+from hrm_lm.prepare.pipeline import Job, Settings, survey, write_shard
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
 from hrm_lm.training.checkpoint import load_model
 from ray_jobs.prepare import main
@@ -221,6 +222,26 @@ def test_strict_makes_the_first_fault_an_error(cluster, command, tmp_path, line,
     code, out, err = command(main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes", "--strict")
     assert code == 2 and f"a.jsonl:6: {message}" in err and "Traceback" not in err
     assert not (tmp_path / "out/meta.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_fault_of_the_storage_is_not_taken_for_one_of_the_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    (file, _), *_ = find_files([str(tmp_path)])
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: cannot be read"):
+        list(read_piece(file, MAPPING))
+
+
+def test_input_that_changes_while_it_is_read_is_noticed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(10))))
+    parts = plan_parts([file for file, _ in find_files([str(tmp_path)])], 1 << 20)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    job = Job(Settings(tokenizer="bytes"), parts, pyarrow.fs.LocalFileSystem(), str(tmp_path / "out"), False, False)
+    surveyed = survey(job, 0)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(9))))
+    with pytest.raises(UserError, match="changed while it was read: one of .*a.jsonl"):
+        write_shard(job, 0, ByteTokenizer().to_json(), {}, [sum(surveyed["groups"])])
 
 
 # --- the result --------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, small_config, train_locally
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data import prepared
+from hrm_lm.data.collate import pad_batch
+from hrm_lm.data.loading import collate
 from hrm_lm.data.prepared import ShardWriter, fetch, load_prepared, write_meta
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import SimpleTokenizer
@@ -71,6 +73,16 @@ def test_what_is_too_long_is_refused_or_cut_when_read(tmp_path):
         assert prompt[:4].tolist() == cut_prompt.tolist()
         assert inputs[:3].tolist() == cut_inputs.tolist() and labels[:3].tolist() == cut_labels.tolist()
     assert cut.lengths(np.arange(50)).tolist() == [[len(p), len(l)] for p, _, l in cut]
+
+
+@pytest.mark.parametrize("round_up", [False, True])
+@pytest.mark.parametrize("model", [ModelConfig(), ModelConfig(max_prompt_len=4, max_response_len=3)])
+def test_a_batch_is_that_of_the_same_samples_one_by_one(tmp_path, model, round_up):
+    splits = load(write_prepared(tmp_path / "d", sums(50)), model, truncate=True)
+    indices = np.array([3, 49, 17, 17, 0])
+    one_by_one = pad_batch([splits.train[i] for i in indices], TOKENIZER.pad_id, round_up)
+    for a, b in zip(collate(splits, "train", indices, round_up), one_by_one):
+        assert a.dtype == b.dtype and a.equal(b)
 
 
 def break_file(name, how):
@@ -137,14 +149,15 @@ def test_opening_reads_no_samples_and_a_sample_takes_microseconds(tmp_path):
         "before = peak(); start = time.perf_counter()\n"
         f"splits = load_dataset(DataConfig(dataset={str(folder)!r}), ModelConfig(), 0)\n"
         "splits.train[0]; opened = time.perf_counter() - start\n"
-        "indices = np.random.default_rng(0).integers(len(splits.train), size=1000).tolist(); start = time.perf_counter()\n"
-        "for i in indices: splits.train[i]\n"
-        "each = (time.perf_counter() - start) / 1000\n"
+        "indices = np.random.default_rng(0).integers(len(splits.train), size=1000).tolist()\n"
+        "took = []\n"
+        "for i in indices: took.append(-time.perf_counter()); splits.train[i]; took[-1] += time.perf_counter()\n"
+        "each = np.median(took)\n"
         "next(train_batches(splits, TrainConfig(steps=50_001), 50_000, 0, 1)); print(opened, each, peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     opened, each, grown = map(float, done.stdout.split())
-    assert opened < 0.5 and each < 100e-6 and grown < 30, (opened, each, grown)
+    assert opened < 0.5 and each < 100e-6 and grown < 60, (opened, each, grown)
 
 
 # --- remote storage ----------------------------------------------------------------------------------------------

@@ -6,12 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_lm.data.tokenizer import Sample
+
 IGNORE = -100
 """Label of a position that carries no loss."""
-
-Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
-"""encoder_ids, decoder_input_ids, labels; the last two of one length."""
-
 
 class Batch(NamedTuple):
     """B samples, S and T the longest prompt's and response's length; all int64, padded on the right."""
@@ -37,6 +35,30 @@ def pad_batch(samples: Sequence[Sample], pad_id: int, round_up: bool = False) ->
     decoder_input_ids, decoder_mask = _pad(inputs, pad_id, round_up)
     padded_labels, _ = _pad(labels, IGNORE, round_up)
     return Batch(encoder_ids, decoder_input_ids, padded_labels, encoder_mask, decoder_mask)
+
+
+def pad_ragged(
+    ids: np.ndarray, prompt_lens: np.ndarray, response_lens: np.ndarray, pad_id: int, round_up: bool = False
+) -> Batch:
+    """`pad_batch` for samples that lie one after another: of each its prompt, BOS and response, in `ids` (total,).
+
+    prompt_lens, response_lens: (B,) int64, BOS not counted.
+    """
+    widths = np.array([prompt_lens.max(), response_lens.max()])
+    s, t = padded_length(widths) if round_up else widths
+    places, lens = np.arange(max(s, t + 1), dtype=np.int32), np.stack([prompt_lens, response_lens + 1]).astype(np.int32)
+    mask = np.concatenate([places[:s] < lens[0, :, None], places[: t + 1] < lens[1, :, None]], axis=1)  # (B, S + 1 + T)
+    rows = np.full(mask.shape, pad_id, dtype=np.int64)
+    rows[mask] = ids  # row-major, as they lie
+    decoder_mask = mask[:, s + 1 :]
+    tensors = (
+        rows[:, :s],
+        np.where(decoder_mask, rows[:, s:-1], pad_id),
+        np.where(decoder_mask, rows[:, s + 1 :], IGNORE),
+        mask[:, :s].astype(np.int64),
+        decoder_mask.astype(np.int64),
+    )
+    return Batch(*map(torch.from_numpy, tensors))
 
 
 def padded_length(lengths: np.ndarray) -> np.ndarray:

@@ -6,32 +6,40 @@ copy to the device (pinned, on a stream of its own) running while the step compu
 
 import queue
 import threading
-from typing import Iterable, Iterator, Sequence
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import IGNORE, Batch, Sample, pad_batch
-from hrm_lm.data.registry import Splits, sample_lengths, take_samples
+from hrm_lm.data.collate import IGNORE, Batch, pad_batch, pad_ragged
+from hrm_lm.data.registry import Splits, sample_lengths
 from hrm_lm.data.sampler import by_length, global_batches, worker_share
 
 VAL_WINDOW = 1 << 16
 """Validation samples that are sorted by length together."""
 
 
+def collate(splits: Splits, split: str, indices: np.ndarray, round_up: bool) -> Batch:
+    """The batch of a split's samples at `indices` (B,); without any, one that counts for nothing: it has no label."""
+    samples, pad_id = getattr(splits, split), splits.tokenizer.pad_id
+    if not len(indices):
+        spare = collate(splits, split, np.zeros(1, dtype=np.int64), round_up)
+        return spare._replace(labels=torch.full_like(spare.labels, IGNORE))
+    if hasattr(samples, "ragged"):
+        return pad_ragged(*samples.ragged(indices), pad_id, round_up)
+    return pad_batch([samples[i] for i in indices], pad_id, round_up)
+
+
 def train_batches(
     splits: Splits, config: TrainConfig, first_step: int, rank: int, world_size: int
 ) -> Iterator[list[Batch]]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
-    pad_id, round_up = splits.tokenizer.pad_id, config.length_window > 0
+    round_up = config.length_window > 0
     for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step)):
-        micro_batches = []
-        for micro in worker_share(indices, rank, world_size, config.grad_accum_steps):
-            # Fewer samples may fit train.batch_tokens than there are shares.
-            samples = take_samples(splits.train, micro) or unlabelled(splits.train)
-            micro_batches.append(pad_batch(samples, pad_id, round_up))
-        yield micro_batches
+        # Fewer samples may fit train.batch_tokens than there are shares.
+        shares = worker_share(indices, rank, world_size, config.grad_accum_steps)
+        yield [collate(splits, "train", micro, round_up) for micro in shares]
 
 
 def val_batches(
@@ -49,14 +57,7 @@ def val_batches(
         if len(window):
             window = window[by_length(sample_lengths(splits.val, window), len(window) / batch_size)]
         for first in range(0, min(most - start, VAL_WINDOW), batch_size):
-            samples = take_samples(splits.val, window[first : first + batch_size])
-            yield [pad_batch(samples or unlabelled(splits.val), splits.tokenizer.pad_id, round_up)]
-
-
-def unlabelled(samples: Sequence[Sample]) -> list[Sample]:
-    """A sample that counts for nothing, for a worker that has none left."""
-    ((prompt, inputs, labels),) = take_samples(samples, np.zeros(1, dtype=np.int64))
-    return [(prompt, inputs, np.full(len(labels), IGNORE))]
+            yield [collate(splits, "val", window[first : first + batch_size], round_up)]
 
 
 def prefetch(batches: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:

@@ -11,8 +11,7 @@ from typing import Callable, Iterable, NamedTuple, Sequence
 import numpy as np
 
 from hrm_lm.config import DataConfig, ModelConfig
-from hrm_lm.data.collate import Sample
-from hrm_lm.data.tokenizer import Tokenizer, encode_pair
+from hrm_lm.data.tokenizer import Sample, Tokenizer, encode_pair
 from hrm_lm.errors import UserError
 
 BUILT_IN = {"synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset"}
@@ -21,7 +20,7 @@ BUILT_IN = {"synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset"}
 class Splits(NamedTuple):
     """What training needs of a dataset.
 
-    The splits are anything with `len` and `[i]`. One that can do better than sample by sample has `take`, `lengths`,
+    The splits are anything with `len` and `[i]`. One that can do better than sample by sample has `ragged`, `lengths`,
     `longest` and `truncated` as well; `hrm_lm.data.prepared.PreparedSplit` says what they are.
     """
 
@@ -96,10 +95,6 @@ def fit_lengths(
     if measured:
         return samples.truncated(*limits)
     return [(prompt[: limits[0]], inputs[: limits[1]], labels[: limits[1]]) for prompt, inputs, labels in samples]
-
-
-def take_samples(samples: Sequence[Sample], indices: np.ndarray) -> list[Sample]:
-    return samples.take(indices) if hasattr(samples, "take") else [samples[i] for i in indices]
 
 
 def sample_lengths(samples: Sequence[Sample], indices: np.ndarray) -> np.ndarray:

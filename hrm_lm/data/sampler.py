@@ -19,8 +19,9 @@ from typing import Iterator, Sequence
 import numpy as np
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import Sample, padded_length
+from hrm_lm.data.collate import padded_length
 from hrm_lm.data.registry import sample_lengths
+from hrm_lm.data.tokenizer import Sample
 
 ROUNDS = 6
 
@@ -61,36 +62,34 @@ def stream(start: int, stop: int, num_samples: int, seed: int) -> np.ndarray:
     )
 
 
-def global_batch(num_samples: int, batch_size: int, seed: int, k: int) -> np.ndarray:
-    """Indices (batch_size,) of the samples of global batch k, counted from 0."""
-    return stream(k * batch_size, (k + 1) * batch_size, num_samples, seed)
-
-
 def global_batches(samples: Sequence[Sample], config: TrainConfig, first: int = 0) -> Iterator[np.ndarray]:
     """Indices of the samples of global batches `first`, `first + 1` and so on, without end."""
-    if not config.length_window:
-        for k in count(first):
-            yield global_batch(len(samples), config.batch_size, config.seed, k)
-    window, skip = (0, first) if config.batch_tokens else divmod(first, config.length_window // config.batch_size)
+    window, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
     for window in count(window):
         batches = window_batches(samples, config, window)
         yield from batches[skip:]
         skip = max(skip - len(batches), 0)
 
 
+def window_size(config: TrainConfig) -> int:
+    """Samples of a window; where batches are random, it only says how many are looked up together."""
+    size = config.length_window or max(4096, config.batch_size)
+    return size if config.batch_tokens else size - size % config.batch_size
+
+
 def window_batches(samples: Sequence[Sample], config: TrainConfig, window: int) -> list[np.ndarray]:
     """The batches of a window: each of its samples once."""
-    size = config.length_window
-    if not config.batch_tokens:
-        size -= size % config.batch_size
+    size = window_size(config)
     indices = stream(window * size, (window + 1) * size, len(samples), config.seed)
+    if not config.length_window:
+        return np.split(indices, size // config.batch_size)
     lengths = sample_lengths(samples, indices)
     padded = padded_length(lengths)
-    num_batches = size / config.batch_size if not config.batch_tokens else padded.sum() / config.batch_tokens
-    order = by_length(lengths, num_batches)
     if config.batch_tokens:
+        order = by_length(lengths, padded.sum() / config.batch_tokens)
         cuts = fill(padded[order], config.batch_tokens)
     else:
+        order = by_length(lengths, size / config.batch_size)
         cuts = range(config.batch_size, size, config.batch_size)
     batches = np.split(indices[order], cuts)
     return [batches[i] for i in np.random.default_rng([config.seed, window, 1]).permutation(len(batches))]

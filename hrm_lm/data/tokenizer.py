@@ -7,6 +7,10 @@ from typing import Any, Iterable, Protocol, Sequence
 from hrm_lm.errors import UserError
 
 
+Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""encoder_ids, decoder_input_ids, labels; the last two of one length."""
+
+
 class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
@@ -180,7 +184,7 @@ def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
         raise UserError(f"{path}: not a Hugging Face tokenizer.json: {error!r}") from None
 
 
-def encode_pair(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+def encode_pair(tokenizer: Tokenizer, prompt: str, response: str) -> Sample:
     """A sample: prompt, BOS + response, response + EOS."""
     target = tokenizer.encode(response) + [tokenizer.eos_id]
     return tokenizer.encode(prompt), [tokenizer.bos_id, *target[:-1]], target

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,7 +34,6 @@ from hrm_lm.errors import UserError
 from hrm_lm.prepare.reading import (
     Mapping, Pair, Piece, Problem, find_files, parse_mapping, plan_parts, read_piece,
 )  # fmt: skip
-from hrm_lm.training.driver import say, started_ray
 from hrm_lm.training.storage import resolve, without_secrets
 
 WORK = ".prepare"
@@ -166,8 +166,10 @@ def find_duplicates(job: Job, ranges: tuple[int, int], groups: np.ndarray) -> di
     return {"parts": write_groups(job, f"duplicates-{first:03d}", rows[again, 2:], parts[again], len(groups))}
 
 
-def write_shard(job: Job, part: int, tokenizer_json: str, duplicates: dict[int, np.ndarray]) -> dict[str, Any]:
-    """Leaves the part's shard. duplicates: by file, how many of each part are in it."""
+def write_shard(
+    job: Job, part: int, tokenizer_json: str, duplicates: dict[int, np.ndarray], pairs: list[int]
+) -> dict[str, Any]:
+    """Leaves the part's shard. duplicates: by file, how many of each part are in it. pairs: how many each part has."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores have parts of their own
     tokenizer = cached_tokenizer(tokenizer_json)
     again = {
@@ -175,11 +177,14 @@ def write_shard(job: Job, part: int, tokenizer_json: str, duplicates: dict[int, 
         for first, counts in duplicates.items()
         for row in read_groups(job, f"duplicates-{first:03d}", counts, part, part + 1, 1)[:, 0]
     }
-    drops, writers = Drops(), {}
-    for chunk in chunks(read_part(job, part, Drops()), again):
-        ids = tokenizer.encode_batch([text for _, pair, _ in chunk for text in pair[:2]])
+    drops, writers, done = Drops(), {}, 0
+    found = read_part(job, part, Drops())
+    while chunk := list(islice(found, CHUNK)):
+        new = [item for number, item in enumerate(chunk, start=done) if number not in again]
+        done += len(chunk)
+        ids = tokenizer.encode_batch([text for _, pair, *_ in new for text in pair[:2]])
         kept = defaultdict(list)
-        for (piece, pair, is_val), prompt, response in zip(chunk, ids[::2], ids[1::2]):
+        for (piece, pair, is_val, _), prompt, response in zip(new, ids[::2], ids[1::2]):
             if not prompt:
                 drops.add(piece, Problem("the prompt has no tokens", pair.position, pair.prompt[:80]))
             elif len(prompt) > (job.settings.max_prompt_len or len(prompt)):
@@ -188,17 +193,14 @@ def write_shard(job: Job, part: int, tokenizer_json: str, duplicates: dict[int, 
                 drops.add(piece, Problem("the response has too many tokens", pair.position, f"{len(response) + 1} tokens"))
             else:
                 kept["val" if is_val else "train"].append((prompt, response))
-        for split, pairs in kept.items():
+        for split, some in kept.items():
             if split not in writers:
                 writers[split] = ShardWriter(job.fs, job.output, f"{split}-{part:05d}", tokenizer)
-            writers[split].write(pairs)
+            writers[split].write(some)
+    if done != pairs[part]:
+        names = ", ".join(dict.fromkeys(piece.path for piece in job.parts[part]))
+        raise UserError(f"changed while it was read: one of {names[:500]}; give another --output, or delete what is there")
     return {"shards": {split: writer.close() for split, writer in writers.items()}, "drops": drops.reasons}
-
-
-def chunks(pairs: Iterable[tuple[int, Pair, bool, bytes]], again: set[int]) -> Iterator[list[tuple[int, Pair, bool]]]:
-    kept = (item[:3] for number, item in enumerate(pairs) if number not in again)
-    while chunk := list(islice(kept, CHUNK)):
-        yield chunk
 
 
 @lru_cache(maxsize=1)  # of a process: some take a second to build
@@ -229,6 +231,8 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
 
     strict: the first fault of the input is an error. Given again, it finishes what a kill left. Raises UserError.
     """
+    from hrm_lm.training.driver import started_ray  # it needs PyTorch, which the tasks do without
+
     for flag in ("prompt_field", "response_field"):
         parse_mapping(f"--{flag}", getattr(settings, flag))
     fixed = fixed_tokenizer(settings)
@@ -261,7 +265,8 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
         ranges = group_ranges(groups.sum(axis=0))
         found = run_step(job, "duplicates", "deduplicating", ranges, partial(find_duplicates, groups=groups))
         duplicates = {first: np.array(task["parts"]) for (first, _), task in zip(ranges, found) if any(task["parts"])}
-        write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates)
+        pairs = groups.sum(axis=1).tolist()
+        write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs)
         written = run_step(job, "shard", "tokenizing", range(len(parts)), write)
 
     shards = {split: [part["shards"][split] for part in written if split in part["shards"]] for split in ("train", "val")}
@@ -327,7 +332,7 @@ def run_step(job: Job, name: str, title: str, items: Iterable[Any], task: Callab
         if f"{name}-{i:05d}.json" in done:
             results[i] = read_json(job, f"{WORK}/{name}-{i:05d}.json")
     rows = [{"i": i} for i in range(len(items)) if i not in results]
-    say(f"{title}: {len(rows)} of {len(items)} task(s) to do")
+    print(f"{title}: {len(rows)} of {len(items)} task(s) to do", file=sys.stderr, flush=True)
     if rows:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say that its progress bars are off
         context = ray.data.DataContext.get_current()
@@ -345,12 +350,12 @@ def run_step(job: Job, name: str, title: str, items: Iterable[Any], task: Callab
 
 
 def run_task(job: Job, name: str, items: list[Any], task: Callable[..., dict[str, Any]], row: dict[str, int]) -> dict[str, Any]:
-    """One row of a step's dataset. A UserError is a result: Ray would wrap it, and try again."""
+    """One row of a step's dataset. What the user can mend is a result: Ray would wrap an error, and try again."""
     try:
         result = json.dumps(task(job, items[row["i"]]))
-    except UserError as error:
+        write_file(job.fs, job.work(f"{name}-{row['i']:05d}.json"), result.encode())
+    except (UserError, OSError) as error:
         return row | {"result": "", "error": str(error)}
-    write_file(job.fs, job.work(f"{name}-{row['i']:05d}.json"), result.encode())
     return row | {"result": result, "error": ""}
 
 

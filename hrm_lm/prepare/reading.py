@@ -28,6 +28,7 @@ MAX_RECORD = 1 << 20
 """Bytes of the longest line or pair that is read; a longer one is a fault of its file."""
 BLOCK = 1 << 18
 UNREADABLE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
+STORAGE_SAYS = ("AWS Error", "google::cloud", "Azure")
 
 
 class Mapping(NamedTuple):
@@ -172,7 +173,10 @@ def parse_mapping(flag: str, spec: str) -> Template:
 def fill_template(template: Template, record: Any) -> str:
     """Raises Missing. A lone field must be text; in a template, numbers are written out."""
     if len(template) == 1 and not template[0][0]:
-        return look_up(record, template[0][1], (str,))
+        path = template[0][1]
+        if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, fast
+            return value
+        return look_up(record, path, (str,))
     return "".join(literal + (str(look_up(record, path, (str, int, float))) if path else "") for literal, path in template)
 
 
@@ -207,7 +211,7 @@ def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]
             continue
         position, record = item
         try:
-            prompt, response = (fill_template(template, record) for template in templates)
+            prompt, response = fill_template(templates[0], record), fill_template(templates[1], record)
         except Missing as missing:
             yield Problem(str(missing), position, excerpt(record))
             continue
@@ -270,8 +274,16 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, str] | Problem | End]:
                 if len(rest) > MAX_RECORD:
                     skipping, offset, rest = True, offset + len(rest), b""
     except UNREADABLE as error:
+        raise_if_storage(error, piece)
         yield Problem("unreadable from here on", number + 1, " ".join(str(error).split())[:200])
         yield End(number)
+
+
+def raise_if_storage(error: Exception, piece: Piece) -> None:
+    """A fault of the storage is none of the file: what could be read tomorrow must not be left out today."""
+    message = " ".join(str(error).split())
+    if getattr(error, "errno", None) or any(name in message for name in STORAGE_SAYS):
+        raise UserError(f"{piece.path}: cannot be read: {message}") from None
 
 
 def open_stream(piece: Piece):
@@ -354,6 +366,7 @@ def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int,
                     row += 1
                     yield row, record
     except UNREADABLE as error:
+        raise_if_storage(error, piece)
         yield Problem("unreadable from here on", row + 1, " ".join(str(error).split())[:200])
 
 

@@ -1,0 +1,103 @@
+"""Reading for training: `python benchmarks/reading.py`.
+
+    samples/s of one epoch of batches, opening included: a prepared dataset against JSONL, both of characters
+    the share of the step's time on the default config that making its batch takes
+    padding and useful tokens/s on a skewed corpus, prompts and responses of 8 to 512 tokens, with and without batches by
+    length
+"""
+
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs
+
+from hrm_lm.config import Config, load_config
+from hrm_lm.data.loading import train_batches
+from hrm_lm.data.prepared import ShardWriter, write_meta
+from hrm_lm.data.registry import Splits, load_dataset
+from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, Tokenizer
+from hrm_lm.training.step import Stats, build_state, train_step
+
+PAIRS = 200_000
+
+
+def text_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Prompts of 30 and responses of 10 words, about."""
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 8))) for _ in range(5000)]
+    lengths = np.minimum(rng.poisson((30, 10), (PAIRS, 2)) + 1, (60, 18))
+    return [tuple(" ".join(words[i] for i in rng.integers(len(words), size=n)) for n in pair) for pair in lengths]
+
+
+def write_prepared(folder: Path, pairs: list[tuple[list[int], list[int]]], tokenizer: Tokenizer, shards: int = 4) -> None:
+    fs, closed = pyarrow.fs.LocalFileSystem(), {"train": [], "val": []}
+    folder.mkdir()
+    for split, some, count in (("train", pairs[100:], shards), ("val", pairs[:100], 1)):
+        for i in range(count):
+            writer = ShardWriter(fs, str(folder), f"{split}-{i:05d}", tokenizer)
+            writer.write(some[i::count])
+            closed[split].append(writer.close())
+    write_meta(fs, str(folder), tokenizer, closed)
+
+
+def epoch_rate(dataset: Path) -> float:
+    """Samples/s of the first epoch, from the dataset's name on."""
+    config = load_config(overrides={"data.dataset": str(dataset), "train.steps": 10**9})
+    start = time.perf_counter()
+    splits = load_dataset(config.data, config.model, 0)
+    steps = len(splits.train) // config.train.batch_size
+    for _ in islice(train_batches(splits, config.train, 0, 0, 1), steps):
+        pass
+    return steps * config.train.batch_size / (time.perf_counter() - start)
+
+
+def shares(config: Config, splits: Splits, steps: int) -> tuple[float, float, dict[str, float]]:
+    """Seconds a step for making the batch and for training on it, and the stats over all steps."""
+    state = build_state(config, splits.tokenizer.vocab_size)
+    batches, stats, making, training = train_batches(splits, config.train, 0, 0, 1), Stats(state), 0.0, 0.0
+    train_step(state, next(batches), stats)
+    stats.read()
+    for _ in range(steps):
+        start = time.perf_counter()
+        batch = next(batches)
+        made = time.perf_counter()
+        train_step(state, batch, stats)
+        making, training = making + made - start, training + time.perf_counter() - made
+    return making / steps, training / steps, stats.read()
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="reading_") as temporary:
+        folder = Path(temporary)
+        pairs = text_pairs(rng)
+        tokenizer = SimpleTokenizer.from_texts(text for pair in pairs for text in pair)
+        with open(folder / "corpus.jsonl", "w") as file:
+            file.writelines(json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs)
+        write_prepared(folder / "prepared", [tuple(map(tokenizer.encode, pair)) for pair in pairs], tokenizer)
+        jsonl, prepared = epoch_rate(folder / "corpus.jsonl"), epoch_rate(folder / "prepared")
+        print(f"samples/s: JSONL {jsonl:,.0f}, prepared {prepared:,.0f}: {prepared / jsonl:.1f} times")
+
+        config = load_config(overrides={"data.dataset": str(folder / "prepared"), "train.steps": 10**6})
+        making, training, _ = shares(config, load_dataset(config.data, config.model, 0), 30)
+        print(f"default config: a batch takes {making * 1e3:.2f} ms, its step {training * 1e3:.0f} ms: {making / training:.2%}")
+
+        lengths = np.exp(rng.uniform(np.log(8), np.log(512), (PAIRS, 2))).astype(int)
+        write_prepared(folder / "skewed", [([10] * p, [11] * (r - 1)) for p, r in lengths.tolist()], ByteTokenizer())
+        skewed = {"data.dataset": str(folder / "skewed"), "train.steps": 10**6, "model.max_response_len": 512}
+        for title, options in (
+            ("random batches of 32", {"train.batch_size": 32}),
+            ("by length, batches of 32", {"train.batch_size": 32, "train.length_window": 65_536}),
+            ("by length, 8,192 tokens", {"train.batch_tokens": 8_192, "train.length_window": 65_536}),
+        ):
+            config = load_config(overrides=skewed | options)
+            splits = load_dataset(config.data, config.model, 0)
+            making, training, stats = shares(config, splits, 60)
+            print(f"{title}: padding {stats['padding']:.1%}, {stats['tokens'] / 60 / (making + training):,.0f} useful tokens/s")
+
+
+if __name__ == "__main__":
+    main()
