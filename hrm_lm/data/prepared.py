@@ -109,7 +109,7 @@ class PreparedSplit:
 
     def _lengths(self, bounds: Sequence[np.ndarray]) -> np.ndarray:
         start, middle, end = bounds
-        lengths = np.stack([middle - start, end - middle - 1], axis=1)
+        lengths = np.array([middle - start, end - middle - 1]).T
         return np.minimum(lengths, self.limits) if self.limits else lengths
 
     def truncated(self, longest_prompt: int, longest_response: int) -> "PreparedSplit":

@@ -122,4 +122,5 @@ def fill(lengths: np.ndarray, tokens: int) -> list[int]:
 
 def worker_share(indices: np.ndarray, rank: int, world_size: int, accum_steps: int) -> list[np.ndarray]:
     """A worker's micro-batches of a global batch: `accum_steps` of them, empty ones where samples are too few."""
-    return np.array_split(indices, accum_steps * world_size)[rank::world_size]
+    count, shares = len(indices), accum_steps * world_size
+    return [indices[count * i // shares : count * (i + 1) // shares] for i in range(rank, shares, world_size)]
