@@ -47,7 +47,9 @@ def train_tokenizer(corpus: Path, path: Path) -> None:
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=8192, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=8192, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False
+    )
     tokenizer.train_from_iterator((text for pair in sample(corpus, 20_000) for text in pair), trainer)
     path.write_text(tokenizer.to_str())
 

@@ -1,9 +1,9 @@
 """Reading for training: `python benchmarks/reading.py`.
 
-    samples/s of one epoch of batches, opening included: a prepared dataset against JSONL, both of characters
-    the share of the step's time on the default config that making its batch takes
-    padding and useful tokens/s on a skewed corpus, prompts and responses of 8 to 512 tokens, with and without batches by
-    length
+samples/s of one epoch of batches, opening included: a prepared dataset against JSONL, both of characters
+the share of the step's time on the default config that making its batch takes
+padding and useful tokens/s on a skewed corpus, prompts and responses of 8 to 512 tokens, with and without batches by
+length
 """
 
 import json
@@ -32,7 +32,9 @@ def text_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
     return [tuple(" ".join(words[i] for i in rng.integers(len(words), size=n)) for n in pair) for pair in lengths]
 
 
-def write_prepared(folder: Path, pairs: list[tuple[list[int], list[int]]], tokenizer: Tokenizer, shards: int = 4) -> None:
+def write_prepared(
+    folder: Path, pairs: list[tuple[list[int], list[int]]], tokenizer: Tokenizer, shards: int = 4
+) -> None:
     fs, closed = pyarrow.fs.LocalFileSystem(), {"train": [], "val": []}
     folder.mkdir()
     for split, some, count in (("train", pairs[100:], shards), ("val", pairs[:100], 1)):
@@ -83,7 +85,9 @@ def main() -> None:
 
         config = load_config(overrides={"data.dataset": str(folder / "prepared"), "train.steps": 10**6})
         making, training, _ = shares(config, load_dataset(config.data, config.model, 0), 30)
-        print(f"default config: a batch takes {making * 1e3:.2f} ms, its step {training * 1e3:.0f} ms: {making / training:.2%}")
+        print(
+            f"default config: a batch takes {making * 1e3:.2f} ms, its step {training * 1e3:.0f} ms: {making / training:.2%}"
+        )
 
         lengths = np.exp(rng.uniform(np.log(8), np.log(512), (PAIRS, 2))).astype(int)
         write_prepared(folder / "skewed", [([10] * p, [11] * (r - 1)) for p, r in lengths.tolist()], ByteTokenizer())
@@ -96,7 +100,9 @@ def main() -> None:
             config = load_config(overrides=skewed | options)
             splits = load_dataset(config.data, config.model, 0)
             making, training, stats = shares(config, splits, 60)
-            print(f"{title}: padding {stats['padding']:.1%}, {stats['tokens'] / 60 / (making + training):,.0f} useful tokens/s")
+            print(
+                f"{title}: padding {stats['padding']:.1%}, {stats['tokens'] / 60 / (making + training):,.0f} useful tokens/s"
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes a reasoning-gym task as train.jsonl and val.jsonl, with no question on both sides.
 
-    python benchmarks/reasoning_gym_jsonl.py chain_sum data/chain_sum --size 20000 max_terms=3 max_digits=2
+python benchmarks/reasoning_gym_jsonl.py chain_sum data/chain_sum --size 20000 max_terms=3 max_digits=2
 """
 
 import argparse
@@ -22,7 +22,10 @@ def main() -> None:
 
     options = {key: yaml.safe_load(value) for key, value in (option.split("=") for option in args.options)}
     drawn = [
-        dict.fromkeys((item["question"], item["answer"]) for item in reasoning_gym.create_dataset(args.task, size=size, seed=seed, **options))
+        dict.fromkeys(
+            (item["question"], item["answer"])
+            for item in reasoning_gym.create_dataset(args.task, size=size, seed=seed, **options)
+        )
         for seed, size in ((1, args.size), (0, args.val_size))
     ]
     held_out = {question for question, _ in drawn[1]}

@@ -120,7 +120,10 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in sorted(results, key=lambda result: result["key"][3]):
         groups.setdefault(tuple(result["key"][:3]), []).append(result)
     head = ["task", "architecture", "model", "parameters", "GFLOP a step", "seeds"]
-    lines = [" | ".join(head + [f"{n} H-cycle{'s' * (n > 1)}" for n in EVALUATED_AT]), " | ".join(["---"] * (6 + len(EVALUATED_AT)))]
+    lines = [
+        " | ".join(head + [f"{n} H-cycle{'s' * (n > 1)}" for n in EVALUATED_AT]),
+        " | ".join(["---"] * (6 + len(EVALUATED_AT))),
+    ]
     order = [(task, a, m) for task in dict.fromkeys(key[0] for key in groups) for a in MODELS for m in MODELS[a]]
     for key in (key for key in order if key in groups):
         runs = groups[key]
@@ -135,18 +138,31 @@ def table(results: list[dict[str, Any]]) -> str:
         else:
             scores = [score(str(cycles)) for cycles in EVALUATED_AT]
         name = key[2] + (" (diverged)" if any(run["diverged"] for run in runs) else "")
-        cells = [key[0], key[1], name, f"{runs[0]['parameters']:,}", f"{runs[0]['gflops_per_step']:.1f}", str(len(runs))]
+        cells = [
+            key[0],
+            key[1],
+            name,
+            f"{runs[0]['parameters']:,}",
+            f"{runs[0]['gflops_per_step']:.1f}",
+            str(len(runs)),
+        ]
         lines.append(" | ".join(cells + scores))
-    return "Validation exact match in %, mean ± standard deviation over seeds.\n\n" + "\n".join(f"| {line} |" for line in lines)
+    return "Validation exact match in %, mean ± standard deviation over seeds.\n\n" + "\n".join(
+        f"| {line} |" for line in lines
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jsonl", type=Path, help="folder with train.jsonl and val.jsonl, as reasoning_gym_jsonl.py makes it")
+    parser.add_argument(
+        "--jsonl", type=Path, help="folder with train.jsonl and val.jsonl, as reasoning_gym_jsonl.py makes it"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, over all GPUs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="a field of every run's config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="a field of every run's config"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, one seed")
     args = parser.parse_args()

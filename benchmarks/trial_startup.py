@@ -43,7 +43,11 @@ def main() -> None:
         path = f"{folder}/sweep.yaml"
         with open(path, "w") as file:
             file.write(FILE)
-        for name, in_process, reuse in (("in process, reused", True, True), ("in process", True, False), ("TorchTrainer", False, False)):
+        for name, in_process, reuse in (
+            ("in process, reused", True, True),
+            ("in process", True, False),
+            ("TorchTrainer", False, False),
+        ):
             sweeps.trial_kind = lambda sweep: (in_process, reuse)
             sweep = Sweep(path, {"tune.num_samples": args.trials})
             start = time.perf_counter()

@@ -121,7 +121,6 @@ class TrainConfig(Section):
     init_from: str | None = None
     """Checkpoint whose weights a new run starts from."""
 
-
     @model_validator(mode="after")
     def _cycles_ordered(self):
         if self.sample_h_cycles and self.sample_h_cycles[0] > self.sample_h_cycles[1]:

@@ -13,13 +13,18 @@ from hrm_lm.tuning.sweep import run_sweep, summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ray_jobs.tune", description="Search a config's fields with Ray Tune.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ray_jobs.tune", description="Search a config's fields with Ray Tune."
+    )
     parser.add_argument("--config", metavar="YAML", required=True, help="sweep file")
     parser.add_argument("--run_name", help="name of the sweep's folder")
     parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that it is created in (default: runs/)")
     parser.add_argument("--resume", action="store_true", help="continue the sweep --run_name where it was interrupted")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
         help="a field of the base config or of the tune section, such as tune.num_samples=4; repeatable",
     )
     args = parser.parse_args(argv)

@@ -5,8 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-
 from conftest import small_config, train_locally
+
 from hrm_lm.config import TrainConfig, load_config
 from hrm_lm.data.collate import IGNORE, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
@@ -73,7 +73,9 @@ def test_batches_come_in_no_order_of_length():
     assert longest != sorted(longest)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 64, "length_window": 131_072}, {"batch_tokens": 16_384, "length_window": 65_536}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 64, "length_window": 131_072}, {"batch_tokens": 16_384, "length_window": 65_536}]
+)
 def test_on_a_skewed_corpus_padding_falls_below_a_tenth(options):
     splits = Splits(skewed(30_000), [], SimpleTokenizer("x"))
     by_length = TrainConfig(steps=10**6, **options)
@@ -101,7 +103,12 @@ def test_workers_and_accumulation_share_out_the_same_global_batches(config, worl
     for (whole,), *shares in zip(alone, *workers):
         assert [len(share) for share in shares] == [accum] * world_size
         micro = [batch for share in shares for batch in share]
-        real = [row for batch in micro for row, labels in zip(batch.encoder_mask.sum(1), batch.labels) if (labels != IGNORE).any()]
+        real = [
+            row
+            for batch in micro
+            for row, labels in zip(batch.encoder_mask.sum(1), batch.labels)
+            if (labels != IGNORE).any()
+        ]
         assert sorted(map(int, real)) == sorted(whole.encoder_mask.sum(1).tolist())
         assert sum(int((b.labels != IGNORE).sum()) for b in micro) == int((whole.labels != IGNORE).sum())
 
@@ -119,14 +126,21 @@ def test_validation_batches_hold_each_sample_once_over_all_workers():
 
 BY_LENGTH = [
     {"train__length_window": 24},
-    {"train__length_window": 24, "train__batch_tokens": 160, "model__max_prompt_len": 60, "model__max_response_len": 20},
+    {
+        "train__length_window": 24,
+        "train__batch_tokens": 160,
+        "model__max_prompt_len": 60,
+        "model__max_response_len": 20,
+    },
 ]
 
 
 @pytest.mark.parametrize("options", BY_LENGTH)
 @pytest.mark.parametrize("stop_at", [4, 9])
 def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options, stop_at):
-    config = small_config(train__val_every=1, data__synthetic__max_digits=2, data__synthetic__num_samples=100, **options)
+    config = small_config(
+        train__val_every=1, data__synthetic__max_digits=2, data__synthetic__num_samples=100, **options
+    )
     straight = train_locally(config, tmp_path / "straight")
     train_locally(config, tmp_path / "stopped", stop_at=stop_at)
     second = train_locally(config, tmp_path / "stopped")

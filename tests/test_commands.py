@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import yaml
-
 from conftest import ROOT, small_config, train_locally
+
 from hrm_lm.inference.evaluate import main as evaluate
 from hrm_lm.inference.generate import main as generate
 from hrm_lm.training import storage
@@ -38,7 +38,10 @@ def test_a_dry_run_prints_a_loss_without_starting_ray():
         (["--num_workers", "3"], "must be divisible by ray.num_workers"),
         (["--dry_run", "0"], "no dataset: give --dataset"),
         (["--dry_run", "0", "--dataset", "missing.jsonl"], "missing.jsonl: cannot be read: No such file"),
-        (["--dry_run", "0", "--dataset", "synthetic", "--mixed_precision", "fp16", "--use_gpu", "false"], "fp16 needs a CUDA GPU"),
+        (
+            ["--dry_run", "0", "--dataset", "synthetic", "--mixed_precision", "fp16", "--use_gpu", "false"],
+            "fp16 needs a CUDA GPU",
+        ),
         (["--mixed_precision", "fp16", "--use_gpu", "false"], "fp16 needs a CUDA GPU"),
         (["--dry_run", "0", "--dataset", "synthetic", "--init_from", "nowhere"], "no such checkpoint folder"),
         (["--dry_run", "0", "--dataset", "synthetic", "--run_name", "a/b"], "cannot name a folder"),
@@ -55,15 +58,35 @@ def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
     from hrm_lm.training import driver
 
     seen = []
-    monkeypatch.setattr(driver, "run", lambda config, resume: seen.append((config, resume)) or dict(
-        status="finished", step=1, val_loss=1.0, val_exact_match=0.0, best_step=1, seconds=1.0, tokens_per_s=1.0, best_checkpoint="x"))
+    monkeypatch.setattr(
+        driver,
+        "run",
+        lambda config, resume: (
+            seen.append((config, resume))
+            or dict(
+                status="finished",
+                step=1,
+                val_loss=1.0,
+                val_exact_match=0.0,
+                best_step=1,
+                seconds=1.0,
+                tokens_per_s=1.0,
+                best_checkpoint="x",
+            )
+        ),
+    )
     code, out, err = command(
         train, "--dry_run", 0, "--dataset", "synthetic", "--steps", 7, "--val_every", 3, "--save_dir", "s", "--mixed_precision",
         "bf16", "--grad_clip", 1.5, "--run_name", "n", "--num_workers", 2, "--use_gpu", "true", "--resume", "never",
         "--set", "model.hrm.h_cycles=4",
     )  # fmt: skip
     ((config, resume),) = seen
-    assert (config.data.dataset, config.train.steps, config.train.val_every, config.ray.storage_path) == ("synthetic", 7, 3, "s")
+    assert (config.data.dataset, config.train.steps, config.train.val_every, config.ray.storage_path) == (
+        "synthetic",
+        7,
+        3,
+        "s",
+    )
     assert (config.train.mixed_precision, config.train.grad_clip, config.ray.run_name) == ("bf16", 1.5, "n")
     assert (config.ray.num_workers, config.ray.use_gpu, config.model.hrm.h_cycles, resume) == (2, True, 4, "never")
 
@@ -74,7 +97,9 @@ def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
 def test_generate_prints_the_answers_in_order_and_nothing_else(command, checkpoint, tmp_path):
     (tmp_path / "prompts.txt").write_text("What is 3 + 4?\n\nWhat is 0 + 1?\n")
     arguments = ["--checkpoint", checkpoint, "--dataset", "synthetic"]
-    code, out, err = command(generate, *arguments, "--prompt", "What is 2 + 2?", "--prompts_file", tmp_path / "prompts.txt")
+    code, out, err = command(
+        generate, *arguments, "--prompt", "What is 2 + 2?", "--prompts_file", tmp_path / "prompts.txt"
+    )
     singly = [command(generate, *arguments, "--prompt", f"What is {sum}?")[1] for sum in ("2 + 2", "3 + 4", "0 + 1")]
     assert code == 0 and out.splitlines() == [line.strip() for line in singly] and len(out.splitlines()) == 3
 
@@ -115,7 +140,9 @@ def test_generate_without_any_run_says_where_it_looked(command, monkeypatch, tmp
 def test_evaluate_scores_with_more_cycles_than_trained(command, checkpoint):
     import json
 
-    trained, longer = (json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1]) for more in ([], ["--h_cycles", 4]))
+    trained, longer = (
+        json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1]) for more in ([], ["--h_cycles", 4])
+    )
     assert trained["step"] == 40 and trained["val_loss"] != longer["val_loss"]
 
 

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
+
 from hrm_lm.config import Config, flatten, load_config, parse_set
 from hrm_lm.errors import UserError
 
@@ -34,10 +34,16 @@ def test_a_config_survives_yaml(tmp_path):
         ("modle.d_model=2", "modle: no such field; did you mean model?"),
         ("model.hrm.h_cycles=-1", "model.hrm.h_cycles: should be greater than or equal to 0 (got -1)"),
         ("optim.lr=fast", "optim.lr: should be a valid number"),
-        ("model.hrm.backprop_steps=1", "model.hrm.backprop_steps: should be 'all' or should be greater than or equal to 2"),
+        (
+            "model.hrm.backprop_steps=1",
+            "model.hrm.backprop_steps: should be 'all' or should be greater than or equal to 2",
+        ),
         ("model.d_model=63", "model.d_model (63) must be divisible by model.n_heads (4)"),
         ("train.batch_size=63", None),
-        ("train.grad_accum_steps=5", "train.batch_size (64) must be divisible by ray.num_workers * train.grad_accum_steps (1 * 5)"),
+        (
+            "train.grad_accum_steps=5",
+            "train.batch_size (64) must be divisible by ray.num_workers * train.grad_accum_steps (1 * 5)",
+        ),
         ("train.mixed_precision=fp8", "train.mixed_precision: should be 'none', 'bf16' or 'fp16' (got 'fp8')"),
         ("train.steps.x=5", "train.steps"),
         ("train.sample_h_cycles=[4,1]", "train.sample_h_cycles ([4, 1]) must be [least, most]"),
@@ -59,7 +65,9 @@ def test_every_mistake_is_told_at_once():
     assert len(str(error.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("text, message", [("a: [", "not valid YAML"), ("- 1", "must be a mapping"), (None, "No such file")])
+@pytest.mark.parametrize(
+    "text, message", [("a: [", "not valid YAML"), ("- 1", "must be a mapping"), (None, "No such file")]
+)
 def test_an_unusable_file_is_named(tmp_path: Path, text, message):
     file = tmp_path / "c.yaml"
     if text is not None:

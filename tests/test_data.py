@@ -153,7 +153,9 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
         load(file)
 
 
-@pytest.mark.parametrize("text, message", [("", "has no records"), (None, "cannot be read: No such file"), ("\xff", "not UTF-8")])
+@pytest.mark.parametrize(
+    "text, message", [("", "has no records"), (None, "cannot be read: No such file"), ("\xff", "not UTF-8")]
+)
 def test_an_unusable_file_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "d.jsonl").write_bytes(text.encode("latin-1"))
@@ -189,7 +191,8 @@ def test_a_dataset_of_ones_own_is_a_function_named_on_the_command_line(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "name, message", [("nope", "neither a known name"), ("no_such_module:f", "no module 'no_such_module'"), (None, "no dataset")]
+    "name, message",
+    [("nope", "neither a known name"), ("no_such_module:f", "no module 'no_such_module'"), (None, "no dataset")],
 )
 def test_an_unknown_dataset_is_refused(name, message):
     with pytest.raises(UserError, match=message):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import ROOT, small_config, train_locally
+
 from hrm_lm.config import load_config
 from hrm_lm.data.collate import pad_batch
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, load_tokenizer
@@ -159,7 +159,11 @@ def test_the_presets_have_the_published_shapes():
     for size, (hidden, intermediate, layers, heads) in published.items():
         config = load_config(ROOT / "configs" / f"hrm_text_{size}.yaml")
         theirs = hrm_text_config(config.model, TOKENIZER)
-        assert (theirs.hidden_size, theirs.intermediate_size, theirs.num_layers_per_stack) == (hidden, intermediate, layers)
+        assert (theirs.hidden_size, theirs.intermediate_size, theirs.num_layers_per_stack) == (
+            hidden,
+            intermediate,
+            layers,
+        )
         assert (theirs.num_attention_heads, theirs.head_dim) == (heads, 128)
         assert (theirs.H_cycles, theirs.L_cycles, theirs.L_bp_cycles) == (2, 3, [0, 3])
         assert theirs.max_position_embeddings == 4096
@@ -204,7 +208,9 @@ def test_a_trained_checkpoint_survives_the_way_there_and_back_and_trains_on(tmp_
 def test_what_transformers_does_not_have_is_refused_in_a_line(tmp_path, command, overrides, message):
     fields = SHAPES["two_cycles"] | overrides
     shape = {key: fields.pop(key) for key in SHAPES["two_cycles"]}
-    config = dict(model__architecture="prefix_lm", model__d_model=32, model__n_heads=4, model__hrm__h_cycles=shape["h_cycles"])
+    config = dict(
+        model__architecture="prefix_lm", model__d_model=32, model__n_heads=4, model__hrm__h_cycles=shape["h_cycles"]
+    )
     config = small_config(**config | fields)
     (tmp_path / "ours").mkdir()
     save_model(tmp_path / "ours", build_model(config.model, TOKENIZER.vocab_size), config, TOKENIZER, Progress())
@@ -241,17 +247,24 @@ def test_without_transformers_the_message_says_what_to_install(tmp_path, command
     assert code == 2 and "pip install 'hrm-lm[interop]'" in err
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SimpleTokenizer.from_texts(["héllo ∑\n\t 7"])], ids=["bytes", "characters"])
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), SimpleTokenizer.from_texts(["héllo ∑\n\t 7"])], ids=["bytes", "characters"]
+)
 def test_an_exported_tokenizer_gives_the_same_ids_and_text(tmp_path, tokenizer):
     hf_tokenizer(tokenizer).save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("héllo ∑\n", "  l\t77", "\n"):
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
-        assert theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True) == text
+        assert (
+            theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True)
+            == text
+        )
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, export_to):
-    definition = json.loads((export_to(random_checkpoint(tmp_path / "o", **SHAPES["two_cycles"])) / "tokenizer.json").read_text())
+    definition = json.loads(
+        (export_to(random_checkpoint(tmp_path / "o", **SHAPES["two_cycles"])) / "tokenizer.json").read_text()
+    )
     fields = dict(type="tokenizers", definition=definition, pad_id=0, bos_id=1, eos_id=2, vocab_size=5)
     (tmp_path / "t.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match="t.json: not a tokenizer: it has 24 tokens, the model 5"):

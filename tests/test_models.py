@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from conftest import small_config
+
 from hrm_lm.data.collate import pad_batch
 from hrm_lm.models.build import LanguageModel, build_model
 from hrm_lm.models.hrm import HRMCore, gradient_window
@@ -43,7 +43,7 @@ def test_a_sample_gets_the_same_logits_alone_and_beside_longer_ones(kind):
 @MODELS
 def test_the_response_does_not_see_the_future(kind):
     model = build(**kind).eval()
-    (prompt, inputs, labels), = samples((4, 6))
+    ((prompt, inputs, labels),) = samples((4, 6))
     changed = (prompt, inputs[:3] + [5, 6, 7], labels)
     a, b = model(pad_batch([(prompt, inputs, labels)], 0))[-1], model(pad_batch([changed], 0))[-1]
     torch.testing.assert_close(a[:, :3], b[:, :3])

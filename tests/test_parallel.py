@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import LocalSession, small_config, train_locally
 from safetensors.torch import load_file
 
-from conftest import LocalSession, small_config, train_locally
 from hrm_lm.data.loading import val_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError

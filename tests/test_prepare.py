@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-
 from conftest import small_config, train_locally
+
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, load_tokenizer, pretrained_tokenizer
@@ -85,7 +84,11 @@ def test_every_format_gives_the_same_pairs(tmp_path):
 
 @pytest.mark.parametrize("part_bytes", [1, 7, 100, 997, 10**6])
 def test_a_file_cut_into_parts_gives_every_line_once_with_its_number(tmp_path, part_bytes):
-    lines = [line for i, pair in enumerate(pairs(60)) for line in (["not json"] if i % 13 == 3 else []) + ["", json.dumps(records([pair])[0])]]
+    lines = [
+        line
+        for i, pair in enumerate(pairs(60))
+        for line in (["not json"] if i % 13 == 3 else []) + ["", json.dumps(records([pair])[0])]
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))  # the last line has no end
     pq.write_table(pa.Table.from_pylist(records(pairs(60, 1000))), tmp_path / "b.parquet", row_group_size=7)
     before, numbered = 0, []
@@ -94,7 +97,11 @@ def test_a_file_cut_into_parts_gives_every_line_once_with_its_number(tmp_path, p
             before += item.lines
         elif path == "a.jsonl":
             numbered.append((before + item.position, item[:2] if isinstance(item, Pair) else item.reason))
-    expected = [(n, "not JSON" if line == "not json" else tuple(json.loads(line).values())) for n, line in enumerate(lines, 1) if line]
+    expected = [
+        (n, "not JSON" if line == "not json" else tuple(json.loads(line).values()))
+        for n, line in enumerate(lines, 1)
+        if line
+    ]
     assert numbered == expected
     rows = [(item.position, item[:2]) for path, item in read_all(tmp_path, part_bytes) if path == "b.parquet"]
     assert rows == list(enumerate(pairs(60, 1000), start=1))
@@ -198,9 +205,23 @@ def broken_corpus(folder):
     return kept, expected
 
 
-def test_what_is_broken_is_counted_and_reported_by_file_and_position_and_nothing_else_is_lost(cluster, command, tmp_path):
+def test_what_is_broken_is_counted_and_reported_by_file_and_position_and_nothing_else_is_lost(
+    cluster, command, tmp_path
+):
     kept, expected = broken_corpus(tmp_path / "in")
-    code, out, err = command(main, "--input", tmp_path / "in", "--output", tmp_path / "out", "--tokenizer", "bytes", "--shard_mb", 0.3, "--val_fraction", 0.05)
+    code, out, err = command(
+        main,
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        "--tokenizer",
+        "bytes",
+        "--shard_mb",
+        0.3,
+        "--val_fraction",
+        0.05,
+    )
     assert code == 0, err
     train, val = load(tmp_path / "out")
     assert sorted(train + val) == sorted(set(kept))
@@ -219,7 +240,9 @@ def test_what_is_broken_is_counted_and_reported_by_file_and_position_and_nothing
 )
 def test_strict_makes_the_first_fault_an_error(cluster, command, tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(5))) + line)
-    code, out, err = command(main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes", "--strict")
+    code, out, err = command(
+        main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes", "--strict"
+    )
     assert code == 2 and f"a.jsonl:6: {message}" in err and "Traceback" not in err
     assert not (tmp_path / "out/meta.json").exists()
 
@@ -258,7 +281,13 @@ def test_duplicates_go_and_a_prompt_is_on_one_side_whatever_files_come_later(clu
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(200) + pairs(100))))
     (tmp_path / "b.jsonl").write_bytes(jsonl(records(pairs(300, 100) + again)))
     first_train, first_val = prepare(command, tmp_path, tmp_path / "a.jsonl", output="first")
-    train, val = prepare(command, tmp_path, tmp_path / "a.jsonl", tmp_path / "b.jsonl", options=("--tokenizer", "characters", "--val_fraction", 0.2, "--shard_mb", 0.002))
+    train, val = prepare(
+        command,
+        tmp_path,
+        tmp_path / "a.jsonl",
+        tmp_path / "b.jsonl",
+        options=("--tokenizer", "characters", "--val_fraction", 0.2, "--shard_mb", 0.002),
+    )
     assert sorted(train + val) == sorted(pairs(400) + again)
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in val}
     assert set(first_train) <= set(train) and set(first_val) <= set(val)
@@ -284,14 +313,26 @@ def test_what_has_too_many_tokens_is_left_out_and_counted(cluster, command, tmp_
 def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command, tmp_path):
     some = pairs(300)
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(some)))
-    train, val = prepare(command, tmp_path, tmp_path / "a.jsonl", output="bpe", options=("--train_tokenizer", "bpe", "--vocab_size", 300, "--val_fraction", 0.2))
+    train, val = prepare(
+        command,
+        tmp_path,
+        tmp_path / "a.jsonl",
+        output="bpe",
+        options=("--train_tokenizer", "bpe", "--vocab_size", 300, "--val_fraction", 0.2),
+    )
     assert sorted(train + val) == sorted(some)
     tokenizer = load_tokenizer(tmp_path / "bpe/tokenizer.json")
     assert tokenizer.vocab_size == 300 and len(tokenizer.encode("What is 12 + 12?")) < 10
     assert tokenizer.decode(tokenizer.encode("h\xe9llo \u2211")) == "h\xe9llo \u2211"
 
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.definition))  # as Hugging Face has it
-    train_again, val_again = prepare(command, tmp_path, tmp_path / "a.jsonl", output="path", options=("--tokenizer", tmp_path / "tokenizer.json", "--val_fraction", 0.2))
+    train_again, val_again = prepare(
+        command,
+        tmp_path,
+        tmp_path / "a.jsonl",
+        output="path",
+        options=("--tokenizer", tmp_path / "tokenizer.json", "--val_fraction", 0.2),
+    )
     assert (train_again, val_again) == (train, val)
     assert load_tokenizer(tmp_path / "path/tokenizer.json").to_json() == tokenizer.to_json()
 
@@ -303,7 +344,11 @@ def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command
 
 
 def test_special_tokens_come_from_the_config_beside_or_their_usual_names(tmp_path):
-    definition = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2, "END": 3}, "unk_token": "a"}, "added_tokens": []}
+    definition = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2, "END": 3}, "unk_token": "a"},
+        "added_tokens": [],
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     usual = pretrained_tokenizer(tmp_path / "tokenizer.json")
     assert (usual.pad_id, usual.bos_id, usual.eos_id, usual.vocab_size) == (2, 1, 2, 4)
@@ -320,7 +365,10 @@ def test_bytes_take_any_text_and_come_back_from_their_file(tmp_path):
     (tmp_path / "t.json").write_text(ByteTokenizer().to_json())
     tokenizer = load_tokenizer(tmp_path / "t.json")
     ids = tokenizer.encode("h\xe9\U0001f600\x00")
-    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "h\xe9\U0001f600\x00" and max(ids) < tokenizer.vocab_size == 259
+    assert (
+        tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "h\xe9\U0001f600\x00"
+        and max(ids) < tokenizer.vocab_size == 259
+    )
 
 
 @pytest.mark.parametrize(
@@ -354,13 +402,18 @@ def test_bad_input_is_a_line_and_exit_code_2_before_ray_starts(command, in_folde
 
 @pytest.mark.parametrize(
     "raw, message",
-    [(b"{broken\n", r"no usable pair in 1 file\(s\): not JSON 1 \("), (jsonl(records(pairs(1))), "--val_fraction 0.01: of 1 pairs, 0 would be")],
+    [
+        (b"{broken\n", r"no usable pair in 1 file\(s\): not JSON 1 \("),
+        (jsonl(records(pairs(1))), "--val_fraction 0.01: of 1 pairs, 0 would be"),
+    ],
 )
 def test_a_corpus_without_pairs_for_both_sides_is_refused(cluster, command, tmp_path, raw, message):
     import re
 
     (tmp_path / "a.jsonl").write_bytes(raw)
-    code, out, err = command(main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes")
+    code, out, err = command(
+        main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes"
+    )
     assert code == 2 and re.search(message, err)
 
 
@@ -379,7 +432,9 @@ def test_given_again_it_does_nothing_and_with_other_settings_or_input_it_refuses
     assert "holds a dataset of other input or settings" in command(main, *arguments, "bytes")[2]
 
 
-def test_killed_in_each_step_and_given_again_the_result_is_byte_identical_and_finished_shards_stay(cluster, command, tmp_path):
+def test_killed_in_each_step_and_given_again_the_result_is_byte_identical_and_finished_shards_stay(
+    cluster, command, tmp_path
+):
     for i in range(6):
         (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(15_000, 10_000 * i))))  # a third are duplicates
 
@@ -419,6 +474,7 @@ def test_killed_in_each_step_and_given_again_the_result_is_byte_identical_and_fi
 
 def wait_for_tasks(work):
     """The tasks that were under way end by themselves, or with their cluster."""
+
     def state():
         return sorted((path.name, path.stat().st_size) for path in work.parent.rglob("*") if path.is_file())
 

@@ -4,8 +4,8 @@ import json
 
 import pyarrow.fs
 import pytest
-
 from conftest import small_config
+
 from hrm_lm.data.prepared import cache_folder
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
@@ -66,7 +66,17 @@ def test_input_dataset_and_checkpoints_live_in_object_storage(cluster, command, 
 def test_what_changed_in_storage_is_not_trained_on(cluster, command, bucket):
     with bucket.fs.open_output_stream("bucket/changed/in.jsonl") as file:
         file.write("".join(json.dumps({"prompt": f"{i}?", "response": str(i)}) + "\n" for i in range(50)).encode())
-    code, out, err = command(prepare, "--input", bucket("changed/in.jsonl"), "--output", bucket("changed/out"), "--tokenizer", "bytes", "--val_fraction", 0.2)
+    code, out, err = command(
+        prepare,
+        "--input",
+        bucket("changed/in.jsonl"),
+        "--output",
+        bucket("changed/out"),
+        "--tokenizer",
+        "bytes",
+        "--val_fraction",
+        0.2,
+    )
     assert code == 0, err
     with bucket.fs.open_input_stream("bucket/changed/out/train-00000.bin") as file:
         raw = file.read()

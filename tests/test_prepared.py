@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pyarrow.fs
 import pytest
-
 from conftest import ROOT, small_config, train_locally
+
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data import prepared
 from hrm_lm.data.collate import pad_batch
@@ -32,7 +32,9 @@ def write_prepared(folder, train, val=(("1+1", "2"), ("2+2", "4")), shards=3, to
     for split, pairs, count in (("train", train, shards), ("val", val, 1)):
         for i in range(count):
             writer = ShardWriter(LOCAL, str(folder), f"{split}-{i:05d}", tokenizer)
-            writer.write([(tokenizer.encode(prompt), tokenizer.encode(response)) for prompt, response in pairs[i::count]])
+            writer.write(
+                [(tokenizer.encode(prompt), tokenizer.encode(response)) for prompt, response in pairs[i::count]]
+            )
             closed[split].append(writer.close())
     write_meta(LOCAL, str(folder), tokenizer, closed)
     return folder
@@ -219,7 +221,10 @@ def test_a_run_does_not_go_on_with_another_tokenizer_or_number_of_samples(tmp_pa
     folder = write_prepared(tmp_path / "a", sums(20))
     train_locally(config(folder, 2), tmp_path / "run")
     with pytest.raises(UserError, match="another tokenizer"):
-        train_locally(config(write_prepared(tmp_path / "b", sums(20), tokenizer=SimpleTokenizer("0123456789+")), 4), tmp_path / "run")
+        train_locally(
+            config(write_prepared(tmp_path / "b", sums(20), tokenizer=SimpleTokenizer("0123456789+")), 4),
+            tmp_path / "run",
+        )
     with pytest.raises(UserError, match="was trained on 20 samples, the dataset now has 21"):
         train_locally(config(write_prepared(tmp_path / "c", sums(21)), 4), tmp_path / "run")
 

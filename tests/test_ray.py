@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import ROOT, small_config, train_locally
+
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.driver import plan_workers, run
@@ -125,7 +125,9 @@ def test_ctrl_c_ends_in_a_line_and_code_130(in_folder):
 
 
 def test_what_the_cluster_cannot_hold_is_refused_with_what_it_has(cluster, in_folder):
-    with pytest.raises(UserError, match=r"3 workers of 1 CPU each do not fit .* 1 node\(s\), 2 CPUs, 0 GPUs, room for 2"):
+    with pytest.raises(
+        UserError, match=r"3 workers of 1 CPU each do not fit .* 1 node\(s\), 2 CPUs, 0 GPUs, room for 2"
+    ):
         run(small_config(ray__num_workers=3, train__batch_size=9))
     with pytest.raises(UserError, match="1 GPU each do not fit"):
         run(small_config(ray__use_gpu=True))
@@ -182,7 +184,12 @@ def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(t
     home = tmp_path / "home"
     home.mkdir()
     session_root = tempfile.mkdtemp(prefix="ray")  # short: sockets live in it
-    environment = os.environ | {"HOME": str(home), "RAY_TMPDIR": session_root, "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token"}
+    environment = os.environ | {
+        "HOME": str(home),
+        "RAY_TMPDIR": session_root,
+        "RAY_ADDRESS": "",
+        "RAY_AUTH_MODE": "token",
+    }
 
     def shell(*arguments, **options):
         return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=180, **options)

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import LocalSession, small_config, train_locally
 from safetensors.torch import load_file
 
-from conftest import LocalSession, small_config, train_locally
 from hrm_lm.config import HRMConfig, OptimConfig
 from hrm_lm.data.loading import prefetch, train_batches, val_batches
 from hrm_lm.data.registry import load_dataset
@@ -25,7 +25,6 @@ from hrm_lm.training.step import (
     sampled_h_cycles,
     train_step,
 )
-
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
 
@@ -79,7 +78,10 @@ def test_norms_gates_and_embeddings_are_not_decayed():
     state = build_state(small_config(), 20)
     names = {p: name for name, p in state.model.named_parameters()}
     decayed, others = ({names[p] for p in group["params"]} for group in state.optimizer.param_groups)
-    assert all(name.endswith((".qkv.weight", ".out.weight", ".q.weight", ".kv.weight", ".gate_up.weight", "head.weight")) for name in decayed)
+    assert all(
+        name.endswith((".qkv.weight", ".out.weight", ".q.weight", ".kv.weight", ".gate_up.weight", "head.weight"))
+        for name in decayed
+    )
     assert {"embedding.weight", "norm.weight", "bridge.gate"} <= others
 
 
@@ -170,7 +172,9 @@ def test_an_average_switched_on_in_mid_run_starts_there(tmp_path):
     train_locally(small_config(), tmp_path)
     config = small_config(train__steps=13, train__ema_decay=0.999, optim__lr=1e-12)
     train_locally(config, tmp_path)
-    before, after = (load_file(tmp_path / name) for name in ("step_000012/model.safetensors", "step_000013/average.safetensors"))
+    before, after = (
+        load_file(tmp_path / name) for name in ("step_000012/model.safetensors", "step_000013/average.safetensors")
+    )
     assert_same_weights({name: before[name] for name in after}, after, atol=1e-6, rtol=0)
 
 
@@ -231,7 +235,15 @@ def test_a_run_that_is_complete_does_nothing_more(tmp_path):
 def test_checkpoints_come_at_every_validation_and_at_the_end(tmp_path):
     session = train_locally(small_config(train__val_every=5), tmp_path)
     assert [metrics["step"] for metrics in session.reports] == [5, 10, 12]
-    assert {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "val_loss", "val_exact_match"} <= session.reports[0].keys()
+    assert {
+        "loss",
+        "lr",
+        "grad_norm",
+        "samples_per_s",
+        "tokens_per_s",
+        "val_loss",
+        "val_exact_match",
+    } <= session.reports[0].keys()
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better_and_a_resume_keeps_it_ended(tmp_path):

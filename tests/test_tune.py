@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from conftest import ROOT, small_config
+from test_ray import wait_until
+
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.inference.generate import main as generate
 from hrm_lm.training.storage import RunFolder
 from hrm_lm.tuning.space import Sweep, point
 from hrm_lm.tuning.sweep import run_sweep
-from test_ray import wait_until
 
 BASE = small_config(train__steps=20, train__val_every=5, train__log_every=5).to_dict()
 
@@ -62,8 +62,16 @@ def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
         ({"optim.lr": {"uniform": [1, 0.1]}}, {}, "low < high"),
         ({"optim.lr": {"choice": []}}, {}, "at least one option"),
         ({"optim.lr": {"uniform": [-1, 1]}}, {}, "optim.lr: should be greater than 0"),
-        ({"model.hrm.h_cycles": {"choice": [1, -2]}}, {}, "model.hrm.h_cycles: should be greater than or equal to 0 (got -2)"),
-        ({"optim.lr": {"choice": [1]}}, {"num_smaples": 3}, "tune.num_smaples: no such field; did you mean num_samples?"),
+        (
+            {"model.hrm.h_cycles": {"choice": [1, -2]}},
+            {},
+            "model.hrm.h_cycles: should be greater than or equal to 0 (got -2)",
+        ),
+        (
+            {"optim.lr": {"choice": [1]}},
+            {"num_smaples": 3},
+            "tune.num_smaples: no such field; did you mean num_samples?",
+        ),
         ({"optim.lr": {"choice": [1]}}, {"scheduler": "magic"}, "tune.scheduler"),
         ({"model.hrm.h_cycles": {"choice": [1]}}, {"scheduler": "pbt"}, "scheduler pbt perturbs"),
         ({"ray.num_workers": {"choice": [1]}}, {}, "the ray section is the same for all trials"),
@@ -87,7 +95,11 @@ def held_by_ray() -> dict[str, float]:
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
-    return {kind: total[kind] - free.get(kind, 0) for kind in ("CPU", "GPU") if total.get(kind, 0) - free.get(kind, 0) > 1e-6}
+    return {
+        kind: total[kind] - free.get(kind, 0)
+        for kind in ("CPU", "GPU")
+        if total.get(kind, 0) - free.get(kind, 0) > 1e-6
+    }
 
 
 def placement_groups_alive() -> list[str]:
@@ -97,7 +109,9 @@ def placement_groups_alive() -> list[str]:
 
 
 def test_a_sweep_larger_than_the_cluster_ends_and_leaves_nothing_held(cluster, in_folder, command):
-    trials = search(in_folder, {"optim.lr": {"loguniform": [1e-4, 3e-2]}}, num_samples=10, grace_steps=5, reduction_factor=3)
+    trials = search(
+        in_folder, {"optim.lr": {"loguniform": [1e-4, 3e-2]}}, num_samples=10, grace_steps=5, reduction_factor=3
+    )
     assert len(trials) == 10 and {t.status for t in trials} <= {"finished", "stopped"}
     assert sum(t.status == "stopped" for t in trials) >= 4
     wait_until(lambda: not held_by_ray() and not placement_groups_alive(), 20)
@@ -125,9 +139,15 @@ def test_trials_that_diverge_are_impossible_or_crash_are_marked_and_the_others_g
     )
     monkeypatch.syspath_prepend(in_folder)
     base = {**BASE, "data": {**BASE["data"], "dataset": "crashing:build"}}
-    space = {"optim.lr": {"grid": [1e-3, 1e20]}, "train.grad_accum_steps": {"grid": [1, 3]}, "data.val_fraction": {"grid": [0.2, 0.3]}}
+    space = {
+        "optim.lr": {"grid": [1e-3, 1e20]},
+        "train.grad_accum_steps": {"grid": [1, 3]},
+        "data.val_fraction": {"grid": [0.2, 0.3]},
+    }
     trials = search(in_folder, space, base=base, num_samples=1, max_failures=0)
-    told = {(t.params["optim.lr"], t.params["train.grad_accum_steps"], t.params["data.val_fraction"]): t for t in trials}
+    told = {
+        (t.params["optim.lr"], t.params["train.grad_accum_steps"], t.params["data.val_fraction"]): t for t in trials
+    }
     assert told[1e-3, 1, 0.2].status == "finished"
     assert told[1e20, 1, 0.2].status == "diverged" and "not finite at step" in told[1e20, 1, 0.2].error
     assert told[1e-3, 3, 0.2].status == "invalid" and "must be divisible" in told[1e-3, 3, 0.2].error
@@ -145,13 +165,23 @@ def test_the_same_seed_gives_the_same_table(cluster, in_folder):
     tables = []
     for name in ("a", "b"):
         search(in_folder, space, name, num_samples=4, max_concurrent_trials=1, seed=5)
-        tables.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows(in_folder, name)])
+        tables.append(
+            [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows(in_folder, name)]
+        )
     assert tables[0] == tables[1]
 
 
 def test_population_based_training_takes_over_donors_and_changes_the_rate(cluster, in_folder):
     base = {**BASE, "train": {**BASE["train"], "steps": 60}}
-    trials = search(in_folder, {"optim.lr": {"loguniform": [1e-6, 1e-1]}}, base=base, num_samples=4, max_concurrent_trials=2, scheduler="pbt", grace_steps=10)
+    trials = search(
+        in_folder,
+        {"optim.lr": {"loguniform": [1e-6, 1e-1]}},
+        base=base,
+        num_samples=4,
+        max_concurrent_trials=2,
+        scheduler="pbt",
+        grace_steps=10,
+    )
     assert {t.status for t in trials} == {"finished"}
     states = list((in_folder / "runs/s/trials").glob("pbt_policy_*.txt"))
     assert states, "nobody was perturbed"
@@ -160,14 +190,24 @@ def test_population_based_training_takes_over_donors_and_changes_the_rate(cluste
 
 @pytest.mark.parametrize("options", [{"search": "optuna", "scheduler": "fifo"}, {"scheduler": "hyperband"}])
 def test_the_other_ways_to_search_end_with_a_best_trial(cluster, in_folder, options):
-    trials = search(in_folder, {"optim.lr": {"loguniform": [1e-4, 3e-2]}, "train.grad_clip": {"choice": [0, 1]}}, num_samples=4, **options)
+    trials = search(
+        in_folder,
+        {"optim.lr": {"loguniform": [1e-4, 3e-2]}, "train.grad_clip": {"choice": [0, 1]}},
+        num_samples=4,
+        **options,
+    )
     assert len(trials) == 4 and {t.status for t in trials} <= {"finished", "stopped"}
     assert (in_folder / "runs/s/best.yaml").exists()
 
 
 def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_folder):
     trials = search(
-        in_folder, {"optim.lr": {"grid": [1e-3, 1e-2, 1e-5]}}, num_samples=1, workers_per_trial=2, max_concurrent_trials=1, grace_steps=5
+        in_folder,
+        {"optim.lr": {"grid": [1e-3, 1e-2, 1e-5]}},
+        num_samples=1,
+        workers_per_trial=2,
+        max_concurrent_trials=1,
+        grace_steps=5,
     )
     assert {t.status for t in trials} <= {"finished", "stopped"} and trials[1].status == "finished"
     assert (in_folder / "runs/s/best_checkpoint/model.safetensors").exists()
@@ -178,7 +218,9 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
     base = {**BASE, "train": {**BASE["train"], "steps": 300, "val_every": 10}}
     file = sweep_file(in_folder, {"optim.lr": {"loguniform": [1e-3, 1e-2]}}, base=base, num_samples=4, scheduler="fifo")
     command = [sys.executable, "-m", "ray_jobs.tune", "--config", file, "--run_name", "s"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    driver = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     seen = {}
     for line in driver.stdout:
         if ": step " in line:
@@ -194,7 +236,11 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     table = rows(in_folder)
-    assert len(table) == 4 and {row["status"] for row in table} == {"finished"} and {row["steps"] for row in table} == {"300"}
+    assert (
+        len(table) == 4
+        and {row["status"] for row in table} == {"finished"}
+        and {row["steps"] for row in table} == {"300"}
+    )
     first = {}
     for line in again.stdout.splitlines():
         if ": step " in line:

@@ -11,6 +11,7 @@ from hrm_lm.data.tokenizer import Sample
 IGNORE = -100
 """Label of a position that carries no loss."""
 
+
 class Batch(NamedTuple):
     """B samples, S and T the longest prompt's and response's length; all int64, padded on the right."""
 

@@ -135,7 +135,9 @@ def load_prepared(location: str) -> Splits:
         found = fs.get_file_info(pyarrow.fs.FileSelector(path))
         sizes = {info.base_name: info.size for info in found}
         if META not in sizes:
-            raise UserError(f"{shown}: no {META} there: not a prepared dataset, or ray_jobs.prepare has not finished it")
+            raise UserError(
+                f"{shown}: no {META} there: not a prepared dataset, or ray_jobs.prepare has not finished it"
+            )
         raw = _read(fs, f"{path}/{META}")
         meta = _parse(raw, f"{shown}/{META}")
         for name, (size, _) in meta["files"].items():
@@ -304,6 +306,8 @@ def fetch(fs: pyarrow.fs.FileSystem, source: str, target: Path, size: int, sha25
             raise UserError(f"{source}: cannot be fetched to {target.parent}: {' '.join(str(error).split())}") from None
         if digest.hexdigest() != sha256:
             partial.unlink()
-            raise UserError(f"{source}: is not what {META} says it is (SHA-256 differs): changed or damaged; prepare it again")
+            raise UserError(
+                f"{source}: is not what {META} says it is (SHA-256 differs): changed or damaged; prepare it again"
+            )
         os.replace(partial, target)
     return target

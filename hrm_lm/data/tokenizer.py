@@ -6,7 +6,6 @@ from typing import Any, Iterable, Protocol, Sequence
 
 from hrm_lm.errors import UserError
 
-
 Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """encoder_ids, decoder_input_ids, labels; the last two of one length."""
 
@@ -55,7 +54,9 @@ class SimpleTokenizer:
         except KeyError as error:
             if self.unknown == "id":
                 return [self._ids.get(character, self.unk_id) for character in text]
-            raise UserError(f"character {error.args[0]!r} of {text[:60]!r} is not in the tokenizer's vocabulary") from None
+            raise UserError(
+                f"character {error.args[0]!r} of {text[:60]!r} is not in the tokenizer's vocabulary"
+            ) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -174,7 +175,9 @@ def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
             named = named["content"] if isinstance(named, dict) else named
             special[role] = next((ids[name] for name in (named, *usual) if name in ids), None)
         if special["eos"] is None:
-            raise UserError(f"{path}: has no end-of-text token: none of {', '.join(SPECIAL_TOKENS['eos'])}, nor one named in {config_file.name}")
+            raise UserError(
+                f"{path}: has no end-of-text token: none of {', '.join(SPECIAL_TOKENS['eos'])}, nor one named in {config_file.name}"
+            )
         special = {f"{role}_id": special["eos"] if i is None else i for role, i in special.items()}
         size = max(max(ids.values()) + 1, len(vocabulary or ()))  # a Unigram vocabulary is a list
         return PretrainedTokenizer(definition, **special, vocab_size=size)

@@ -44,13 +44,17 @@ def generate(
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= model.config.max_prompt_len:
-            raise UserError(f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}")
+            raise UserError(
+                f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}"
+            )
 
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # alike lengths together: little padding
     responses = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = pad_batch([(encoded[i], [tokenizer.bos_id], [tokenizer.eos_id]) for i in chosen], tokenizer.pad_id).to(device)
+        batch = pad_batch([(encoded[i], [tokenizer.bos_id], [tokenizer.eos_id]) for i in chosen], tokenizer.pad_id).to(
+            device
+        )
         logits, decoding = model.prefill(
             batch.encoder_ids, batch.encoder_mask, tokenizer.bos_id, max_new_tokens, h_cycles, l_cycles
         )
@@ -151,7 +155,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
         model, tokenizer, _ = load_model(folder, device)
     for answer in generate(
-        model, tokenizer, prompts, args.max_new_tokens, args.h_cycles, args.l_cycles, args.temperature, args.top_k, args.seed
+        model,
+        tokenizer,
+        prompts,
+        args.max_new_tokens,
+        args.h_cycles,
+        args.l_cycles,
+        args.temperature,
+        args.top_k,
+        args.seed,
     ):
         print(answer)
     return 0

@@ -28,11 +28,23 @@ import pyarrow.fs
 
 from hrm_lm.data.prepared import META, TOKENIZER, ShardWriter, write_file, write_meta
 from hrm_lm.data.tokenizer import (
-    ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, pretrained_tokenizer, tokenizer_from_json,
+    ByteTokenizer,
+    PretrainedTokenizer,
+    SimpleTokenizer,
+    Tokenizer,
+    pretrained_tokenizer,
+    tokenizer_from_json,
 )  # fmt: skip
 from hrm_lm.errors import UserError
 from hrm_lm.prepare.reading import (
-    Mapping, Pair, Piece, Problem, find_files, parse_mapping, plan_parts, read_piece,
+    Mapping,
+    Pair,
+    Piece,
+    Problem,
+    find_files,
+    parse_mapping,
+    plan_parts,
+    read_piece,
 )  # fmt: skip
 from hrm_lm.training.storage import resolve, without_secrets
 
@@ -110,7 +122,9 @@ class Drops:
             there["examples"].append([piece, problem.position, problem.text])
 
 
-def read_part(job: Job, part: int, drops: Drops, lines: list[int] | None = None) -> Iterator[tuple[int, Pair, bool, bytes]]:
+def read_part(
+    job: Job, part: int, drops: Drops, lines: list[int] | None = None
+) -> Iterator[tuple[int, Pair, bool, bytes]]:
     """The part's usable pairs, each with the number of its piece, whether it is for validation, and its hash."""
     held_out = int(job.settings.val_fraction * 2**64)
     for number, piece in enumerate(job.parts[part]):
@@ -190,7 +204,9 @@ def write_shard(
             elif len(prompt) > (job.settings.max_prompt_len or len(prompt)):
                 drops.add(piece, Problem("the prompt has too many tokens", pair.position, f"{len(prompt)} tokens"))
             elif len(response) + 1 > (job.settings.max_response_len or len(response) + 1):
-                drops.add(piece, Problem("the response has too many tokens", pair.position, f"{len(response) + 1} tokens"))
+                drops.add(
+                    piece, Problem("the response has too many tokens", pair.position, f"{len(response) + 1} tokens")
+                )
             else:
                 kept["val" if is_val else "train"].append((prompt, response))
         for split, some in kept.items():
@@ -199,7 +215,9 @@ def write_shard(
             writers[split].write(some)
     if done != pairs[part]:
         names = ", ".join(dict.fromkeys(piece.path for piece in job.parts[part]))
-        raise UserError(f"changed while it was read: one of {names[:500]}; give another --output, or delete what is there")
+        raise UserError(
+            f"changed while it was read: one of {names[:500]}; give another --output, or delete what is there"
+        )
     return {"shards": {split: writer.close() for split, writer in writers.items()}, "drops": drops.reasons}
 
 
@@ -239,7 +257,9 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     files = find_files(inputs)
     fs, path = resolve(output)
     sizes = [file.num_bytes for file, _ in files]
-    shard_bytes = int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
+    shard_bytes = (
+        int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
+    )
     parts = plan_parts([file for file, _ in files], shard_bytes)
     job = Job(settings, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
 
@@ -269,7 +289,9 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
         write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs)
         written = run_step(job, "shard", "tokenizing", range(len(parts)), write)
 
-    shards = {split: [part["shards"][split] for part in written if split in part["shards"]] for split in ("train", "val")}
+    shards = {
+        split: [part["shards"][split] for part in written if split in part["shards"]] for split in ("train", "val")
+    }
     for split, closed in shards.items():
         if not closed:
             raise UserError(f"no {split} pair is left: {describe(merge_drops(job, surveyed, written))}")
@@ -292,7 +314,9 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
     """Whether `output` holds the result already; begins it where there is nothing. Refuses anything else."""
     shown = without_secrets(output)
     try:
-        there = {info.base_name for info in job.fs.get_file_info(pyarrow.fs.FileSelector(job.output, allow_not_found=True))}
+        there = {
+            info.base_name for info in job.fs.get_file_info(pyarrow.fs.FileSelector(job.output, allow_not_found=True))
+        }
         if META in there:
             same = False
             with suppress(ValueError, AttributeError):  # not a meta.json of ours
@@ -319,7 +343,9 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
     return False
 
 
-def run_step(job: Job, name: str, title: str, items: Iterable[Any], task: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
+def run_step(
+    job: Job, name: str, title: str, items: Iterable[Any], task: Callable[..., dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The results of a task for each item, from storage where an earlier run left them, else run by Ray Data."""
     import ray.data
     from tqdm import tqdm
@@ -337,8 +363,14 @@ def run_step(job: Job, name: str, title: str, items: Iterable[Any], task: Callab
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say that its progress bars are off
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # theirs counts tasks, ours bytes
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(partial(run_task, job, name, items, task))
-        weights = [sum(piece.num_bytes for piece in part) for part in job.parts] if len(items) == len(job.parts) else [1] * len(items)
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            partial(run_task, job, name, items, task)
+        )
+        weights = (
+            [sum(piece.num_bytes for piece in part) for part in job.parts]
+            if len(items) == len(job.parts)
+            else [1] * len(items)
+        )
         with tqdm(desc=title, total=sum(weights), unit="B", unit_scale=True, disable=None) as bar:
             bar.update(sum(weights[i] for i in results))
             for row in dataset.iter_rows():
@@ -349,7 +381,9 @@ def run_step(job: Job, name: str, title: str, items: Iterable[Any], task: Callab
     return [results[i] for i in range(len(items))]
 
 
-def run_task(job: Job, name: str, items: list[Any], task: Callable[..., dict[str, Any]], row: dict[str, int]) -> dict[str, Any]:
+def run_task(
+    job: Job, name: str, items: list[Any], task: Callable[..., dict[str, Any]], row: dict[str, int]
+) -> dict[str, Any]:
     """One row of a step's dataset. What the user can mend is a result: Ray would wrap an error, and try again."""
     try:
         result = json.dumps(task(job, items[row["i"]]))
@@ -381,7 +415,9 @@ def group_ranges(totals: np.ndarray) -> list[tuple[int, int]]:
 def fixed_tokenizer(settings: Settings) -> Tokenizer | None:
     """The tokenizer that the settings name; None where the corpus decides."""
     if (settings.tokenizer is None) == (settings.train_tokenizer is None):
-        raise UserError("give --tokenizer (characters, bytes or the path of a tokenizer.json), or --train_tokenizer bpe")
+        raise UserError(
+            "give --tokenizer (characters, bytes or the path of a tokenizer.json), or --train_tokenizer bpe"
+        )
     if settings.train_tokenizer:
         require_tokenizers()
         return None

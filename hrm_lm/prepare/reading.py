@@ -94,7 +94,9 @@ def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
             if info.type == pyarrow.fs.FileType.File:
                 infos = [info]
                 if file_format(path) is None:
-                    raise UserError(f"--input {shown}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not")
+                    raise UserError(
+                        f"--input {shown}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
+                    )
             elif info.type == pyarrow.fs.FileType.Directory:
                 infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
                 infos = [i for i in infos if i.type == pyarrow.fs.FileType.File and file_format(i.path)]
@@ -166,7 +168,9 @@ def parse_mapping(flag: str, spec: str) -> Template:
     except ValueError as error:
         raise UserError(f"{flag} {spec!r}: not a template: {error}") from None
     if any(extra or name == "" for _, name, extra in parsed) or not any(name for _, name, _ in parsed):
-        raise UserError(f"{flag} {spec!r}: not a template: name fields in braces, such as {{question}} or {{data.question}}")
+        raise UserError(
+            f"{flag} {spec!r}: not a template: name fields in braces, such as {{question}} or {{data.question}}"
+        )
     return [(literal, (name, *name.split(".")) if name else None) for literal, name, _ in parsed]
 
 
@@ -177,7 +181,9 @@ def fill_template(template: Template, record: Any) -> str:
         if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, fast
             return value
         return look_up(record, path, (str,))
-    return "".join(literal + (str(look_up(record, path, (str, int, float))) if path else "") for literal, path in template)
+    return "".join(
+        literal + (str(look_up(record, path, (str, int, float))) if path else "") for literal, path in template
+    )
 
 
 def look_up(record: Any, path: tuple[str, ...], types: tuple[type, ...]) -> Any:

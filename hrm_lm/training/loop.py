@@ -51,7 +51,11 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             now = time.perf_counter()
             seconds, clock = now - clock, now
             if window["bad_step"] is not None:
-                return {"status": "diverged", "step": window["bad_step"], "error": divergence(config, window["bad_step"])}
+                return {
+                    "status": "diverged",
+                    "step": window["bad_step"],
+                    "error": divergence(config, window["bad_step"]),
+                }
             progress.seconds += seconds
             progress.tokens += int(window["tokens"])
             metrics = {
@@ -128,5 +132,9 @@ def save(state: TrainState, progress: Progress, splits: Splits, session: Session
 def divergence(config: Config, step: int) -> str:
     lr = learning_rate(config.optim, config.train.steps, step - 1)
     clip = "lower optim.lr"
-    clip += f" or train.grad_clip ({config.train.grad_clip:g})" if config.train.grad_clip > 0 else " or set train.grad_clip (1.0, say)"
+    clip += (
+        f" or train.grad_clip ({config.train.grad_clip:g})"
+        if config.train.grad_clip > 0
+        else " or set train.grad_clip (1.0, say)"
+    )
     return f"the loss or gradient was not finite at step {step}, lr {lr:.2e}: {clip}"

@@ -174,9 +174,11 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
             loss = token_loss(last, batch.labels)
             step_loss += loss.detach()
             if earlier:  # deep supervision
-                loss = loss + config.model.hrm.deep_supervision * torch.stack(
-                    [token_loss(logits, batch.labels) for logits in earlier]
-                ).mean()
+                loss = (
+                    loss
+                    + config.model.hrm.deep_supervision
+                    * torch.stack([token_loss(logits, batch.labels) for logits in earlier]).mean()
+                )
             state.scaler.scale(loss * scale).backward()
 
     state.scaler.unscale_(state.optimizer)

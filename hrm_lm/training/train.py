@@ -38,14 +38,20 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 1, program: str = "hr
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description="Train an HRM language model on Ray.")
     parser.add_argument("--config", metavar="YAML", help="config file (default: the values of configs/default.yaml)")
     parser.add_argument(
-        "--dry_run", type=int, choices=(0, 1), default=dry_run,
+        "--dry_run",
+        type=int,
+        choices=(0, 1),
+        default=dry_run,
         help="1: one step on random data without Ray, printing the loss (default: %(default)s)",
     )
     for flag, path in FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"{HELP[flag]} [{path}]")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="what to do if the run is there")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
         help="any field of the config by its dotted path, such as model.hrm.h_cycles=4; repeatable",
     )
     args = parser.parse_args(argv)

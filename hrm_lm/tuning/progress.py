@@ -34,7 +34,9 @@ class SweepProgress(Callback):
         if value is not None and (self.best is None or sign * value < sign * self.best[0]):
             self.best = (value, row["number"])
         text = f"step {row['step']}  {self.metric} {_short(value)}"
-        self._event(trial, f"{text}  (best so far: {_short(self.best[0])}, trial {self.best[1]})" if self.best else text)
+        self._event(
+            trial, f"{text}  (best so far: {_short(self.best[0])}, trial {self.best[1]})" if self.best else text
+        )
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         row = self._row(trial)
@@ -79,7 +81,9 @@ class SweepProgress(Callback):
         shown = sorted(self.rows.values(), key=lambda row: (row["state"] != "running", -row["number"]))[:20]
         for row in sorted(shown, key=lambda row: row["number"]):
             cells = [row["number"], *row["params"], row["state"], row["step"], row["last"], row["match"]]
-            style = "bold" if self.best and row["number"] == self.best[1] else "dim" if row["state"] != "running" else None
+            style = (
+                "bold" if self.best and row["number"] == self.best[1] else "dim" if row["state"] != "running" else None
+            )
             table.add_row(*("" if cell is None else _short(cell) for cell in cells), style=style)
         return table
 

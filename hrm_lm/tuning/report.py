@@ -33,16 +33,28 @@ def render(trials: list[Trial], best: Trial | None, sweep: Sweep, name: str) -> 
     scored = [trial for trial in trials if trial.score is not None]
     counts = {s: sum(t.status == s for t in trials) for s in STATUS_HELP}
     tiles = "".join(
-        f'<div class="tile" title="{STATUS_HELP[s]}"><b>{n}</b><span>{s.replace("_", " ")}</span></div>' for s, n in counts.items() if n
+        f'<div class="tile" title="{STATUS_HELP[s]}"><b>{n}</b><span>{s.replace("_", " ")}</span></div>'
+        for s, n in counts.items()
+        if n
     )
-    sections = [f"<h1>{html.escape(name)}</h1>", f'<p class="lead">{_lead(trials, best, sweep)}</p>', f'<div class="tiles">{tiles}</div>']
+    sections = [
+        f"<h1>{html.escape(name)}</h1>",
+        f'<p class="lead">{_lead(trials, best, sweep)}</p>',
+        f'<div class="tiles">{tiles}</div>',
+    ]
     if scored:
         sections += ["<h2>Learning curves</h2>", _figure(_curves(scored, best, metric))]
         sections += ["<h2>All trials at once</h2>", "<p>A line a trial; drag along an axis to pick some.</p>"]
         sections += [_figure(_parallel(scored, sweep))]
         sections += [f"<h2>Effect of each value on {metric}</h2>"]
-        sections += [f"<p>Best {metric} of each trial against its value; n is how many trials stand behind a value.</p>"]
-        sections += ['<div class="grid">', *(_figure(_effect(scored, best, dotted, sweep)) for dotted in sweep.space), "</div>"]
+        sections += [
+            f"<p>Best {metric} of each trial against its value; n is how many trials stand behind a value.</p>"
+        ]
+        sections += [
+            '<div class="grid">',
+            *(_figure(_effect(scored, best, dotted, sweep)) for dotted in sweep.space),
+            "</div>",
+        ]
     sections += ["<h2>Trials</h2>", "<p>Click a heading to sort.</p>", _table(trials, best, sweep)]
     return PAGE.format(title=html.escape(name), plotly=get_plotlyjs(), body="\n".join(sections))
 
@@ -72,12 +84,21 @@ def _curves(trials: list[Trial], best: Trial | None, metric: str) -> go.Figure:
             hovertemplate=f"trial {trial.number} ({trial.status})<br>step %{{x}}<br>{metric} %{{y:.4f}}<br>{values}<extra></extra>",
         )
     positive = all(row[metric] > 0 for trial in trials for row in trial.history)
-    figure.update_layout(xaxis_title="step", yaxis_title=metric, yaxis_type="log" if positive else "linear", legend_title="trial", height=440)
+    figure.update_layout(
+        xaxis_title="step",
+        yaxis_title=metric,
+        yaxis_type="log" if positive else "linear",
+        legend_title="trial",
+        height=440,
+    )
     return figure
 
 
 def _parallel(trials: list[Trial], sweep: Sweep) -> go.Figure:
-    dimensions = [_axis(_name(dotted), [t.params[dotted] for t in trials], sweep.space[dotted][0] == "loguniform") for dotted in sweep.space]
+    dimensions = [
+        _axis(_name(dotted), [t.params[dotted] for t in trials], sweep.space[dotted][0] == "loguniform")
+        for dotted in sweep.space
+    ]
     scores = [trial.score for trial in trials]
     dimensions += [_axis("steps", [t.steps for t in trials]), _axis(sweep.tune.metric, scores, log=min(scores) > 0)]
     line = dict(color=_ranks(trials), colorscale=SCALE, cmin=0, cmax=max(len(trials) - 1, 1))
@@ -90,7 +111,12 @@ def _axis(label: str, values: list[Any], log: bool = False) -> dict[str, Any]:
     """An axis of the parallel coordinates: numbers, logarithms of numbers, or categories."""
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         options = sorted(set(map(str, values)))
-        return dict(label=label, values=[options.index(str(v)) for v in values], tickvals=list(range(len(options))), ticktext=options)
+        return dict(
+            label=label,
+            values=[options.index(str(v)) for v in values],
+            tickvals=list(range(len(options))),
+            ticktext=options,
+        )
     if log and max(values) > 1.5 * min(values):
         logs = [math.log10(v) for v in values]
         ticks = [min(logs) + (max(logs) - min(logs)) * i / 4 for i in range(5)]
@@ -133,13 +159,27 @@ def _effect(trials: list[Trial], best: Trial | None, dotted: str, sweep: Sweep) 
 
 
 def _table(trials: list[Trial], best: Trial | None, sweep: Sweep) -> str:
-    columns = ["trial", *map(_name, sweep.space), "status", "steps", "val_loss", "at step", "exact match", "tokens/s", "seconds", "error"]
+    columns = [
+        "trial",
+        *map(_name, sweep.space),
+        "status",
+        "steps",
+        "val_loss",
+        "at step",
+        "exact match",
+        "tokens/s",
+        "seconds",
+        "error",
+    ]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     rows = []
     for t in trials:
         cells = [t.number, *(t.params.get(p) for p in sweep.space), t.status, t.steps, t.val_loss, t.best_step]
         cells += [t.val_exact_match, t.tokens_per_s, t.seconds, t.error]
-        tds = "".join(f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(_short(c))}</td>' for c in cells)
+        tds = "".join(
+            f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(_short(c))}</td>'
+            for c in cells
+        )
         rows.append(f'<tr class="{"best " if best and t.number == best.number else ""}{t.status}">{tds}</tr>')
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -155,7 +195,11 @@ def _colors(trials: list[Trial]) -> list[str]:
 
 
 def _figure(figure: go.Figure) -> str:
-    figure.update_layout(template="plotly_white", font=dict(family="system-ui, sans-serif"), margin=figure.layout.margin.to_plotly_json() or dict(l=60, r=20, t=40, b=50))
+    figure.update_layout(
+        template="plotly_white",
+        font=dict(family="system-ui, sans-serif"),
+        margin=figure.layout.margin.to_plotly_json() or dict(l=60, r=20, t=40, b=50),
+    )
     return f'<div class="figure">{figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})}</div>'
 
 

@@ -46,7 +46,9 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
         # Where a trial went on from a checkpoint, what it repeated replaces what was there.
         if isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid") or "seconds" not in row:
             continue
-        history[int(row["step"])] = {name: row[name] for name in {"step", "seconds", "tokens", sweep.tune.metric, *CURVES} if name in row}
+        history[int(row["step"])] = {
+            name: row[name] for name in {"step", "seconds", "tokens", sweep.tune.metric, *CURVES} if name in row
+        }
     rows = [history[step] for step in sorted(history)]
     trial = Trial(number, params, _status(result, last, sweep), history=rows)
     trial.steps = max([int(last.get("step", 0)), *history])
@@ -100,7 +102,10 @@ def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial
                 folder.fs.delete_dir(target)
             folder.fs.create_dir(target)
             pyarrow.fs.copy_files(
-                best.checkpoint.path, target, source_filesystem=best.checkpoint.filesystem, destination_filesystem=folder.fs
+                best.checkpoint.path,
+                target,
+                source_filesystem=best.checkpoint.filesystem,
+                destination_filesystem=folder.fs,
             )
     return best
 
@@ -112,5 +117,11 @@ def trials_csv(trials: list[Trial], sweep: Sweep) -> str:
     writer.writerow(["trial", *sweep.space, *columns])
     for trial in trials:
         values = [getattr(trial, column) for column in columns]
-        writer.writerow([trial.number, *(trial.params.get(p) for p in sweep.space), *(round(v, 6) if isinstance(v, float) else v for v in values)])
+        writer.writerow(
+            [
+                trial.number,
+                *(trial.params.get(p) for p in sweep.space),
+                *(round(v, 6) if isinstance(v, float) else v for v in values),
+            ]
+        )
     return text.getvalue()

@@ -1,10 +1,10 @@
 """A sweep file: a base config, a search space over its dotted paths, and how to search.
 
-    base: default.yaml            # beside this file; or the fields themselves
-    search_space:
-      optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
-      model.hrm.h_cycles: {choice: [1, 2, 4]}
-    tune: {num_samples: 16, scheduler: asha}
+base: default.yaml            # beside this file; or the fields themselves
+search_space:
+  optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
+  model.hrm.h_cycles: {choice: [1, 2, 4]}
+tune: {num_samples: 16, scheduler: asha}
 """
 
 import copy

@@ -1,6 +1,6 @@
 """A sweep from the driver's side: check, start Ray, let Tune search, leave a table, the best config and a report.
 
-    <storage>/<run_name>/   trials.csv, best.yaml, best_checkpoint/, report.html, sweep.yaml; Tune's files and trials
+<storage>/<run_name>/   trials.csv, best.yaml, best_checkpoint/, report.html, sweep.yaml; Tune's files and trials
 """
 
 import os
@@ -29,9 +29,13 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     written = yaml.safe_dump(sweep.to_dict(), sort_keys=False)
     if folder.exists("sweep.yaml"):
         if not resume:
-            raise UserError(f"sweep {folder.name!r} is already in {folder.path}; --resume continues it, --run_name makes another")
+            raise UserError(
+                f"sweep {folder.name!r} is already in {folder.path}; --resume continues it, --run_name makes another"
+            )
         if folder.read("sweep.yaml") != written:
-            raise UserError(f"sweep {folder.name!r} was started with another sweep file; --resume takes the one it was started with")
+            raise UserError(
+                f"sweep {folder.name!r} was started with another sweep file; --resume takes the one it was started with"
+            )
     elif resume:
         raise UserError(f"no sweep {folder.name!r} in {folder.storage} to resume")
     say(f"sweep {folder.name!r} in {folder.path}")
@@ -46,9 +50,13 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         best = write_results(trials, sweep, folder)
     unfinished = [trial for trial in trials if trial.status == "unfinished"]
     if unfinished and not tune_config.time_budget_s:
-        raise KeyboardInterrupt(f"--resume --run_name {folder.name} goes on with the {len(unfinished)} unfinished trials")
+        raise KeyboardInterrupt(
+            f"--resume --run_name {folder.name} goes on with the {len(unfinished)} unfinished trials"
+        )
     if best is None:
-        raise RunFailed(f"no trial succeeded; {folder.path}/trials.csv has each one's error, the first: {trials[0].error}")
+        raise RunFailed(
+            f"no trial succeeded; {folder.path}/trials.csv has each one's error, the first: {trials[0].error}"
+        )
     return trials
 
 
@@ -78,7 +86,9 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
         resources if in_process else {"CPU": 0, "memory": 1},
     )
     if resume:
-        return tune.Tuner.restore(f"{folder.path}/{EXPERIMENT}", trainable, resume_unfinished=True, storage_filesystem=folder.fs)
+        return tune.Tuner.restore(
+            f"{folder.path}/{EXPERIMENT}", trainable, resume_unfinished=True, storage_filesystem=folder.fs
+        )
 
     cluster = ray.cluster_resources()
     room = min(int(cluster.get(kind, 0) // amount) for kind, amount in resources.items()) // options.workers_per_trial
@@ -88,7 +98,9 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
             f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
         )
     at_once = min(options.max_concurrent_trials or room, room)
-    say(f"Ray: {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs; {at_once} trial(s) at a time of {resources}")
+    say(
+        f"Ray: {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs; {at_once} trial(s) at a time of {resources}"
+    )
     return tune.Tuner(
         trainable,
         param_space=space,
