@@ -203,13 +203,13 @@ def test_the_other_ways_to_search_end_with_a_best_trial(cluster, in_folder, opti
 def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_folder):
     trials = search(
         in_folder,
-        {"optim.lr": {"grid": [1e-3, 1e-2, 1e-5]}},
+        {"optim.lr": {"grid": [1e-2, 1e-6]}},
         num_samples=1,
         workers_per_trial=2,
         max_concurrent_trials=1,
         grace_steps=5,
     )
-    assert {t.status for t in trials} <= {"finished", "stopped"} and trials[1].status == "finished"
+    assert [trial.status for trial in trials] == ["finished", "stopped"]
     assert (in_folder / "runs/s/best_checkpoint/model.safetensors").exists()
     wait_until(lambda: not held_by_ray() and not placement_groups_alive(), 60)
 
