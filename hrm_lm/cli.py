@@ -1,5 +1,6 @@
 """What all commands share: how errors reach the user, and with which exit code."""
 
+import os
 import sys
 from typing import Callable
 
@@ -18,5 +19,5 @@ def run_command(main: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the same command, for a run with the same --run_name, goes on from what was saved"
-        print(f"interrupted; {message}", file=sys.__stderr__)
-        return 130
+        print(f"interrupted; {message}", file=sys.__stderr__, flush=True)
+        os._exit(130)  # at once: threads of Ray may still wait for what was interrupted

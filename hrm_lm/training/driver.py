@@ -105,11 +105,14 @@ def started_ray() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # What the workers say while they are being ended is no news, and some of it arrives late.
+        # No orderly shutdown, which can hang on workers in mid-step: a local Ray ends with this process. What they say
+        # until then is no news.
         sys.stdout = sys.stderr = open(os.devnull, "w")
         raise
-    finally:
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 def init_ray(**options: Any) -> None:
