@@ -116,11 +116,20 @@ def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in
 def test_ctrl_c_ends_in_a_line_and_code_130(in_folder):
     (in_folder / "c.yaml").write_text(small_config(train__steps=100_000, train__val_every=20, train__log_every=20).to_yaml())
     command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     folder = RunFolder(str(in_folder / "runs"), "r")
-    wait_until(lambda: folder.has_checkpoints() or driver.poll() is not None)
-    driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=60)
+    try:
+        wait_until(lambda: folder.has_checkpoints() or driver.poll() is not None)
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
     assert driver.returncode == 130 and "interrupted" in err and "Traceback" not in err
 
 
@@ -189,6 +198,7 @@ def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(t
         "RAY_TMPDIR": session_root,
         "RAY_ADDRESS": "",
         "RAY_AUTH_MODE": "token",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the `ray` of this environment, activated or not
     }
 
     def shell(*arguments, **options):
