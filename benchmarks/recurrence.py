@@ -1,16 +1,14 @@
 r"""Does recurrence pay? HRM against plain stacks of equal parameters and of equal training compute, and what cycle counts
 other than the trained one do. No Ray; on CUDA where there is any.
 
-    python benchmarks/reasoning_gym_jsonl.py chain_sum data/chain_sum --size 40000 min_terms=4 max_terms=6 min_digits=1 max_digits=2
-    python benchmarks/recurrence.py --jsonl data/chain_sum --parallel 16 --output recurrence.json
+    python benchmarks/recurrence.py --parallel 16 --output recurrence.json
 
 Prints a Markdown table. Every finished run is in --output at once, and a run that is there is not repeated, so a broken
 off benchmark goes on where it was. On CPU, `--quick` shows that it works, and nothing else; two cores and twenty minutes
 are enough for smaller models:
 
-    python benchmarks/reasoning_gym_jsonl.py basic_arithmetic data/basic_arithmetic --size 40000 \
-        min_terms=2 max_terms=2 max_digits=2
-    python benchmarks/recurrence.py --jsonl data/basic_arithmetic --parallel 2 --output recurrence.json \
+    python benchmarks/recurrence.py --parallel 2 --output recurrence.json \
+        --task reasoning_gym:basic_arithmetic,min_terms=2,max_terms=2,max_digits=2 \
         --set model.d_model=64 --set train.batch_size=64 --set train.steps=600 --set optim.lr=3e-3 \
         --set optim.warmup_steps=50 --set data.synthetic.max_digits=2
 """
@@ -28,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hrm_lm.config import load_config, parse_set
 from hrm_lm.data.collate import Batch
-from hrm_lm.data.loading import prefetch, train_batches, val_batches
+from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.training.step import Stats, build_state, evaluate, token_loss, train_step
+from hrm_lm.training.step import Stats, build_state, token_loss, train_step
+from hrm_lm.training.validation import validate
 
 EVALUATED_AT = (1, 2, 4, 8)
 HRM = {"model.hrm.h_cycles": 2, "model.hrm.l_cycles": 2, "model.hrm.h_layers": 1, "model.hrm.l_layers": 1}
@@ -81,7 +80,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     exact = {}
     for h_cycles in EVALUATED_AT if config.model.hrm.h_cycles else (0,):
         cycles = h_cycles or None
-        scores = evaluate(state.model, prefetch(val_batches(splits, 512, 0, 1), device), h_cycles=cycles)
+        scores = validate(state.model, splits._replace(score=None), 512, h_cycles=cycles)
         exact[str(h_cycles)] = scores["val_exact_match"]
     return {
         "key": job["key"],
@@ -155,7 +154,9 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--jsonl", type=Path, help="folder with train.jsonl and val.jsonl, as reasoning_gym_jsonl.py makes it"
+        "--task",
+        default="reasoning_gym:chain_sum,min_terms=4,max_terms=6,min_digits=1,max_digits=2",
+        help="the dataset beside synthetic (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, over all GPUs (default: %(default)s)")
@@ -167,9 +168,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, one seed")
     args = parser.parse_args()
 
-    tasks = {"synthetic": SYNTHETIC}
-    if args.jsonl:
-        tasks[args.jsonl.name] = {"data.dataset": str(args.jsonl)}
+    tasks = {"synthetic": SYNTHETIC, args.task.partition(":")[2].partition(",")[0]: {"data.dataset": args.task}}
     settings = COMMON | (QUICK if args.quick else {}) | parse_set(args.set)
     tasks = {name: data | parse_set(args.set) for name, data in tasks.items()}
     results = json.loads(args.output.read_text()) if args.output.exists() else []

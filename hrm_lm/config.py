@@ -7,7 +7,7 @@ how an error points at it. Sections are frozen: a config is a value.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal
+from typing import Annotated, Any, Iterable, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -145,18 +145,40 @@ class SyntheticConfig(Section):
         return self
 
 
+class MixturePart(Section):
+    """A dataset of a mixture. Fields left out are those of `data`."""
+
+    dataset: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the training samples is this over the sum of all weights."""
+    prompt_field: str | None = None
+    response_field: str | None = None
+
+
 class DataConfig(Section):
     dataset: str | None = None
-    """`synthetic`, a .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`."""
+    """`synthetic`, `reasoning_gym:<task>[,option=value...]`, a .jsonl file, a folder with train.jsonl, a prepared dataset
+    (folder or URI), or `module:function`."""
+    mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixturePart] = {}
+    """Instead of `dataset`: several, by names of your own, which `val_loss/<name>` and the like then bear."""
     prompt_field: str = "prompt"
     response_field: str = "response"
     tokenizer: str | None = None
-    """A checkpoint's tokenizer.json to read JSONL with; without one, a tokenizer of the characters that occur."""
+    """What text is read with: `bytes`, or a tokenizer.json (a checkpoint's, a prepared dataset's, a Hugging Face one).
+    Left out: the characters that occur; bytes for reasoning_gym; for a mixture its prepared dataset's, else bytes."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Held-out share where the dataset brings no validation split."""
+    val_samples: Annotated[int, Field(ge=1, le=4096)] = 500
+    """Validation samples drawn where the dataset is endless (`reasoning_gym:`)."""
     truncate: bool = False
     """Cut what is longer than the model takes, instead of refusing it."""
     synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _one_or_many(self):
+        if self.dataset is not None and self.mixture:
+            raise ValueError("data.dataset and data.mixture exclude one another")
+        return self
 
 
 class RayConfig(Section):
@@ -307,20 +329,21 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     lines = {}
     for item in error.errors():
         # A union reports each member's view at the same place, with the member's name at the path's end.
-        names = [part for part in item["loc"] if isinstance(part, str)]
-        path, section = [], root
+        names = [part for part in item["loc"] if isinstance(part, str) and part != "[key]"]
+        path, owner, section, values = [], root, root, None
         for name in names:
-            field = section.model_fields.get(name) if section else None
-            if field is None and section is None:
+            if section is None and values is None:
                 break
             path.append(name)
+            if values is not None:  # of a mapping, whose keys are free
+                section, values = values, None
+                continue
+            owner, field = section, section.model_fields.get(name)
             inner = field.annotation if field else None
             section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+            values = get_args(inner)[1] if get_origin(inner) is dict else None
         dotted = ".".join(path)
         if item["type"] == "extra_forbidden":
-            owner = root
-            for name in path[:-1]:
-                owner = owner.model_fields[name].annotation
             close = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(owner.model_fields)}"
             message = f"no such field; {hint}"

@@ -45,7 +45,7 @@ def test_every_window_holds_each_of_its_samples_once(config, window):
         row += batch
         if len(row) >= (windows + 1) * window:
             there = range(windows * window, (windows + 1) * window)
-            assert sorted(row[there.start :]) == sorted(stream(there.start, there.stop, len(SAMPLES), config.seed))
+            assert sorted(row[there.start :]) == sorted(stream(there.start, there.stop, SAMPLES, config.seed))
             windows += 1
     assert windows > 5, "more than one epoch"
 

@@ -48,6 +48,13 @@ def test_a_config_survives_yaml(tmp_path):
         ("train.steps.x=5", "train.steps"),
         ("train.sample_h_cycles=[4,1]", "train.sample_h_cycles ([4, 1]) must be [least, most]"),
         ("train.sample_h_cycles=4", "train.sample_h_cycles: should be a valid tuple (got 4)"),
+        (
+            "data.mixture={sums: {dataset: a, wieght: 2}}",
+            "data.mixture.sums.wieght: no such field; did you mean weight?",
+        ),
+        ("data.mixture={sums: {dataset: a, weight: 0}}", "data.mixture.sums.weight: should be greater than 0 (got 0)"),
+        ("data.mixture={my sums: {dataset: a}}", "data.mixture.my sums: String should match pattern"),
+        ("data={dataset: a, mixture: {b: {dataset: b}}}", "data.dataset and data.mixture exclude one another"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_path(assignment, message):

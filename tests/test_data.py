@@ -59,7 +59,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
 
 @pytest.mark.parametrize("num_samples", [1, 2, 10, 257, 4096])
 def test_an_epoch_is_a_permutation_of_any_number_of_samples(num_samples):
-    assert sorted(stream(num_samples, 2 * num_samples, num_samples, seed=5)) == list(range(num_samples))
+    assert sorted(stream(num_samples, 2 * num_samples, range(num_samples), seed=5)) == list(range(num_samples))
 
 
 def test_epochs_order_samples_evenly():

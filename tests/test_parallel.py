@@ -10,13 +10,12 @@ import torch.multiprocessing as mp
 from conftest import LocalSession, small_config, train_locally
 from safetensors.torch import load_file
 
-from hrm_lm.data.loading import val_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.loop import train
-from hrm_lm.training.step import evaluate
+from hrm_lm.training.validation import validate
 
 HYBRID = {"train__val_every": 2, "train__grad_accum_steps": 2}
 RECIPE = {
@@ -136,7 +135,7 @@ def test_one_workers_checkpoint_resumes_on_two(runs):
 def test_a_sharded_checkpoint_generates_and_evaluates_on_one_machine(runs, kind):
     model, tokenizer, checkpoint = load_model(max((runs[1] / f"{kind}_fsdp").glob("step_*")))
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
-    val_loss = evaluate(model, val_batches(splits, 8, 0, 1))["val_loss"]
+    val_loss = validate(model, splits, 8)["val_loss"]
     assert val_loss == pytest.approx(runs[0][f"{kind}_fsdp"][-1]["val_loss"], rel=1e-5)
     whole, *_ = load_model(max((runs[1] / f"{kind}_ddp").glob("step_*")))
     prompts = ["What is 1 + 2?", "What is 8 + 7?"]

@@ -114,7 +114,9 @@ def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in
 
 
 def test_ctrl_c_ends_in_a_line_and_code_130(in_folder):
-    (in_folder / "c.yaml").write_text(small_config(train__steps=100_000, train__val_every=20, train__log_every=20).to_yaml())
+    (in_folder / "c.yaml").write_text(
+        small_config(train__steps=100_000, train__val_every=20, train__log_every=20).to_yaml()
+    )
     command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
     driver = subprocess.Popen(
         command,

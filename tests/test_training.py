@@ -9,22 +9,15 @@ from conftest import LocalSession, small_config, train_locally
 from safetensors.torch import load_file
 
 from hrm_lm.config import HRMConfig, OptimConfig
-from hrm_lm.data.loading import prefetch, train_batches, val_batches
+from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
 from hrm_lm.training.optim import AdamAtan2
-from hrm_lm.training.step import (
-    Stats,
-    backprop_window,
-    build_state,
-    evaluate,
-    learning_rate,
-    sampled_h_cycles,
-    train_step,
-)
+from hrm_lm.training.step import Stats, backprop_window, build_state, learning_rate, sampled_h_cycles, train_step
+from hrm_lm.training.validation import validate
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
 
@@ -56,7 +49,12 @@ def test_accumulation_steps_change_nothing_but_rounding(tmp_path, architecture):
 
 def test_compiling_changes_nothing_but_rounding(tmp_path):
     # Validation compiles what runs without a graph.
-    options = {"train__steps": 2, "model__architecture": "prefix_lm", "model__hrm__h_cycles": 1, "model__hrm__l_cycles": 1}
+    options = {
+        "train__steps": 2,
+        "model__architecture": "prefix_lm",
+        "model__hrm__h_cycles": 1,
+        "model__hrm__l_cycles": 1,
+    }
     plain = train_locally(small_config(**options), tmp_path / "plain")
     compiled = train_locally(small_config(**options, train__compile=True), tmp_path / "compiled")
     assert compiled.reports[0]["val_loss"] == pytest.approx(plain.reports[0]["val_loss"], rel=1e-4)
@@ -159,10 +157,10 @@ def test_the_average_of_the_weights_is_what_validates_and_generates(tmp_path, ar
         average = saved
     model, _, checkpoint = load_model(folders[-1])
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
-    val_loss = evaluate(model, val_batches(splits, 8, 0, 1))["val_loss"]
+    val_loss = validate(model, splits, 8)["val_loss"]
     assert val_loss == pytest.approx(session.reports[-1]["val_loss"], rel=1e-5)
     model.load_state_dict(load_file(folders[-1] / "model.safetensors"))
-    assert evaluate(model, val_batches(splits, 8, 0, 1))["val_loss"] != pytest.approx(val_loss, rel=1e-3)
+    assert validate(model, splits, 8)["val_loss"] != pytest.approx(val_loss, rel=1e-3)
 
     child = train_locally(small_config(train__init_from=str(folders[-1]), train__steps=1, optim__lr=1e-12,
                                        model__architecture=architecture), tmp_path / "child")  # fmt: skip
@@ -190,14 +188,14 @@ def test_val_exact_match_is_that_of_greedy_generation(tmp_path, architecture):
     answers = [tokenizer.decode(labels) for _, _, labels in splits.val]
     right = sum(a == b for a, b in zip(generate(model, tokenizer, prompts), answers)) / len(answers)
     assert 0 < right < 1, "a score that tells"
-    assert evaluate(model, val_batches(splits, 16, 0, 1))["val_exact_match"] == pytest.approx(right)
+    assert validate(model, splits, 16)["val_exact_match"] == pytest.approx(right)
 
 
 def test_validation_does_not_depend_on_how_it_is_cut_into_batches():
     config = small_config(data__synthetic__max_digits=2, data__synthetic__num_samples=200)
     splits = load_dataset(config.data, config.model, 0)
     model = build_state(config, splits.tokenizer.vocab_size).model
-    whole, cut = (evaluate(model, val_batches(splits, size, 0, 1)) for size in (1000, 3))
+    whole, cut = (validate(model, splits, size) for size in (1000, 3))
     assert whole["val_loss"] == pytest.approx(cut["val_loss"], rel=1e-5)
 
 

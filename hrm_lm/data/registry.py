@@ -1,7 +1,8 @@
 """Dataset name -> train split, validation split, tokenizer.
 
 A dataset is a function `(DataConfig, seed) -> Splits`. To add one, write the function and name it:
-`--dataset my_package.my_module:my_function`, or add a line to `BUILT_IN`.
+`--dataset my_package.my_module:my_function`, or add a line to `BUILT_IN`; that function also gets names that go on
+after a colon.
 """
 
 import importlib
@@ -11,17 +12,21 @@ from typing import Callable, Iterable, NamedTuple, Sequence
 import numpy as np
 
 from hrm_lm.config import DataConfig, ModelConfig
-from hrm_lm.data.tokenizer import Sample, Tokenizer, encode_pair
+from hrm_lm.data.tokenizer import Sample, Tokenizer, encode_pair, named_tokenizer
 from hrm_lm.errors import UserError
 
-BUILT_IN = {"synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset"}
+BUILT_IN = {
+    "synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset",
+    "reasoning_gym": "hrm_lm.data.reasoning_gym:build_reasoning_gym_dataset",
+}
 
 
 class Splits(NamedTuple):
     """What training needs of a dataset.
 
     The splits are anything with `len` and `[i]`. One that can do better than sample by sample has `ragged`, `lengths`,
-    `longest` and `truncated` as well; `hrm_lm.data.prepared.PreparedSplit` says what they are.
+    `longest` and `truncated` as well (`hrm_lm.data.prepared.PreparedSplit` says what they are), one with an order of its
+    own `stream`, and one that is too long to be looked through `fitted` (`hrm_lm.data.reasoning_gym.EndlessSplit`).
     """
 
     train: Sequence[Sample]
@@ -29,26 +34,46 @@ class Splits(NamedTuple):
     tokenizer: Tokenizer
     place: Callable[[str, int], str] = lambda split, i: f"{split} sample {i + 1}"
     """Where sample i of a split ("train", "val") comes from, for messages: a file and line, say."""
+    score: Callable[[int, str], float] | None = None
+    """The task's own verdict on an answer to validation sample i, from 0 to 1, where it has one."""
+    parts: dict[str, "Splits"] = {}
+    """Of a mixture: its datasets by name."""
 
 
 def encode_split(records: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[Sample]:
     return [encode_pair(tokenizer, prompt, response) for prompt, response in records]
 
 
+def text_splits(
+    config: DataConfig,
+    train: Iterable[tuple[str, str]],
+    val: Iterable[tuple[str, str]],
+    default: Callable[[], Tokenizer],
+) -> Splits:
+    """Splits of prompts and responses, read with the tokenizer that `config.tokenizer` names, else with `default`'s."""
+    tokenizer = named_tokenizer(config.tokenizer) if config.tokenizer else default()
+    return Splits(encode_split(train, tokenizer), encode_split(val, tokenizer), tokenizer)
+
+
 def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
-    """The dataset that `config.dataset` names, fit for the model's lengths.
+    """The dataset that `config.dataset` names, or the mixture, fit for the model's lengths.
 
     Raises UserError where it is missing, empty or malformed, or where a sample is too long for the model.
     """
     from hrm_lm.data import prepared  # it makes Splits
 
+    if config.mixture:
+        from hrm_lm.data.mixture import build_mixture
+
+        return build_mixture(config, model, seed)
     name = config.dataset
     if name is None:
         raise UserError(
-            "no dataset: give --dataset synthetic, a .jsonl file, a folder with train.jsonl, or a prepared dataset"
+            "no dataset: give --dataset synthetic, reasoning_gym:<task>, a .jsonl file, a folder with train.jsonl, or a "
+            "prepared dataset"
         )
-    if name in BUILT_IN:
-        splits = _function(BUILT_IN[name])(config, seed)
+    if (base := name.partition(":")[0]) in BUILT_IN:
+        splits = _function(BUILT_IN[base])(config, seed)
     elif prepared.is_prepared(name):
         splits = prepared.load_prepared(name)
     elif Path(name).exists() or name.endswith(".jsonl"):
@@ -76,6 +101,8 @@ def fit_lengths(
 ) -> Sequence[Sample]:
     """Refuses samples longer than the model takes, or cuts their ends off where `truncate`."""
     limits = (model.max_prompt_len, model.max_response_len)
+    if hasattr(samples, "fitted"):
+        return samples.fitted(*limits, truncate)
     measured = hasattr(samples, "longest")  # a prepared split: none of its prompts is empty either
     lengths = np.array([samples.longest]) if measured else sample_lengths(samples, np.arange(len(samples)))
     empty, over = lengths[:, 0] == 0, lengths > limits

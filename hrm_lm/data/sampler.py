@@ -26,12 +26,16 @@ from hrm_lm.data.tokenizer import Sample
 ROUNDS = 6
 
 
-@lru_cache(maxsize=8)
-def _keys(seed: int, epoch: int) -> np.ndarray:
-    return np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+Seed = int | tuple[int, ...]
+"""That of the run, or of a part of a mixture."""
 
 
-def permuted(places: np.ndarray, num_samples: int, seed: int, epoch: int) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _keys(seed: Seed, epoch: int) -> np.ndarray:
+    return np.random.SeedSequence([*np.atleast_1d(seed).tolist(), epoch]).generate_state(ROUNDS, np.uint64)
+
+
+def permuted(places: np.ndarray, num_samples: int, seed: Seed, epoch: int) -> np.ndarray:
     """The samples (B,) at `places` (B,) of the permutation of an epoch."""
     half = max(3, (num_samples - 1).bit_length() + 1 >> 1)  # fewer bits than 2 * 3 do not mix well
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
@@ -53,9 +57,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-def stream(start: int, stop: int, num_samples: int, seed: int) -> np.ndarray:
-    """Samples `start` to `stop` of the endless row of epochs."""
-    places = np.arange(start, stop)
+def stream(start: int, stop: int, samples: Sequence[Sample], seed: Seed) -> np.ndarray:
+    """Samples `start` to `stop` of the endless row: of epochs, or of an order that the split has of its own."""
+    if hasattr(samples, "stream"):
+        return samples.stream(start, stop, seed)
+    places, num_samples = np.arange(start, stop), len(samples)
     epochs = places // num_samples
     return np.concatenate(
         [permuted(places[epochs == epoch] % num_samples, num_samples, seed, int(epoch)) for epoch in np.unique(epochs)]
@@ -80,7 +86,7 @@ def window_size(config: TrainConfig) -> int:
 def window_batches(samples: Sequence[Sample], config: TrainConfig, window: int) -> list[np.ndarray]:
     """The batches of a window: each of its samples once."""
     size = window_size(config)
-    indices = stream(window * size, (window + 1) * size, len(samples), config.seed)
+    indices = stream(window * size, (window + 1) * size, samples, config.seed)
     if not config.length_window:
         return np.split(indices, size // config.batch_size)
     lengths = sample_lengths(samples, indices)

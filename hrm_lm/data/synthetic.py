@@ -6,7 +6,7 @@ Train and validation share no pair of operands, not even swapped: the split is o
 import numpy as np
 
 from hrm_lm.config import DataConfig
-from hrm_lm.data.registry import Splits, encode_split
+from hrm_lm.data.registry import Splits, text_splits
 from hrm_lm.data.tokenizer import SimpleTokenizer
 
 
@@ -21,13 +21,11 @@ def build_synthetic_dataset(config: DataConfig = DataConfig(), seed: int = 0) ->
     pairs = _unordered_pairs(low, high, options.num_samples // 2 + 1, np.random.default_rng(seed))
     num_val = min(max(1, round(len(pairs) * config.val_fraction)), len(pairs) - 1)
 
-    tokenizer = SimpleTokenizer("What is +?0123456789")
     splits = []
     for chosen in (pairs[num_val:], pairs[:num_val]):
         ordered = [pair for a, b in chosen for pair in ([(a, b)] if a == b else [(a, b), (b, a)])]
-        records = [(f"What is {a} + {b}?", str(a + b)) for a, b in ordered]
-        splits.append(encode_split(records, tokenizer))
-    return Splits(*splits, tokenizer)
+        splits.append([(f"What is {a} + {b}?", str(a + b)) for a, b in ordered])
+    return text_splits(config, *splits, lambda: SimpleTokenizer("What is +?0123456789"))
 
 
 def _unordered_pairs(low: int, high: int, limit: int, rng: np.random.Generator) -> list[tuple[int, int]]:

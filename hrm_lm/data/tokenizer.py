@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Iterable, Protocol, Sequence
 
+from pyarrow.fs import LocalFileSystem
+
 from hrm_lm.errors import UserError
+from hrm_lm.training.storage import resolve, without_secrets
 
 Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """encoder_ids, decoder_input_ids, labels; the last two of one length."""
@@ -147,6 +150,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """What `data.tokenizer` names: `bytes`, or a tokenizer.json, this project's (a path or URI) or a Hugging Face one."""
+    if name == "bytes":
+        return ByteTokenizer()
+    fs, path = resolve(name)
+    try:
+        with fs.open_input_stream(path) as stream:
+            text = stream.read().decode()
+        if isinstance(fs, LocalFileSystem) and "type" not in json.loads(text):
+            return pretrained_tokenizer(path)
+        return tokenizer_from_json(text)
+    except OSError as error:
+        raise UserError(f"{without_secrets(name)}: cannot be read: {' '.join(str(error).split())}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{without_secrets(name)}: not a tokenizer: {error}") from None
 
 
 SPECIAL_TOKENS = {

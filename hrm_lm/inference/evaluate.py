@@ -8,12 +8,11 @@ from typing import Sequence
 import torch
 
 from hrm_lm.cli import run_command
-from hrm_lm.data.loading import prefetch, val_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import add_checkpoint_flags, check_cycles, chosen_checkpoint
 from hrm_lm.training.checkpoint import load_model
-from hrm_lm.training.step import evaluate
+from hrm_lm.training.validation import validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = load_dataset(data, config.model, config.train.seed)
     if splits.tokenizer.to_json() != tokenizer.to_json():
         raise UserError(f"{data.dataset}: needs another tokenizer than the checkpoint's")
-    batches = prefetch(val_batches(splits, args.batch_size, 0, 1), device)
-    scores = evaluate(model, batches, h_cycles=args.h_cycles, l_cycles=args.l_cycles)
+    scores = validate(model, splits, args.batch_size, h_cycles=args.h_cycles, l_cycles=args.l_cycles)
     print(json.dumps({"step": checkpoint.progress.step, **scores}))
     return 0
 

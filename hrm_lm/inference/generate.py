@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from hrm_lm.cli import run_command
-from hrm_lm.data.collate import pad_batch
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.inference.decoding import generate_ids
 from hrm_lm.models.build import LanguageModel
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
-@torch.inference_mode()
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -31,16 +29,12 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[str]:
-    """The responses to `prompts`, in their order; each ends at EOS or after `max_new_tokens`.
+    """The responses to `prompts`, in their order; `generate_ids` says how.
 
-    Greedy at temperature 0, else sampled from the `top_k` likeliest tokens (all of them for None). Cycle counts of
-    None are the trained ones. Raises UserError for a prompt that is empty, too long or of unknown characters.
+    Raises UserError for a prompt that is empty, too long or of unknown characters.
     """
     if h_cycles and model.core is None:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    max_new_tokens = max_new_tokens or model.config.max_response_len
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= model.config.max_prompt_len:
@@ -48,36 +42,10 @@ def generate(
                 f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}"
             )
 
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # alike lengths together: little padding
-    responses = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad_batch([(encoded[i], [tokenizer.bos_id], [tokenizer.eos_id]) for i in chosen], tokenizer.pad_id).to(
-            device
-        )
-        logits, decoding = model.prefill(
-            batch.encoder_ids, batch.encoder_mask, tokenizer.bos_id, max_new_tokens, h_cycles, l_cycles
-        )
-        tokens = [pick(logits, temperature, top_k, generator)]
-        done = tokens[0] == tokenizer.eos_id
-        while len(tokens) < max_new_tokens and not done.all():
-            tokens.append(pick(model.decode(tokens[-1], decoding), temperature, top_k, generator))
-            done |= tokens[-1] == tokenizer.eos_id
-        for i, row in zip(chosen, torch.stack(tokens, dim=1).tolist()):
-            end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
-            responses[i] = tokenizer.decode(row[:end])
-    return responses
-
-
-def pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """The next token of each row: logits (B, V) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    answers = generate_ids(
+        model, tokenizer, encoded, max_new_tokens, h_cycles, l_cycles, temperature, top_k, seed, batch_size
+    )
+    return [tokenizer.decode(answer) for answer in answers]
 
 
 @contextmanager

@@ -270,8 +270,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     seconds = metrics["seconds"]
     return {
         "step": metrics["step"],
-        "val_loss": best_metrics["val_loss"],
-        "val_exact_match": best_metrics["val_exact_match"],
+        **{name: value for name, value in best_metrics.items() if name.startswith("val_")},
         "best_step": best_metrics["step"],
         "best_checkpoint": best,
         "last_checkpoint": last,

@@ -6,14 +6,15 @@ from contextlib import nullcontext
 from typing import Any
 
 from hrm_lm.config import Config, parse_config
-from hrm_lm.data.loading import prefetch, train_batches, val_batches
+from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import Splits, load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
 from hrm_lm.training.session import RayTrainSession, Session
-from hrm_lm.training.step import Stats, TrainState, build_state, evaluate, learning_rate, train_step
+from hrm_lm.training.step import Stats, TrainState, build_state, learning_rate, train_step
+from hrm_lm.training.validation import validate
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -70,14 +71,17 @@ def train(config: Config, session: Session) -> dict[str, Any]:
 
             if validating:
                 state.model.set_step(state.step)
-                held_out = val_batches(
-                    splits, config.micro_batch_size, session.rank, session.world_size, config.train.length_window > 0
-                )
                 with state.average.applied() if state.average else nullcontext():
-                    val = evaluate(state.model, prefetch(held_out, state.device), config.train.mixed_precision)
+                    val = validate(
+                        state.model,
+                        splits,
+                        config.micro_batch_size,
+                        config.train.mixed_precision,
+                        round_up=config.train.length_window > 0,
+                    )
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
-                progress.update(state.step, **val)
+                progress.update(state.step, val["val_loss"], val["val_exact_match"])
                 log.write(state.step, val)
                 save(state, progress, splits, session, metrics | val)
                 if patience and progress.stale_validations >= patience and not last:

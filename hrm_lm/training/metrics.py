@@ -31,7 +31,9 @@ class MetricsLog:
         if self.lines:
             print(f"step {step}/{self.steps}  {text}", flush=True)
         if self.bar:
-            self.shown |= {k: v for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact_match")}
+            self.shown |= {
+                k: v for k, v in metrics.items() if k in ("loss", "val_loss", "val_exact_match", "val_score")
+            }
             self.bar.set_description("  ".join(f"{name} {_format(name, value)}" for name, value in self.shown.items()))
             self.bar.update(step - self.step)
         self.step = step

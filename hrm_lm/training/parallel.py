@@ -11,7 +11,7 @@ from typing import Iterator
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from hrm_lm.config import Config
@@ -39,6 +39,8 @@ def parallelize(model: nn.Module, config: Config, device: torch.device, world_si
     projections = [block.cross.kv for block in blocks if block.cross is not None]
     for module in [*projections, *blocks, model]:  # from the inside out, as fully_shard wants it
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for method in ("prefill", "decode"):
+        register_fsdp_forward_method(model, method)
     return model
 
 

@@ -7,7 +7,6 @@ batch is cut into workers and micro-batches changes nothing but rounding.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Iterable
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from hrm_lm.data.collate import IGNORE, Batch
 from hrm_lm.models.build import LanguageModel, build_model
 from hrm_lm.models.layers import Block, ScaledEmbedding
 from hrm_lm.training.optim import AdamAtan2, WeightAverage
-from hrm_lm.training.parallel import forget_gathered, parallelize, unsynchronized
+from hrm_lm.training.parallel import parallelize, unsynchronized
 
 
 @dataclass
@@ -205,35 +204,3 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     if not state.scaler.is_enabled():  # the scaler skips steps of infinite gradients itself, and backs off
         finite = finite & norm.isfinite()
     stats.bad_step = torch.where(finite, stats.bad_step, stats.bad_step.clamp(max=state.step))
-
-
-@torch.no_grad()
-def evaluate(
-    model: LanguageModel,
-    batches: Iterable[list[Batch]],
-    mixed_precision: str = "none",
-    h_cycles: int | None = None,
-    l_cycles: int | None = None,
-) -> dict[str, float]:
-    """Loss per labelled token and share of samples predicted whole, summed over the workers of the process group.
-
-    A sample whose every labelled token is the argmax under teacher forcing is one that greedy decoding gets right.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for group in batches:
-        for batch in group:
-            with autocast(device, mixed_precision):
-                logits = model(batch, h_cycles, l_cycles)[-1]
-            labelled = batch.labels != IGNORE
-            right = ((logits.argmax(-1) == batch.labels) | ~labelled).all(dim=1) & labelled.any(dim=1)
-            counts = torch.stack([labelled.sum(), right.sum(), labelled.any(dim=1).sum()])
-            sums += torch.cat([token_loss(logits, batch.labels)[None].double(), counts.double()])
-    model.train(was_training)
-    forget_gathered(model)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    loss, tokens, right, samples = sums.tolist()
-    return {"val_loss": loss / max(tokens, 1), "val_exact_match": right / max(samples, 1)}

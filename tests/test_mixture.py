@@ -1,0 +1,198 @@
+"""Datasets without end (reasoning-gym's) and mixtures of several."""
+
+import json
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config, train_locally
+from test_prepared import write_prepared
+
+from hrm_lm.config import load_config
+from hrm_lm.data.loading import train_batches
+from hrm_lm.data.mixture import BLOCK, Mixture
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.tokenizer import SimpleTokenizer, named_tokenizer
+from hrm_lm.errors import UserError
+from hrm_lm.inference.generate import generate
+from hrm_lm.training.checkpoint import load_model
+from hrm_lm.training.validation import validate
+
+SUMS = "reasoning_gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+GYM = {"data__dataset": SUMS, "data__val_samples": 20, "model__max_response_len": 6}
+
+
+def load(**overrides):
+    config = load_config(overrides={key.replace("__", "."): value for key, value in overrides.items()})
+    return load_dataset(config.data, config.model, config.train.seed)
+
+
+def prompts(splits, config, steps, first=0):
+    """Of each training batch, its prompts as text."""
+    batches = islice(train_batches(splits, config.train, first, 0, 1), steps)
+    return [[splits.tokenizer.decode(row) for row in batch.encoder_ids.tolist()] for (batch,) in batches]
+
+
+# --- reasoning-gym -----------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_same_for_every_seed_and_training_another_for_each():
+    one, two = (load(**GYM, train__seed=seed) for seed in (0, 1))
+    assert one.val == two.val and len(one.val) <= 20
+    seen = [prompts(splits, small_config(**GYM, train__seed=seed), 4) for seed, splits in enumerate((one, two))]
+    assert seen[0] != seen[1]
+    assert seen[0][2:] == prompts(load(**GYM), small_config(**GYM), 2, first=2), (
+        "a batch depends on seed and number alone"
+    )
+
+
+def test_no_validation_question_is_trained_on_nor_one_too_long_for_the_model():
+    splits = load(data__dataset="reasoning_gym:coin_flip", data__val_samples=100)
+    held_out = {splits.tokenizer.decode(sample[0]) for sample in splits.val}
+    longest = int(np.median([len(splits.train[i][0]) for i in range(100)]))
+    short = splits.train.fitted(longest, 128, truncate=False)
+    trained_on = [short[i][0] for i in range(100)]
+    assert max(map(len, trained_on)) == longest
+    assert held_out.isdisjoint(map(splits.tokenizer.decode, trained_on))
+
+
+def test_the_tasks_own_verifier_scores_greedy_answers(tmp_path):
+    config = small_config(**GYM, train__val_every=6)
+    session = train_locally(config, tmp_path)
+    model, tokenizer, checkpoint = load_model(tmp_path / "step_000012")
+    splits = load_dataset(config.data, config.model, 0)
+    answers = generate(model, tokenizer, [tokenizer.decode(sample[0]) for sample in splits.val])
+    scores = [splits.score(i, answer) for i, answer in enumerate(answers)]
+    assert session.reports[-1]["val_score"] == pytest.approx(np.mean(scores))
+    right = [tokenizer.decode(sample[2]) for sample in splits.val]
+    assert [splits.score(i, answer) for i, answer in enumerate(right)] == [1.0] * len(right)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("chainsum", "no such task; did you mean chain_sum"),
+        ("chain_sum,terms=2", "has no option 'terms'; it has allow_negation, max_digits"),
+        ("chain_sum,seed=2", "has no option 'seed'"),
+        ("chain_sum,min_terms=5,max_terms=2", "max_terms must be >= min_terms"),
+        ("chain_sum,min_terms=two", "chain_sum: "),
+        ("boxnet", "no answers to learn from"),
+        ("arc_agi", r"the prompt has \d+ tokens, more than model.max_prompt_len \(512\)"),
+        ("tower_of_hanoi,min_disks=3,max_disks=3,min_pegs=3,max_pegs=3", "1,000 questions in a row are held out"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_told_before_training(name, message):
+    with pytest.raises(UserError, match=message):
+        load(data__dataset=f"reasoning_gym:{name}")
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match=r"pip install 'hrm-lm\[reasoning\]'"):
+        load(**GYM)
+
+
+# --- mixtures ----------------------------------------------------------------------------------------------------
+
+
+def test_every_block_holds_the_parts_by_weight_and_each_part_runs_through_its_own_epochs():
+    mixture = Mixture([range(100), range(3000), range(7)], weights=[3, 1, 1e-9])
+    assert mixture.counts.tolist() == [3071, 1024, 1]
+    row = mixture.stream(0, 2 * BLOCK, seed=5)
+    for block in np.split(row, 2):
+        assert np.histogram(block, mixture.starts)[0].tolist() == [3071, 1024, 1]
+    first = row[row < 100]
+    times = np.bincount(first)
+    assert times.min() >= times.max() - 1, "epochs of 100: each sample as often as any other"
+    assert (mixture.stream(1000, 5000, seed=5) == row[1000:5000]).all()
+    assert (mixture.stream(0, 50, seed=6) != row[:50]).any()
+    early = np.histogram(row[:400], mixture.starts)[0]
+    assert 260 < early[0] < 340, "mixed, not one part after another"
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A file of three questions, the synthetic dataset and a task, as options of a mixture."""
+    lines = [{"q": f"Say {word}", "response": word.upper()} for word in ("één", "zwei", "trois", "four")]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {
+        "data__dataset": None,
+        "data__mixture": {
+            "words": {"dataset": str(tmp_path / "words.jsonl"), "prompt_field": "q", "weight": 0.5},
+            "addition": {"dataset": "synthetic", "weight": 2},
+            "gym": {"dataset": SUMS},
+        },
+        "data__val_samples": 10,
+        "model__max_response_len": 6,
+    }
+
+
+def test_a_mixture_is_validated_by_dataset_and_over_all_samples(tmp_path, mixed):
+    config = small_config(**mixed)
+    metrics = train_locally(config, tmp_path / "run").reports[-1]
+    splits = load_dataset(config.data, config.model, 0)
+    model, *_ = load_model(tmp_path / "run" / "step_000012")
+    labelled = []
+    for name in ("words", "addition", "gym"):
+        part = splits.parts[name]
+        alone = validate(model, part, 8)
+        assert metrics[f"val_loss/{name}"] == pytest.approx(alone["val_loss"], rel=1e-5)
+        assert metrics[f"val_exact_match/{name}"] == alone["val_exact_match"]
+        labelled.append(sum(len(sample[2]) for sample in part.val))
+    by_part = [metrics[f"val_loss/{name}"] for name in splits.parts]
+    assert metrics["val_loss"] == pytest.approx(np.average(by_part, weights=labelled), rel=1e-5)
+    assert metrics["val_score"] == metrics["val_score/gym"] and "val_score/words" not in metrics
+    assert "één" in {splits.tokenizer.decode(sample[2]).lower() for sample in splits.parts["words"].train} | {
+        splits.tokenizer.decode(sample[2]).lower() for sample in splits.parts["words"].val
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"train__length_window": 24, "train__batch_tokens": 640}], ids=["size", "tokens"]
+)
+def test_a_mixture_resumes_bit_for_bit(tmp_path, mixed, options):
+    config = small_config(**mixed, **options, model__max_prompt_len=100, train__val_every=4)
+    straight = train_locally(config, tmp_path / "straight")
+    train_locally(config, tmp_path / "stopped", stop_at=4)
+    second = train_locally(config, tmp_path / "stopped")
+    for name in ("loss", "val_loss", "val_score"):
+        assert [m[name] for m in second.reports] == [m[name] for m in straight.reports[1:]]
+    for name, value in second.last_weights().items():
+        assert torch.equal(value, straight.last_weights()[name]), name
+
+
+def test_workers_share_out_the_batches_of_a_mixture(mixed):
+    config = small_config(**mixed)
+    splits = load_dataset(config.data, config.model, 0)
+    alone = prompts(splits, config, 6)
+    shares = [islice(train_batches(splits, config.train, 0, rank, 2), 6) for rank in range(2)]
+    for whole, (left,), (right,) in zip(alone, *shares):
+        rows = left.encoder_ids.tolist() + right.encoder_ids.tolist()
+        assert [splits.tokenizer.decode(row) for row in rows] == whole
+
+
+def test_a_prepared_dataset_gives_a_mixture_its_tokenizer(tmp_path):
+    tokenizer = SimpleTokenizer("What is+?=0123456789 ")
+    ready = {
+        "ready": {
+            "dataset": str(write_prepared(tmp_path / "d", [("1=", "1"), ("2=", "2"), ("3=", "3")], tokenizer=tokenizer))
+        }
+    }
+    addition = {"addition": {"dataset": "synthetic"}}
+    splits = load(data__mixture=addition | ready)
+    assert splits.tokenizer.to_json() == tokenizer.to_json()
+    assert {tokenizer.decode(splits.train[i][0])[-1] for i in (0, len(splits.train) - 1)} == {"?", "="}
+    with pytest.raises(UserError, match=r"data.mixture: ready .* has another tokenizer than addition \(synthetic\)"):
+        load(data__mixture=addition | ready, data__tokenizer="bytes")
+
+
+def test_a_named_tokenizer_reads_any_text_dataset(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(SimpleTokenizer("What is+?0123456789 xyz").to_json())
+    for name in ("bytes", str(tmp_path / "tokenizer.json")):
+        splits = load(data__dataset="synthetic", data__tokenizer=name)
+        assert splits.tokenizer.decode(splits.train[0][0]).startswith("What is")
+        assert splits.tokenizer.to_json() == named_tokenizer(name).to_json()
+    with pytest.raises(UserError, match="nothing.json: cannot be read"):
+        load(data__dataset="synthetic", data__tokenizer=str(tmp_path / "nothing.json"))
