@@ -22,6 +22,9 @@ RECIPE = {
     "train__val_every": 2, "model__architecture": "prefix_lm", "optim__name": "adam_atan2", "train__ema_decay": 0.7,
     "train__sample_h_cycles": [1, 3], "model__hrm__backprop_steps": 4, "train__grad_clip": 0.5, "train__batch_size": 6,
 }  # fmt: skip
+SCORED = {
+    "data__dataset": "reasoning_gym:syllogism", "data__val_samples": 9, "model__max_response_len": 5, "optim__lr": 0.03,
+}  # fmt: skip
 TWO = {"ray__num_workers": 2}
 
 
@@ -68,7 +71,7 @@ def runs(tmp_path_factory):
     """All runs of two processes, in one pair of them: their losses by name, and the folder they are in."""
     root = tmp_path_factory.mktemp("runs")
     train_locally(small_config(**RECIPE), root / "one_then_two", stop_at=6)
-    both = {"hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}}
+    both = {"hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED}
     jobs = [
         (f"{kind}_{parallel}", small_config(**fields, **TWO, ray__parallel=parallel), root / f"{kind}_{parallel}", None)
         for kind, fields in both.items()
@@ -96,6 +99,16 @@ def test_fsdp_has_the_curve_of_ddp(runs, kind):
     assert len(ddp) == 6
     for name in ("loss", "val_loss", "grad_norm"):
         assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
+
+
+def test_workers_answer_for_the_verifier_together_sharded_or_not(runs):
+    ddp, fsdp = (runs[0][f"scored_{parallel}"] for parallel in ("ddp", "fsdp"))
+    model, _, checkpoint = load_model(max((runs[1] / "scored_fsdp").glob("step_*")))
+    alone = validate(model, load_dataset(checkpoint.config.data, checkpoint.config.model, 0), 3)
+    for name in ("val_loss", "val_exact_match", "val_score"):
+        assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
+        assert fsdp[-1][name] == pytest.approx(alone[name], rel=1e-5)
+    assert fsdp[-1]["val_score"] > 0, "it has learned to say Yes or No"
 
 
 def test_fsdp_in_bf16_has_the_curve_of_ddp_as_far_as_bf16_goes(runs):
