@@ -106,6 +106,8 @@ class TrainConfig(Section):
     grad_clip: float = 0.0
     """Largest global L2 norm of the gradient; off when <= 0."""
     mixed_precision: Literal["none", "bf16", "fp16"] = "none"
+    loader_workers: Count = 0
+    """Processes of each worker that make its batches; 0: a thread, which is enough where samples are ready to take."""
     compile: bool = False
     """Compile each transformer block (torch.compile): seconds at the start for speed, on GPUs above all."""
     val_every: Count = 0

@@ -1,6 +1,7 @@
 """Datasets without end (reasoning-gym's) and mixtures of several."""
 
 import json
+import multiprocessing
 import sys
 from itertools import islice
 
@@ -11,7 +12,7 @@ from conftest import small_config, train_locally
 from test_prepared import write_prepared
 
 from hrm_lm.config import load_config
-from hrm_lm.data.loading import train_batches
+from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.mixture import BLOCK, Mixture
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import SimpleTokenizer, named_tokenizer
@@ -196,3 +197,17 @@ def test_a_named_tokenizer_reads_any_text_dataset(tmp_path):
         assert splits.tokenizer.to_json() == named_tokenizer(name).to_json()
     with pytest.raises(UserError, match="nothing.json: cannot be read"):
         load(data__dataset="synthetic", data__tokenizer=str(tmp_path / "nothing.json"))
+
+
+def test_batches_are_the_same_from_loader_processes_and_those_end_with_the_iterator(mixed):
+    config = small_config(**mixed, train__loader_workers=2, train__grad_accum_steps=2)
+    splits = load_dataset(config.data, config.model, 0)
+    before = multiprocessing.active_children()
+    made = prefetch(train_batches(splits, config.train, 3, 0, 1), torch.device("cpu"))
+    alone = train_batches(splits, config.train.model_copy(update={"loader_workers": 0}), 3, 0, 1)
+    for one, other in zip(islice(made, 6), alone):
+        assert len(one) == 2
+        assert all(torch.equal(a, b) for x, y in zip(one, other) for a, b in zip(x, y))
+    assert len(multiprocessing.active_children()) == len(before) + 2
+    made.close()
+    assert multiprocessing.active_children() == before

@@ -1,15 +1,17 @@
 """From splits to batches on the device, made ahead in a thread.
 
 Batches are small and come from memory, so a thread is enough: it starts at once, shares the samples, and leaves the
-copy to the device (pinned, on a stream of its own) running while the step computes.
+copy to the device (pinned, on a stream of its own) running while the step computes. Samples that take long to make
+(some tasks of reasoning-gym) are made by `train.loader_workers` processes behind it, in the same order.
 """
 
 import queue
 import threading
-from typing import Iterable, Iterator
+from typing import Iterator
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import IGNORE, Batch, pad_batch, pad_ragged
@@ -35,11 +37,27 @@ def train_batches(
     splits: Splits, config: TrainConfig, first_step: int, rank: int, world_size: int
 ) -> Iterator[list[Batch]]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
-    round_up = config.length_window > 0
-    for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step)):
-        # Fewer samples may fit train.batch_tokens than there are shares.
-        shares = worker_share(indices, rank, world_size, config.grad_accum_steps)
-        yield [collate(splits, "train", micro, round_up) for micro in shares]
+    dataset = _Steps(splits, round_up=config.length_window > 0)
+    # Fewer samples may fit train.batch_tokens than there are shares.
+    steps = (
+        worker_share(indices, rank, world_size, config.grad_accum_steps)
+        for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step))
+    )
+    if config.loader_workers == 0:
+        yield from map(dataset.__getitem__, steps)
+    else:
+        options = {"num_workers": config.loader_workers, "multiprocessing_context": "fork"}  # shares what is in memory
+        yield from DataLoader(dataset, batch_size=None, sampler=steps, **options)
+
+
+class _Steps(Dataset):
+    """Steps by the indices of their micro-batches."""
+
+    def __init__(self, splits: Splits, round_up: bool):
+        self.splits, self.round_up = splits, round_up
+
+    def __getitem__(self, micro_batches: list[np.ndarray]) -> list[Batch]:
+        return [collate(self.splits, "train", indices, self.round_up) for indices in micro_batches]
 
 
 def val_batches(
@@ -60,7 +78,7 @@ def val_batches(
             yield [collate(splits, "val", window[first : first + batch_size], round_up)]
 
 
-def prefetch(batches: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:
+def prefetch(batches: Iterator[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:
     """The same batches on `device`, `depth` lists ahead. Closing the iterator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -107,3 +125,4 @@ def prefetch(batches: Iterable[list[Batch]], device: torch.device, depth: int = 
     finally:
         closed.set()
         thread.join()
+        batches.close()  # and with it the loader's processes

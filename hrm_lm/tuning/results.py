@@ -114,9 +114,10 @@ def trials_csv(trials: list[Trial], sweep: Sweep) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["status", "steps", "val_loss", "best_step", "val_exact_match", "tokens_per_s", "seconds", "error"]
-    writer.writerow(["trial", *sweep.space, *columns])
+    metric = [sweep.tune.metric] if sweep.tune.metric not in columns else []
+    writer.writerow(["trial", *sweep.space, *columns, *metric])
     for trial in trials:
-        values = [getattr(trial, column) for column in columns]
+        values = [getattr(trial, column) for column in columns] + [trial.score] * len(metric)
         writer.writerow(
             [
                 trial.number,
