@@ -1,5 +1,6 @@
 """The commands, run as a user runs them but in this process; none of these starts Ray."""
 
+import json
 import subprocess
 import sys
 
@@ -138,12 +139,18 @@ def test_generate_without_any_run_says_where_it_looked(command, monkeypatch, tmp
 
 
 def test_evaluate_scores_with_more_cycles_than_trained(command, checkpoint):
-    import json
-
     trained, longer = (
         json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1]) for more in ([], ["--h_cycles", 4])
     )
     assert trained["step"] == 40 and trained["val_loss"] != longer["val_loss"]
+
+
+def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, checkpoint, tmp_path):
+    (tmp_path / "other.jsonl").write_text(
+        '{"prompt": "1 + 2", "response": "3"}\n{"prompt": "2 + 2", "response": "4"}\n'
+    )
+    code, out, err = command(evaluate, "--checkpoint", checkpoint, "--dataset", tmp_path / "other.jsonl")
+    assert code == 0 and json.loads(out)["val_loss"] > 0, err
 
 
 # --- storage and cluster -----------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_a_sweep_larger_than_the_cluster_ends_and_leaves_nothing_held(cluster, i
     assert float(table[best.number]["val_loss"]) == pytest.approx(best.val_loss, abs=1e-5)
     config = load_config(folder / "best.yaml")
     assert config.optim.lr == best.params["optim.lr"] and config.train.steps == 20
-    code, out, _ = command(generate, "--checkpoint", folder / "best_checkpoint", "--prompt", "What is 1 + 2?")
+    code, out, _ = command(generate, "--run_name", folder.name, "--save_dir", folder.parent, "--prompt", "What is 1 + 2?")
     assert code == 0 and len(out.splitlines()) == 1
     assert json.loads((folder / "best_checkpoint" / "trainer_state.json").read_text())["step"] == best.best_step
     report = (folder / "report.html").read_text()

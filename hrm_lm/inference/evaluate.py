@@ -28,11 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
         model, tokenizer, checkpoint = load_model(folder, device)
+        config = checkpoint.config
+        data = config.data
+        if args.dataset:
+            other = {"dataset": args.dataset, "mixture": {}, "tokenizer": str(folder / "tokenizer.json")}
+            data = data.model_copy(update=other)
+        splits = load_dataset(data, config.model, config.train.seed)
     if args.h_cycles and model.core is None:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    config = checkpoint.config
-    data = config.data.model_copy(update={"dataset": args.dataset}) if args.dataset else config.data
-    splits = load_dataset(data, config.model, config.train.seed)
     if splits.tokenizer.to_json() != tokenizer.to_json():
         raise UserError(f"{data.dataset}: needs another tokenizer than the checkpoint's")
     scores = validate(model, splits, args.batch_size, h_cycles=args.h_cycles, l_cycles=args.l_cycles)

@@ -59,15 +59,17 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
     locations = [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
     if run_name:
         runs = [RunFolder(location, run_name) for location in locations]
-        runs = [run for run in runs if run.has_checkpoints()]
-        if not runs:
+        run = next((run for run in runs if run.has_checkpoints() or run.exists("best_checkpoint")), None)
+        if run is None:
             raise UserError(f"no run {run_name!r} with a checkpoint in {' or '.join(locations)}")
-        run = runs[0]
     else:
         run = newest_run(locations)
-    kept, _ = run.checkpoints()
-    best, metrics = kept[0]
-    print(f"using {best} (val_loss {metrics['val_loss']:.4f})", file=sys.stderr)
+    if run.has_checkpoints():
+        (best, metrics), *_ = run.checkpoints()[0]
+        print(f"using {best} (val_loss {metrics['val_loss']:.4f})", file=sys.stderr)
+    else:
+        best = f"{run.path}/best_checkpoint"  # a sweep's
+        print(f"using {best}", file=sys.stderr)
     with local_checkpoint(best, run.fs) as folder:
         yield folder
 
@@ -75,7 +77,7 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or URI")
-    which.add_argument("--run_name", help="take this run's best checkpoint (default: the newest run's)")
+    which.add_argument("--run_name", help="take this run's or sweep's best checkpoint (default: the newest run's)")
     parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs are in (default: runs/)")
     parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
     parser.add_argument("--l_cycles", type=int, help="L-cycles (default: as trained)")

@@ -21,7 +21,8 @@ FLAGS = {
     "use_gpu": "ray.use_gpu",
 }
 HELP = {
-    "dataset": "synthetic, a .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or module:function",
+    "dataset": "synthetic, reasoning_gym:TASK[,OPTION=VALUE...], a .jsonl file, a folder with train.jsonl, a prepared "
+    "dataset (folder or URI), or module:function",
     "steps": "optimization steps",
     "val_every": "steps between validations, each with a checkpoint; 0: only at the end",
     "save_dir": "folder or URI that run folders are created in (default: runs/)",
@@ -65,9 +66,9 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 1, program: str = "hr
     from hrm_lm.training.driver import run
 
     result = run(config, args.resume)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.items() if name.startswith("val_"))
     print(
-        f"{result['status']} at step {result['step']}: val_loss {result['val_loss']:.4f}, "
-        f"val_exact_match {result['val_exact_match']:.4f} (best, step {result['best_step']}), "
+        f"{result['status']} at step {result['step']}: {scores} (best, step {result['best_step']}), "
         f"{result['seconds']:.0f} s, {result['tokens_per_s']:,.0f} tokens/s\n"
         f"best checkpoint: {result['best_checkpoint']}"
     )
