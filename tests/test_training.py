@@ -12,6 +12,7 @@ from hrm_lm.config import HRMConfig, OptimConfig
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
+from hrm_lm.inference import decoding
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
@@ -189,6 +190,19 @@ def test_val_exact_match_is_that_of_greedy_generation(tmp_path, architecture):
     right = sum(a == b for a, b in zip(generate(model, tokenizer, prompts), answers)) / len(answers)
     assert 0 < right < 1, "a score that tells"
     assert validate(model, splits, 16)["val_exact_match"] == pytest.approx(right)
+
+
+def test_workers_that_share_a_model_take_every_step_whatever_the_answers(monkeypatch):
+    config = small_config()
+    tokenizer = load_dataset(config.data, config.model, 0).tokenizer
+    model = build_state(config, tokenizer.vocab_size).model
+    monkeypatch.setattr(decoding, "pick", lambda logits, *_: torch.full(logits.shape[:1], tokenizer.eos_id))
+    steps, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda *arguments: steps.append(1) or decode(*arguments))
+    for in_step, expected in ((False, 0), (True, 4)):
+        steps.clear()
+        assert decoding.generate_ids(model, tokenizer, [[5], [6, 7]], max_new_tokens=5, in_step=in_step) == [[], []]
+        assert len(steps) == expected
 
 
 def test_validation_does_not_depend_on_how_it_is_cut_into_batches():
