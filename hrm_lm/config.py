@@ -39,6 +39,10 @@ class HRMConfig(Section):
     deep_supervision: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean loss of the earlier H-cycles' outputs."""
 
+    def cycles(self, h_cycles: int | None, l_cycles: int | None) -> tuple[int, int]:
+        """The counts given; for None, the configured ones."""
+        return self.h_cycles if h_cycles is None else h_cycles, self.l_cycles if l_cycles is None else l_cycles
+
 
 class BridgeConfig(Section):
     """From the core to the decoder (`encoder_decoder` only)."""

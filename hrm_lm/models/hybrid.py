@@ -90,10 +90,7 @@ class HRMLanguageModel(nn.Module):
         x = self.encoder(self.embedding(ids), rope, keys)
         if self.core is None:
             return [x]
-        hrm = self.config.hrm
-        h_cycles = hrm.h_cycles if h_cycles is None else h_cycles
-        l_cycles = hrm.l_cycles if l_cycles is None else l_cycles
-        return self.core(x, rope, keys, h_cycles, l_cycles, backprop_steps)
+        return self.core(x, rope, keys, *self.config.hrm.cycles(h_cycles, l_cycles), backprop_steps)
 
     def _cross(self, states: Tensor, mask: Tensor) -> list:
         """What each decoder block attends to besides its own past: keys and values, mask, gate."""

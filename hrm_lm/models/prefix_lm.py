@@ -71,10 +71,6 @@ class HRMPrefixLM(nn.Module):
             return [self.stack(x, rope, mask, caches[0] if caches else None)]
         return self.core(x, rope, mask, h_cycles, l_cycles, backprop_steps, caches)
 
-    def _cycles(self, h_cycles: int | None, l_cycles: int | None) -> tuple[int, int]:
-        hrm = self.config.hrm
-        return hrm.h_cycles if h_cycles is None else h_cycles, hrm.l_cycles if l_cycles is None else l_cycles
-
     def forward(
         self,
         batch: Batch,
@@ -93,7 +89,7 @@ class HRMPrefixLM(nn.Module):
         prompt_len = batch.encoder_mask.sum(dim=1)  # (B,)
         positions = torch.arange(ids.shape[1], device=ids.device)
         rope, mask = rotary(positions, self.head_dim), prefix_mask(positions, prompt_len)
-        states = self._states(ids, rope, mask, *self._cycles(h_cycles, l_cycles), backprop_steps)
+        states = self._states(ids, rope, mask, *self.config.hrm.cycles(h_cycles, l_cycles), backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
             states = states[-1:]
         # Label t of a sample is predicted at position prompt_len - 1 + t.
@@ -114,7 +110,7 @@ class HRMPrefixLM(nn.Module):
         """
         ids, mask = compact(prompt_ids, prompt_mask)
         (B, S), lengths = ids.shape, mask.sum(dim=1)
-        h_cycles, l_cycles = self._cycles(h_cycles, l_cycles)
+        h_cycles, l_cycles = self.config.hrm.cycles(h_cycles, l_cycles)
         stacks = [self.stack]
         if self.core is not None:
             stacks = ([self.core.l_stack] * l_cycles + [self.core.h_stack]) * h_cycles
