@@ -80,7 +80,7 @@ class TaskProcesses:
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
-        while not self.ended.wait(1):  # looking takes 20 ms
+        while not self.ended.wait(0.5):  # looking takes 20 ms
             self.look()
 
     def look(self) -> None:
