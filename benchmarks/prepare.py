@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hrm_lm.data.tokenizer import pretrained_tokenizer
-from hrm_lm.prepare.pipeline import Settings, prepare
+from hrm_lm.prepare.pipeline import CHUNK, Settings, prepare
 from hrm_lm.training.driver import init_ray
 
 WORDS_EACH = (30, 10)  # of prompt and response, on average
@@ -65,8 +65,8 @@ def tokenizer_alone(path: Path, corpus: Path) -> tuple[float, float]:
     tokenizer, texts = pretrained_tokenizer(path), [text for pair in sample(corpus, 50_000) for text in pair]
     tokenizer.encode_batch(texts[:1000])
     start, cpu_start = time.perf_counter(), time.process_time()
-    for at in range(0, len(texts), 2048):
-        tokenizer.encode_batch(texts[at : at + 2048])
+    for at in range(0, len(texts), 2 * CHUNK):
+        tokenizer.encode_batch(texts[at : at + 2 * CHUNK])
     return len(texts) / 2 / (time.perf_counter() - start), len(texts) / 2 / (time.process_time() - cpu_start)
 
 
@@ -80,16 +80,19 @@ class TaskProcesses:
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
-        while not self.ended.wait(0.25):
-            self.driver_mib = max(self.driver_mib, private_mib(Path("/proc/self")))
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    if (process / "cmdline").read_bytes().startswith(b"ray::") and descends(process):
-                        self.task_mib = max(self.task_mib, private_mib(process))
-                        times = stat(process)[11:13]  # user and system
-                        self.cpu_seconds[process.name] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-                except OSError:  # it has ended
-                    pass
+        while not self.ended.wait(0.5):  # looking takes 20 ms
+            self.look()
+
+    def look(self) -> None:
+        self.driver_mib = max(self.driver_mib, private_mib(Path("/proc/self")))
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if (process / "cmdline").read_bytes().startswith(b"ray::") and descends(process):
+                    self.task_mib = max(self.task_mib, private_mib(process))
+                    times = stat(process)[11:13]  # user and system
+                    self.cpu_seconds[process.name] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+            except OSError:  # it has ended
+                pass
 
 
 def stat(process: Path) -> list[str]:
@@ -128,6 +131,7 @@ def main() -> None:
         report = prepare(Settings(tokenizer=str(tokenizer)), [str(corpus)], f"{temporary}/out")
         seconds = time.perf_counter() - started
         watched.ended.set()
+        watched.look()
         assert report["train"] + report["val"] + report["duplicates"] == args.pairs
     rate = args.pairs / seconds
     print(

@@ -49,16 +49,12 @@ def pad_ragged(
     s, t = padded_length(widths) if round_up else widths
     places, lens = np.arange(max(s, t + 1), dtype=np.int32), np.stack([prompt_lens, response_lens + 1]).astype(np.int32)
     mask = np.concatenate([places[:s] < lens[0, :, None], places[: t + 1] < lens[1, :, None]], axis=1)  # (B, S + 1 + T)
-    rows = np.full(mask.shape, pad_id, dtype=np.int64)
-    rows[mask] = ids  # row-major, as they lie
-    decoder_mask = mask[:, s + 1 :]
-    tensors = (
-        rows[:, :s],
-        np.where(decoder_mask, rows[:, s:-1], pad_id),
-        np.where(decoder_mask, rows[:, s + 1 :], IGNORE),
-        mask[:, :s].astype(np.int64),
-        decoder_mask.astype(np.int64),
-    )
+    packed = np.full(mask.shape, pad_id, dtype=ids.dtype)
+    packed[mask] = ids  # row-major, as they lie
+    rows, ones = packed.astype(np.int64), mask.astype(np.int64)
+    labels = np.where(mask[:, s + 1 :], rows[:, s + 1 :], IGNORE)
+    rows[np.arange(len(rows)), s + response_lens] = pad_id  # the last token is a label alone
+    tensors = (rows[:, :s], rows[:, s:-1], labels, ones[:, :s], ones[:, s + 1 :])
     return Batch(*map(torch.from_numpy, tensors))
 
 

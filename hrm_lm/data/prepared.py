@@ -16,6 +16,7 @@ import json
 import os
 from functools import cached_property
 from itertools import chain
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -37,10 +38,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Shard(NamedTuple):
-    """A shard's memory maps; slicing these costs a fraction of slicing arrays."""
+    """A shard's files, mapped: slicing these costs a fraction of slicing arrays. An `mmap` copies, best for few bytes."""
 
-    tokens: memoryview  # bytes of the ids
-    ends: memoryview  # (2 * samples + 1,) int64
+    tokens: memoryview
+    ends: mmap
 
 
 class PreparedSplit:
@@ -63,8 +64,7 @@ class PreparedSplit:
         """Opened when a sample is first asked for: a driver that only checks the dataset fetches none."""
         return [
             Shard(
-                memoryview(np.memmap(self.open_file(shard["name"] + ".bin"), mode="r")),
-                memoryview(np.memmap(self.open_file(shard["name"] + ".idx"), dtype="<i8", mode="r")),
+                memoryview(_map(self.open_file(shard["name"] + ".bin"))), _map(self.open_file(shard["name"] + ".idx"))
             )
             for shard in self.meta["shards"]
         ]
@@ -84,17 +84,18 @@ class PreparedSplit:
         Returns the ids, each sample's prompt, BOS and response, and (B,) int64 the lengths of prompts and of responses.
         """
         homes, rows = self._locate(indices)
-        shards, size, parts, bounds = self.shards, self.dtype.itemsize, [], []
-        for home, row in zip(homes.tolist(), (2 * rows).tolist()):
-            tokens, ends = shards[home]
-            start, middle, end = ends[row], ends[row + 1], ends[row + 2]
-            bounds += start, middle, end
-            if self.limits is None:
-                parts.append(tokens[start * size : end * size])
-            else:
-                parts.append(tokens[start * size : min(middle, start + self.limits[0]) * size])
-                parts.append(tokens[middle * size : min(end, middle + self.limits[1] + 1) * size])
-        lengths = self._lengths(np.array(bounds).reshape(-1, 3).T)
+        size, homes, places = self.dtype.itemsize, homes.tolist(), (16 * rows).tolist()
+        tokens, ends = zip(*self.shards)
+        bounds = b"".join([ends[home][place : place + 24] for home, place in zip(homes, places)])
+        bounds = np.frombuffer(bounds, "<i8").reshape(-1, 3)
+        lengths = self._lengths(bounds.T)
+        if self.limits is None:
+            runs = zip(homes, (size * bounds).tolist())
+            parts = [tokens[home][start:end] for home, (start, _, end) in runs]
+        else:
+            starts = bounds[:, :2]
+            runs = zip(homes, (size * np.concatenate([starts, starts + lengths + [0, 1]], axis=1)).tolist())
+            parts = [part for home, (a, c, b, d) in runs for part in (tokens[home][a:b], tokens[home][c:d])]
         return np.frombuffer(b"".join(parts), self.dtype), lengths[:, 0], lengths[:, 1]
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
@@ -103,7 +104,7 @@ class PreparedSplit:
         lengths = np.empty((len(indices), 2), dtype=np.int64)
         for home in np.unique(homes):
             here = homes == home
-            ends = np.asarray(self.shards[home].ends)
+            ends = np.frombuffer(self.shards[home].ends, "<i8")
             lengths[here] = self._lengths([ends[2 * rows[here] + i] for i in range(3)])
         return lengths
 
@@ -257,6 +258,11 @@ def write_file(fs: pyarrow.fs.FileSystem, path: str, content: bytes) -> None:
         stream.write(content)
     if renames:
         fs.move(written, path)
+
+
+def _map(path: Path) -> mmap:
+    with open(path, "rb") as file:
+        return mmap(file.fileno(), 0, access=ACCESS_READ)
 
 
 def _read(fs: pyarrow.fs.FileSystem, path: str) -> bytes:

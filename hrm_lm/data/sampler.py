@@ -88,7 +88,7 @@ def window_batches(samples: Sequence[Sample], config: TrainConfig, window: int) 
     size = window_size(config)
     indices = stream(window * size, (window + 1) * size, samples, config.seed)
     if not config.length_window:
-        return np.split(indices, size // config.batch_size)
+        return list(indices.reshape(-1, config.batch_size))
     lengths = sample_lengths(samples, indices)
     padded = padded_length(lengths)
     if config.batch_tokens:
