@@ -11,6 +11,7 @@ twice so that a shard is written once: reading is cheap beside tokenizing, and d
 A pair's side is a matter of its prompt's hash alone: adding files later moves no pair from one side to the other.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -290,7 +291,8 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
         duplicates = {first: np.array(task["parts"]) for (first, _), task in zip(ranges, found) if any(task["parts"])}
         pairs = groups.sum(axis=1).tolist()
         write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs)
-        written = run_step(job, "shard", "tokenizing", range(len(parts)), write)
+        # Half as many: the last of these tasks may leave other cores waiting.
+        written = run_step(job, "shard", "tokenizing", range(len(parts)), write, max(together // 2, 1))
 
     shards = {
         split: [part["shards"][split] for part in written if split in part["shards"]] for split in ("train", "val")
@@ -391,6 +393,7 @@ def run_task(
     job: Job, name: str, items: list[Any], task: Callable[..., dict[str, Any]], row: dict[str, int]
 ) -> dict[str, Any]:
     """One row of a step's dataset. What the user can mend is a result: Ray would wrap an error, and try again."""
+    gc.freeze()  # Ray's and pyarrow's objects stay: the collector need not walk through them over and over
     try:
         result = json.dumps(task(job, items[row["i"]]))
         write_file(job.fs, job.work(f"{name}-{row['i']:05d}.json"), result.encode())
