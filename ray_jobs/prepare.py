@@ -10,8 +10,8 @@ from typing import Sequence, get_args
 
 from hrm_lm.cli import run_command
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import without_secrets
 from hrm_lm.prepare.pipeline import Settings, describe, prepare
-from hrm_lm.training.storage import without_secrets
 
 HELP = {
     "tokenizer": "characters, bytes, or the path of a Hugging Face tokenizer.json",

@@ -26,7 +26,7 @@ import pyarrow.fs
 from hrm_lm.data.registry import Splits
 from hrm_lm.data.tokenizer import Sample, Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.training.storage import resolve, without_secrets
+from hrm_lm.filesystem import resolve, without_secrets
 
 FORMAT_VERSION = 1
 META, TOKENIZER = "meta.json", "tokenizer.json"

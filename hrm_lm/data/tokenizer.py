@@ -7,7 +7,7 @@ from typing import Any, Iterable, Protocol, Sequence
 from pyarrow.fs import LocalFileSystem
 
 from hrm_lm.errors import UserError
-from hrm_lm.training.storage import resolve, without_secrets
+from hrm_lm.filesystem import resolve, without_secrets
 
 Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """encoder_ids, decoder_input_ids, labels; the last two of one length."""

@@ -37,6 +37,7 @@ from hrm_lm.data.tokenizer import (
     tokenizer_from_json,
 )  # fmt: skip
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import resolve, without_secrets
 from hrm_lm.prepare.reading import (
     Mapping,
     Pair,
@@ -47,7 +48,6 @@ from hrm_lm.prepare.reading import (
     plan_parts,
     read_piece,
 )  # fmt: skip
-from hrm_lm.training.storage import resolve, without_secrets
 
 WORK = ".prepare"
 GROUPS = 256

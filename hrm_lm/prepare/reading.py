@@ -18,7 +18,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from hrm_lm.errors import UserError
-from hrm_lm.training.storage import resolve, without_secrets
+from hrm_lm.filesystem import resolve, without_secrets
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",

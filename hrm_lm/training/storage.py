@@ -15,6 +15,7 @@ from typing import IO, Any, Iterator
 import pyarrow.fs
 
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import resolve
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints: its presence says that there are some."""
@@ -27,23 +28,6 @@ def in_ray_job() -> bool:
 
 def default_storage() -> str:
     return str(JOB_STORAGE if in_ray_job() else Path("runs").absolute())
-
-
-def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """File system and path of a folder or URI; raises UserError where there is no such file system."""
-    if "://" not in location:
-        return pyarrow.fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-    try:
-        fs, path = pyarrow.fs.FileSystem.from_uri(location)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{location}: {' '.join(str(error).split())}") from None
-    return fs, path.rstrip("/")
-
-
-def without_secrets(location: str) -> str:
-    """A folder or URI for messages: a URI may carry keys and options, which are nobody's business."""
-    scheme, separator, rest = location.rpartition("://")
-    return scheme + separator + rest.partition("?")[0].rpartition("@")[2] if separator else location
 
 
 class RunFolder:
