@@ -353,6 +353,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
             close = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(owner.model_fields)}"
             message = f"no such field; {hint}"
+        elif item["type"] == "model_type":
+            message = "should be a section of fields"
         elif item["type"] == "value_error":
             lines[str(item["ctx"]["error"])] = ""
             continue

@@ -53,6 +53,7 @@ def test_a_config_survives_yaml(tmp_path):
             "data.mixture.sums.wieght: no such field; did you mean weight?",
         ),
         ("data.mixture={sums: {dataset: a, weight: 0}}", "data.mixture.sums.weight: should be greater than 0 (got 0)"),
+        ("data.mixture.sums=3", "data.mixture.sums: should be a section of fields (got 3)"),
         ("data.mixture={my sums: {dataset: a}}", "data.mixture.my sums: String should match pattern"),
         ("data={dataset: a, mixture: {b: {dataset: b}}}", "data.dataset and data.mixture exclude one another"),
     ],

@@ -195,7 +195,7 @@ def test_a_named_tokenizer_reads_any_text_dataset(tmp_path):
         splits = load(data__dataset="synthetic", data__tokenizer=name)
         assert splits.tokenizer.decode(splits.train[0][0]).startswith("What is")
         assert splits.tokenizer.to_json() == named_tokenizer(name).to_json()
-    with pytest.raises(UserError, match="nothing.json: cannot be read"):
+    with pytest.raises(UserError, match="data.tokenizer: .*nothing.json cannot be read: No such file"):
         load(data__dataset="synthetic", data__tokenizer=str(tmp_path / "nothing.json"))
 
 

@@ -1,6 +1,7 @@
 """What a tokenizer must offer, this project's own (characters, bytes), and those of the `tokenizers` library."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Iterable, Protocol, Sequence
 
@@ -164,9 +165,10 @@ def named_tokenizer(name: str) -> Tokenizer:
             return pretrained_tokenizer(path)
         return tokenizer_from_json(text)
     except OSError as error:
-        raise UserError(f"{without_secrets(name)}: cannot be read: {' '.join(str(error).split())}") from None
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        raise UserError(f"data.tokenizer: {without_secrets(name)} cannot be read: {reason}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{without_secrets(name)}: not a tokenizer: {error}") from None
+        raise UserError(f"data.tokenizer: {without_secrets(name)} is not a tokenizer: {error}") from None
 
 
 SPECIAL_TOKENS = {
