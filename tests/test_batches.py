@@ -160,7 +160,7 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path, options):
 
 
 def test_the_share_of_padding_is_reported(tmp_path):
-    config = small_config(train__val_every=1, data__synthetic__max_digits=2)
+    config = small_config(train__val_every=6)
     session = train_locally(config, tmp_path)
     state = build_state(config, 20)
     batch = pad_batch([([5] * 6, [1] * 3, [5] * 3), ([5] * 2, [1], [5])], pad_id=0)

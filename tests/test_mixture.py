@@ -60,7 +60,7 @@ def test_no_validation_question_is_trained_on_nor_one_too_long_for_the_model():
 
 
 def test_the_tasks_own_verifier_scores_greedy_answers(tmp_path):
-    config = small_config(**GYM, train__val_every=6)
+    config = small_config(**GYM)
     session = train_locally(config, tmp_path)
     model, tokenizer, checkpoint = load_model(tmp_path / "step_000012")
     splits = load_dataset(config.data, config.model, 0)

@@ -436,7 +436,7 @@ def test_killed_in_each_step_and_given_again_the_result_is_byte_identical_and_fi
     cluster, command, tmp_path
 ):
     for i in range(6):
-        (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(15_000, 10_000 * i))))  # a third are duplicates
+        (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(12_000, 8_000 * i))))  # a third are duplicates
 
     def arguments(output):
         inputs = [str(tmp_path / f"{i}.jsonl") for i in range(6)]

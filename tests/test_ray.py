@@ -95,7 +95,7 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
 
 
 def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in_folder):
-    options = {"train__val_every": 20, "train__steps": 300, "train__log_every": 20}
+    options = {"train__val_every": 20, "train__steps": 200, "train__log_every": 20}
     (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
     command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
     folder = RunFolder(str(in_folder / "runs"), "r")
@@ -106,7 +106,7 @@ def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in
 
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "resuming from step" in again.stderr and "finished at step 300" in again.stdout
+    assert "resuming from step" in again.stderr and "finished at step 200" in again.stdout
     result = json.loads(folder.read("result.json"))
     undisturbed = train_locally(small_config(**options), in_folder / "alone").last_weights()
     for name, value in weights(result).items():
