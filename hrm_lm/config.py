@@ -155,7 +155,7 @@ class MixturePart(Section):
     """A dataset of a mixture. Fields left out are those of `data`."""
 
     dataset: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Its share of the training samples is this over the sum of all weights."""
     prompt_field: str | None = None
     response_field: str | None = None

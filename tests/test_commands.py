@@ -153,6 +153,15 @@ def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, 
     assert code == 0 and json.loads(out)["val_loss"] > 0, err
 
 
+def test_evaluate_runs_no_code_that_a_checkpoint_names(command, checkpoint):
+    file = checkpoint / "config.yaml"
+    file.write_text(file.read_text().replace("dataset: synthetic", "dataset: strangers_module:build"))
+    code, _, err = command(evaluate, "--checkpoint", checkpoint)
+    assert code == 2 and "the checkpoint's dataset is code, strangers_module:build" in err
+    code, _, err = command(evaluate, "--checkpoint", checkpoint, "--dataset", "strangers_module:build")
+    assert code == 2 and "no module 'strangers_module'" in err
+
+
 # --- storage and cluster -----------------------------------------------------------------------------------------
 
 

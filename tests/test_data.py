@@ -141,6 +141,7 @@ def test_field_names_are_configurable(tmp_path):
     "line, message",
     [
         ("{broken\n", r"d\.jsonl:3: not JSON"),
+        ('{"prompt": "half \\ud83d", "response": "b"}\n', r"d\.jsonl:3: 'prompt' has half a character"),
         ('{"prompt": "a"}\n', r"d\.jsonl:3: no field 'response'; it has 'prompt'"),
         ('{"prompt": 5, "response": "b"}\n', r"d\.jsonl:3: 'prompt' must be text, not int"),
         ("[1]\n", r"d\.jsonl:3: no field 'prompt'; it is not an object"),
@@ -178,12 +179,11 @@ def test_a_record_too_long_is_named_or_cut_when_asked(tmp_path):
 
 def test_a_dataset_of_ones_own_is_a_function_named_on_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "my_data.py").write_text(
-        "from hrm_lm.data.registry import Splits, encode_split\n"
+        "from hrm_lm.data.registry import text_splits\n"
         "from hrm_lm.data.tokenizer import SimpleTokenizer\n"
         "def shout(config, seed):\n"
-        "    records = [(w, w.upper()) for w in ('ab', 'ba', 'aa')]\n"
-        "    tokenizer = SimpleTokenizer('abAB')\n"
-        "    return Splits(encode_split(records[:2], tokenizer), encode_split(records[2:], tokenizer), tokenizer)\n"
+        "    pairs = [(w, w.upper()) for w in ('ab', 'ba', 'aa')]\n"
+        "    return text_splits(config, pairs[:2], pairs[2:], lambda: SimpleTokenizer('abAB'))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     splits = load("my_data:shout")

@@ -14,6 +14,7 @@ from test_prepared import write_prepared
 from hrm_lm.config import load_config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.mixture import BLOCK, Mixture
+from hrm_lm.data.reasoning_gym import ReasoningGymTask
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import SimpleTokenizer, named_tokenizer
 from hrm_lm.errors import UserError
@@ -51,12 +52,12 @@ def test_validation_is_the_same_for_every_seed_and_training_another_for_each():
 
 def test_no_validation_question_is_trained_on_nor_one_too_long_for_the_model():
     splits = load(data__dataset="reasoning_gym:coin_flip", data__val_samples=100)
-    held_out = {splits.tokenizer.decode(sample[0]) for sample in splits.val}
+    held_out = {tuple(sample[0]) for sample in splits.val}
     longest = int(np.median([len(splits.train[i][0]) for i in range(100)]))
     short = splits.train.fitted(longest, 128, truncate=False)
     trained_on = [short[i][0] for i in range(100)]
     assert max(map(len, trained_on)) == longest
-    assert held_out.isdisjoint(map(splits.tokenizer.decode, trained_on))
+    assert held_out.isdisjoint(map(tuple, trained_on))
 
 
 def test_the_tasks_own_verifier_scores_greedy_answers(tmp_path):
@@ -79,6 +80,8 @@ def test_the_tasks_own_verifier_scores_greedy_answers(tmp_path):
         ("chain_sum,seed=2", "has no option 'seed'"),
         ("chain_sum,min_terms=5,max_terms=2", "max_terms must be >= min_terms"),
         ("chain_sum,min_terms=two", "chain_sum: "),
+        ("chain_sum,min_terms=[2", "is not valid YAML"),
+        ("word_ladder", "its questions are others in every process"),
         ("boxnet", "no answers to learn from"),
         ("arc_agi", r"the prompt has \d+ tokens, more than model.max_prompt_len \(512\)"),
         ("tower_of_hanoi,min_disks=3,max_disks=3,min_pegs=3,max_pegs=3", "1,000 questions in a row are held out"),
@@ -136,7 +139,7 @@ def test_a_mixture_is_validated_by_dataset_and_over_all_samples(tmp_path, mixed)
     splits = load_dataset(config.data, config.model, 0)
     model, *_ = load_model(tmp_path / "run" / "step_000012")
     labelled = []
-    for name in ("words", "addition", "gym"):
+    for name in splits.parts:
         part = splits.parts[name]
         alone = validate(model, part, 8)
         assert metrics[f"val_loss/{name}"] == pytest.approx(alone["val_loss"], rel=1e-5)
@@ -174,6 +177,37 @@ def test_workers_share_out_the_batches_of_a_mixture(mixed):
         assert [splits.tokenizer.decode(row) for row in rows] == whole
 
 
+def test_what_one_part_holds_out_is_trained_on_in_none(tmp_path):
+    for name, words in (("a", range(0, 40)), ("b", range(20, 60))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(f'{{"prompt": "p{i}", "response": "r"}}' for i in words))
+    gym = "reasoning_gym:chain_sum,min_digits=1,max_digits=1,min_terms=2,max_terms="
+    parts = {"a": str(tmp_path / "a.jsonl"), "b": str(tmp_path / "b.jsonl"), "two": f"{gym}2", "three": f"{gym}3"}
+    mixture = {name: {"dataset": dataset} for name, dataset in parts.items()}
+    splits = load(data__mixture=mixture, data__val_fraction=0.3, data__val_samples=100)
+    held_out = {tuple(splits.val[i][0]) for i in range(len(splits.val))}
+    trained_on = [tuple(splits.train[int(i)][0]) for i in splits.train.stream(0, 1000, seed=0)]
+    assert held_out.isdisjoint(trained_on)
+
+
+def test_the_order_in_which_a_mixture_is_written_changes_nothing(mixed):
+    parts = mixed["data__mixture"]
+    turned = mixed | {"data__mixture": dict(reversed(parts.items()))}
+    one, other = (prompts(load(**options), small_config(**options), 2) for options in (mixed, turned))
+    assert one == other
+
+
+def test_what_a_model_writes_is_not_run_as_code(tmp_path):
+    task = ReasoningGymTask("countdown")
+    entry = task.entry(0, 0)
+    numbers = entry["metadata"]["numbers"]
+    assert task.score(entry["metadata"]["expression"], entry) == 1.0
+    assert 0 < task.score("+".join(map(str, numbers)), entry) < 1, "the verifier has its own view of what is not right"
+    file = tmp_path / "written"
+    for answer in (f"__import__('pathlib').Path({str(file)!r}).touch()", "9**9**9**9", "9 * * 9", "9999999!"):
+        assert task.score(answer, entry) == 0.0
+    assert not file.exists()
+
+
 def test_a_prepared_dataset_gives_a_mixture_its_tokenizer(tmp_path):
     tokenizer = SimpleTokenizer("What is+?=0123456789 ")
     ready = {
@@ -185,7 +219,7 @@ def test_a_prepared_dataset_gives_a_mixture_its_tokenizer(tmp_path):
     splits = load(data__mixture=addition | ready)
     assert splits.tokenizer.to_json() == tokenizer.to_json()
     assert {tokenizer.decode(splits.train[i][0])[-1] for i in (0, len(splits.train) - 1)} == {"?", "="}
-    with pytest.raises(UserError, match=r"data.mixture: ready .* has another tokenizer than addition \(synthetic\)"):
+    with pytest.raises(UserError, match=r"/d has a tokenizer of its own, not data.tokenizer \(bytes\)"):
         load(data__mixture=addition | ready, data__tokenizer="bytes")
 
 
@@ -211,3 +245,18 @@ def test_batches_are_the_same_from_loader_processes_and_those_end_with_the_itera
     assert len(multiprocessing.active_children()) == len(before) + 2
     made.close()
     assert multiprocessing.active_children() == before
+
+
+class Unreadable(list):
+    def __getitem__(self, i):
+        if i:
+            raise UserError("sample 7: half of it is missing")
+        return super().__getitem__(i)
+
+
+def test_a_mistake_found_by_a_loader_process_is_told_as_such():
+    config = small_config(train__loader_workers=1)
+    splits = load_dataset(config.data, config.model, 0)
+    splits = splits._replace(train=Unreadable(splits.train))
+    with pytest.raises(UserError, match="^sample 7: half of it is missing$"):
+        next(train_batches(splits, config.train, 0, 0, 1))

@@ -123,7 +123,9 @@ def test_a_sweep_larger_than_the_cluster_ends_and_leaves_nothing_held(cluster, i
     assert float(table[best.number]["val_loss"]) == pytest.approx(best.val_loss, abs=1e-5)
     config = load_config(folder / "best.yaml")
     assert config.optim.lr == best.params["optim.lr"] and config.train.steps == 20
-    code, out, _ = command(generate, "--run_name", folder.name, "--save_dir", folder.parent, "--prompt", "What is 1 + 2?")
+    code, out, _ = command(
+        generate, "--run_name", folder.name, "--save_dir", folder.parent, "--prompt", "What is 1 + 2?"
+    )
     assert code == 0 and len(out.splitlines()) == 1
     assert json.loads((folder / "best_checkpoint" / "trainer_state.json").read_text())["step"] == best.best_step
     report = (folder / "report.html").read_text()
@@ -247,6 +249,11 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
             first.setdefault(line.split(":")[0], int(line.split("step ")[1].split()[0]))
     resumed = sorted(step for step in first.values() if step > 10)
     assert len(resumed) == 2, f"the two trials that ran went on from their checkpoints: {first}"
+
+
+def test_a_metric_that_no_trial_reports_is_refused(in_folder):
+    with pytest.raises(UserError, match="tune.metric: trials report no 'val_score', but val_loss, val_exact_match$"):
+        search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, metric="val_score", mode="max")
 
 
 def test_what_a_trial_needs_beyond_the_cluster_is_refused(cluster, in_folder):

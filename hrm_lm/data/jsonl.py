@@ -73,6 +73,10 @@ def _text(record: object, field: str, place: str) -> str:
         raise UserError(f"{place}: no field {field!r}; {there} (data.prompt_field and data.response_field name them)")
     if not isinstance(record[field], str):
         raise UserError(f"{place}: {field!r} must be text, not {type(record[field]).__name__}")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: {field!r} has half a character (a lone surrogate)") from None
     return record[field]
 
 

@@ -17,6 +17,7 @@ from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import IGNORE, Batch, pad_batch, pad_ragged
 from hrm_lm.data.registry import Splits, sample_lengths
 from hrm_lm.data.sampler import by_length, global_batches, worker_share
+from hrm_lm.errors import UserError
 
 VAL_WINDOW = 1 << 16
 """Validation samples that are sorted by length together."""
@@ -43,11 +44,15 @@ def train_batches(
         worker_share(indices, rank, world_size, config.grad_accum_steps)
         for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step))
     )
-    if config.loader_workers == 0:
-        yield from map(dataset.__getitem__, steps)
-    else:
+    made = map(dataset.__getitem__, steps)
+    if config.loader_workers:
+        splits.train[0]  # opens what is remote, which a forked process might not
         options = {"num_workers": config.loader_workers, "multiprocessing_context": "fork"}  # shares what is in memory
-        yield from DataLoader(dataset, batch_size=None, sampler=steps, **options)
+        made = DataLoader(dataset, batch_size=None, sampler=steps, **options)
+    for micro_batches in made:
+        if isinstance(micro_batches, UserError):
+            raise micro_batches
+        yield micro_batches
 
 
 class _Steps(Dataset):
@@ -56,8 +61,11 @@ class _Steps(Dataset):
     def __init__(self, splits: Splits, round_up: bool):
         self.splits, self.round_up = splits, round_up
 
-    def __getitem__(self, micro_batches: list[np.ndarray]) -> list[Batch]:
-        return [collate(self.splits, "train", indices, self.round_up) for indices in micro_batches]
+    def __getitem__(self, micro_batches: list[np.ndarray]) -> list[Batch] | UserError:
+        try:
+            return [collate(self.splits, "train", indices, self.round_up) for indices in micro_batches]
+        except UserError as error:  # raised in a loader's process it would become a traceback
+            return error
 
 
 def val_batches(

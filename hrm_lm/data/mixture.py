@@ -5,7 +5,7 @@ from typing import Sequence
 import numpy as np
 
 from hrm_lm.config import DataConfig, ModelConfig
-from hrm_lm.data import prepared
+from hrm_lm.data.prepared import TOKENIZER, is_prepared
 from hrm_lm.data.registry import Splits, load_dataset, sample_lengths
 from hrm_lm.data.sampler import stream
 from hrm_lm.data.tokenizer import Sample
@@ -64,25 +64,34 @@ class Mixture(Concatenation):
 
 
 def build_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
-    """The datasets of `config.mixture`, all read with one tokenizer: `config.tokenizer`, a prepared one's, or bytes."""
-    names = [part.dataset for part in config.mixture.values()]
-    ready = next((name for name in names if prepared.is_prepared(name)), None)
-    tokenizer = config.tokenizer or (f"{ready}/{prepared.TOKENIZER}" if ready else "bytes")
+    """The datasets of `config.mixture`, all read with one tokenizer: `config.tokenizer`, a prepared one's, or bytes.
+
+    What one holds out is not trained on in another, as far as that can be known without reading it all: prepared ones
+    are taken as they are.
+    """
+    mixture = dict(sorted(config.mixture.items()))  # whatever the order they are written in
+    ready = next((part.dataset for part in mixture.values() if is_prepared(part.dataset)), None)
+    tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")
     parts: dict[str, Splits] = {}
-    for name, part in config.mixture.items():
+    for name, part in mixture.items():
         own = part.model_dump(exclude={"weight"}, exclude_none=True) | {"mixture": {}, "tokenizer": tokenizer}
         parts[name] = load_dataset(config.model_copy(update=own), model, seed)
-    first, *others = parts
-    for name in others:
-        if parts[name].tokenizer.to_json() != parts[first].tokenizer.to_json():
-            raise UserError(
-                f"data.mixture: {name} ({config.mixture[name].dataset}) has another tokenizer than {first} "
-                f"({config.mixture[first].dataset}): prepare both with one"
-            )
-    weights = [part.weight for part in config.mixture.values()]
+    held_out = {
+        tuple(part.val[i][0]) for part in parts.values() if isinstance(part.val, list) for i in range(len(part.val))
+    }
+    train = [without(part.train, held_out) for part in parts.values()]
+    for name, samples in zip(parts, train):
+        if not len(samples):
+            raise UserError(f"data.mixture: every training sample of {name} is held out by another dataset")
     return Splits(
-        Mixture([part.train for part in parts.values()], weights),
+        Mixture(train, [part.weight for part in mixture.values()]),
         Concatenation([part.val for part in parts.values()]),
-        parts[first].tokenizer,
+        next(iter(parts.values())).tokenizer,
         parts=parts,
     )
+
+
+def without(samples: Sequence[Sample], prompts: set[tuple[int, ...]]) -> Sequence[Sample]:
+    if hasattr(samples, "without"):
+        return samples.without(prompts)
+    return [sample for sample in samples if tuple(sample[0]) not in prompts] if isinstance(samples, list) else samples

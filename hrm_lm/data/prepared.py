@@ -125,7 +125,7 @@ class PreparedSplit:
 
 
 def is_prepared(location: str) -> bool:
-    return "://" in location or (Path(location) / META).is_file()
+    return "://" in location or os.path.isfile(f"{location}/{META}")
 
 
 def load_prepared(location: str) -> Splits:

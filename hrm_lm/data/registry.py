@@ -26,7 +26,7 @@ class Splits(NamedTuple):
 
     The splits are anything with `len` and `[i]`. One that can do better than sample by sample has `ragged`, `lengths`,
     `longest` and `truncated` as well (`hrm_lm.data.prepared.PreparedSplit` says what they are), one with an order of its
-    own `stream`, and one that is too long to be looked through `fitted` (`hrm_lm.data.reasoning_gym.EndlessSplit`).
+    own `stream`, and one too long to be looked through `fitted` and `without` (`hrm_lm.data.reasoning_gym.EndlessSplit`).
     """
 
     train: Sequence[Sample]
@@ -80,13 +80,15 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
         from hrm_lm.data.jsonl import build_jsonl_dataset
 
         splits = build_jsonl_dataset(config, seed)
-    elif ":" in name and "/" not in name:
+    elif is_function(name):
         splits = _function(name)(config, seed)
     else:
         raise UserError(
             f"data.dataset: {name!r} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
             "nor module:function"
         )
+    if config.tokenizer and splits.tokenizer.to_json() != named_tokenizer(config.tokenizer).to_json():
+        raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
     fitted = {}
     for split in ("train", "val"):
         samples = getattr(splits, split)
@@ -94,6 +96,11 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
             raise UserError(f"data.dataset: {name} has no {split} samples")
         fitted[split] = fit_lengths(samples, model, config.truncate, lambda i: splits.place(split, i))
     return splits._replace(**fitted)
+
+
+def is_function(name: str) -> bool:
+    """Whether a dataset's name is that of code."""
+    return ":" in name and "/" not in name and name.partition(":")[0] not in BUILT_IN
 
 
 def fit_lengths(

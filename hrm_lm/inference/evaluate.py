@@ -8,7 +8,8 @@ from typing import Sequence
 import torch
 
 from hrm_lm.cli import run_command
-from hrm_lm.data.registry import load_dataset
+from hrm_lm.config import parse_config, parse_set, set_dotted
+from hrm_lm.data.registry import is_function, load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import add_checkpoint_flags, check_cycles, chosen_checkpoint
 from hrm_lm.training.checkpoint import load_model
@@ -18,8 +19,15 @@ from hrm_lm.training.validation import validate
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hrm_lm.inference.evaluate", description=__doc__)
     add_checkpoint_flags(parser)
-    parser.add_argument("--dataset", help="another dataset than the checkpoint's own")
+    parser.add_argument("--dataset", help="score the validation split of this one, not the checkpoint's own")
     parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="a field of the checkpoint's config; repeatable",
+    )
     args = parser.parse_args(argv)
     check_cycles(args)
     if args.batch_size < 1:
@@ -27,19 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
-        model, tokenizer, checkpoint = load_model(folder, device)
-        config = checkpoint.config
-        data = config.data
+        model, _, checkpoint = load_model(folder, device)
+        raw = checkpoint.config.to_dict()
         if args.dataset:
-            other = {"dataset": args.dataset, "mixture": {}, "tokenizer": str(folder / "tokenizer.json")}
-            data = data.model_copy(update=other)
-        splits = load_dataset(data, config.model, config.train.seed)
+            raw["data"] |= {"dataset": args.dataset, "mixture": {}}
+        for dotted, value in parse_set(args.set).items():
+            set_dotted(raw, dotted, value)
+        set_dotted(raw, "data.tokenizer", str(folder / "tokenizer.json"))
+        config = parse_config(raw, source="the checkpoint's config")
+        names = [config.data.dataset, *(part.dataset for part in config.data.mixture.values())]
+        code = [name for name in names if name and is_function(name)]
+        if code and not args.dataset:
+            raise UserError(f"the checkpoint's dataset is code, {code[0]}: give --dataset {code[0]} to run it")
+        splits = load_dataset(config.data, config.model, config.train.seed)
     if args.h_cycles and model.core is None:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    if splits.tokenizer.to_json() != tokenizer.to_json():
-        raise UserError(f"{data.dataset}: needs another tokenizer than the checkpoint's")
     scores = validate(model, splits, args.batch_size, h_cycles=args.h_cycles, l_cycles=args.l_cycles)
-    print(json.dumps({"step": checkpoint.progress.step, **scores}))
+    print(json.dumps({"step": checkpoint.progress.step, "samples": len(splits.val), **scores}))
     return 0
 
 

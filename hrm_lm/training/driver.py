@@ -13,7 +13,7 @@ from typing import Any, Iterator
 
 import yaml
 
-from hrm_lm.config import Config, flatten
+from hrm_lm.config import Config, flatten, parse_config
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training import storage
@@ -66,7 +66,8 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
     _, last = folder.checkpoints()
     with storage.local_checkpoint(last, folder.fs) as path:
         progress = read_checkpoint(path).progress
-    before, now = flatten(yaml.safe_load(folder.read("config.yaml"))), flatten(config.to_dict())
+    saved = parse_config(yaml.safe_load(folder.read("config.yaml")), source=f"{folder.path}/config.yaml")
+    before, now = flatten(saved.to_dict()), flatten(config.to_dict())
     changed = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     changed = {key: values for key, values in changed.items() if not key.startswith("ray.")}
     refused = {key: values for key, values in changed.items() if key.startswith(FIXED) or _bypasses(key, values)}

@@ -36,6 +36,15 @@ class Tally(NamedTuple):
         return {f"{key}/{name}" if name else key: value for key, value in means.items()}
 
 
+def metric_names(splits: Splits) -> list[str]:
+    """What `validate` returns of these."""
+    names = []
+    for part, some in ({"": splits} | splits.parts).items():
+        scored = some.score or any(part.score for part in some.parts.values())
+        names += Tally(0, 0, 0, 0, 0, scored=bool(scored)).means(part)
+    return names
+
+
 @torch.no_grad()
 def validate(
     model: LanguageModel,

@@ -15,6 +15,7 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.driver import say, started_ray
 from hrm_lm.training.storage import RunFolder
+from hrm_lm.training.validation import metric_names
 from hrm_lm.tuning.results import Trial, best_trial, read_trials, write_results
 from hrm_lm.tuning.space import PERTURBED, Sweep
 
@@ -25,7 +26,9 @@ EXPERIMENT = "trials"
 def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     """Searches and writes the results. Raises RunFailed where no trial succeeded, KeyboardInterrupt after Ctrl-C."""
     config, tune_config = sweep.config, sweep.tune
-    load_dataset(config.data, config.model, config.train.seed)
+    splits = load_dataset(config.data, config.model, config.train.seed)
+    if tune_config.metric not in (reported := metric_names(splits)):
+        raise UserError(f"tune.metric: trials report no {tune_config.metric!r}, but {', '.join(reported)}")
     written = yaml.safe_dump(sweep.to_dict(), sort_keys=False)
     if folder.exists("sweep.yaml"):
         if not resume:
