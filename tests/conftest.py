@@ -17,6 +17,7 @@ from hrm_lm.training.loop import train
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how often the controller looks at its workers
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # models this small only wait for a second one
 
 
 def small_config(**overrides) -> Config:
@@ -24,6 +25,7 @@ def small_config(**overrides) -> Config:
     fields = {
         "model.d_model": 16, "model.n_heads": 2, "optim.warmup_steps": 3, "train.steps": 12, "train.batch_size": 8,
         "train.log_every": 1, "data.dataset": "synthetic", "data.synthetic.max_digits": 1, "data.val_fraction": 0.2,
+        "ray.cpus_per_worker": 1,
     }  # fmt: skip
     return load_config(overrides=fields | {key.replace("__", "."): value for key, value in overrides.items()})
 

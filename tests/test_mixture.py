@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_config, train_locally
-from test_prepared import write_prepared
+from test_prepared import sums, write_prepared
 
 from hrm_lm.config import load_config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.mixture import BLOCK, Mixture
 from hrm_lm.data.reasoning_gym import ReasoningGymTask
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.tokenizer import SimpleTokenizer, named_tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, named_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model
@@ -118,7 +118,7 @@ def test_every_block_holds_the_parts_by_weight_and_each_part_runs_through_its_ow
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A file of three questions, the synthetic dataset and a task, as options of a mixture."""
+    """A file of four questions, the synthetic dataset, a task and a prepared dataset, as options of a mixture."""
     lines = [{"q": f"Say {word}", "response": word.upper()} for word in ("één", "zwei", "trois", "four")]
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return {
@@ -127,6 +127,7 @@ def mixed(tmp_path):
             "words": {"dataset": str(tmp_path / "words.jsonl"), "prompt_field": "q", "weight": 0.5},
             "addition": {"dataset": "synthetic", "weight": 2},
             "gym": {"dataset": SUMS},
+            "ready": {"dataset": str(write_prepared(tmp_path / "ready", sums(20), tokenizer=ByteTokenizer()))},
         },
         "data__val_samples": 10,
         "model__max_response_len": 6,

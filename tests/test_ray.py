@@ -78,7 +78,7 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
     monkeypatch.syspath_prepend(in_folder)
     options = {"train__val_every": 20, "train__steps": 240, "train__log_every": 20}
     results = []
-    config = small_config(**options, data__dataset="pid_data:build", ray__run_name="killed", ray__cpus_per_worker=2)
+    config = small_config(**options, data__dataset="pid_data:build", ray__run_name="killed")
     runner = threading.Thread(target=lambda: results.append(run(config)))
     runner.start()
     folder = RunFolder(str(in_folder / "runs"), "killed")
