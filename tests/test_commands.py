@@ -105,6 +105,19 @@ def test_generate_prints_the_answers_in_order_and_nothing_else(command, checkpoi
     assert code == 0 and out.splitlines() == [line.strip() for line in singly] and len(out.splitlines()) == 3
 
 
+def test_prompts_of_several_lines_come_from_jsonl_and_the_answers_are_json(command, checkpoint, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "What is 2 + 2?", "response": "4"}\n\n{"prompt": "What is 0 + 1?"}\n')
+    code, out, _ = command(generate, "--checkpoint", checkpoint, "--prompts_file", file)
+    singly = [
+        command(generate, "--checkpoint", checkpoint, "--prompt", f"What is {sum}?")[1] for sum in ("2 + 2", "0 + 1")
+    ]
+    assert code == 0 and [json.loads(line) for line in out.splitlines()] == [line.rstrip("\n") for line in singly]
+    file.write_text('{"prompt": "What is 2 + 2?"}\n"What is 1 + 1?"\n')
+    code, _, err = command(generate, "--checkpoint", checkpoint, "--prompts_file", file)
+    assert code == 2 and "prompts.jsonl:2: not a JSON object with a field 'prompt'" in err
+
+
 def test_sampling_is_repeatable_and_top_1_is_greedy(command, checkpoint):
     ask = lambda *more: command(generate, "--checkpoint", checkpoint, "--prompt", "What is 2 + 2?", *more)[1]  # noqa: E731
     hot = ["--temperature", 5, "--max_new_tokens", 12]

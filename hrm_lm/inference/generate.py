@@ -1,6 +1,7 @@
 """Ask a checkpoint: `python -m hrm_lm.inference.generate --prompt "What is 12 + 7?"` prints the answer alone."""
 
 import argparse
+import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Answer prompts; the answers, a line each, are all that goes to standard output.",
     )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; repeatable")
-    parser.add_argument("--prompts_file", metavar="FILE", help="more prompts, a line each")
+    parser.add_argument(
+        "--prompts_file",
+        metavar="FILE",
+        help="more prompts, a line each; of a .jsonl file the field `prompt` of each, and answers are then JSON strings",
+    )
     add_checkpoint_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the model's max_response_len)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -111,13 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
 
-    prompts = list(args.prompt)
+    prompts, as_json = list(args.prompt), bool(args.prompts_file) and args.prompts_file.endswith(".jsonl")
     if args.prompts_file:
-        try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file: {args.prompts_file} cannot be read: {error}") from None
-        prompts += [line for line in lines if line.strip()]
+        prompts += read_prompts(args.prompts_file, as_json)
     if not prompts:
         raise UserError('nothing to answer: give --prompt "What is 12 + 7?" or --prompts_file FILE')
 
@@ -135,8 +136,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.top_k,
         args.seed,
     ):
-        print(answer)
+        print(json.dumps(answer, ensure_ascii=False) if as_json else answer)
     return 0
+
+
+def read_prompts(file: str, as_json: bool) -> list[str]:
+    """The lines that are not blank; `as_json`: the field `prompt` of each."""
+    try:
+        lines = enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1)
+        texts = {number: line for number, line in lines if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file: {file} cannot be read: {error}") from None
+    if not as_json:
+        return list(texts.values())
+    prompts = []
+    for number, line in texts.items():
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--prompts_file: {file}:{number}: not a JSON object with a field 'prompt'") from None
+    return prompts
 
 
 if __name__ == "__main__":
