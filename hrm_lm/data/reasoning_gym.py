@@ -104,13 +104,8 @@ class EndlessSplit:
         limits: tuple[int, int] | None = None,
         truncate: bool = False,
     ):
-        self.task, self.tokenizer, self.held_out, self.limits, self.truncate = (
-            task,
-            tokenizer,
-            held_out,
-            limits,
-            truncate,
-        )
+        self.task, self.tokenizer, self.held_out = task, tokenizer, held_out
+        self.limits, self.truncate = limits, truncate
         self.pair = lru_cache(maxsize=1 << 13)(self._pair)  # a train.length_window up to that is not made twice
 
     def __len__(self) -> int:
