@@ -159,23 +159,14 @@ def _effect(trials: list[Trial], best: Trial | None, dotted: str, sweep: Sweep) 
 
 
 def _table(trials: list[Trial], best: Trial | None, sweep: Sweep) -> str:
-    columns = [
-        "trial",
-        *map(_name, sweep.space),
-        "status",
-        "steps",
-        "val_loss",
-        "at step",
-        "exact match",
-        "tokens/s",
-        "seconds",
-        "error",
-    ]
+    metric = [sweep.tune.metric] if sweep.tune.metric not in ("val_loss", "val_exact_match") else []
+    columns = ["trial", *map(_name, sweep.space), "status", "steps", *metric, "val_loss", "at step", "exact match"]
+    columns += ["tokens/s", "seconds", "error"]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     rows = []
     for t in trials:
-        cells = [t.number, *(t.params.get(p) for p in sweep.space), t.status, t.steps, t.val_loss, t.best_step]
-        cells += [t.val_exact_match, t.tokens_per_s, t.seconds, t.error]
+        cells = [t.number, *(t.params.get(p) for p in sweep.space), t.status, t.steps, *[t.score for _ in metric]]
+        cells += [t.val_loss, t.best_step, t.val_exact_match, t.tokens_per_s, t.seconds, t.error]
         tds = "".join(
             f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(_short(c))}</td>'
             for c in cells
