@@ -234,6 +234,9 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
     driver.communicate()
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "--resume continues it" in refused.stderr
+    # Tune notes what there is once a second: as if newer checkpoints had replaced since what it knows of.
+    for checkpoint in (in_folder / "runs/s/trials").glob("*/checkpoint_*"):
+        checkpoint.rename(checkpoint.with_name(f"checkpoint_{int(checkpoint.name[-6:]) + 100:06d}"))
 
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr

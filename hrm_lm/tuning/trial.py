@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -61,6 +61,17 @@ class TuneSession:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+class OutdatedRestore:
+    """Mixed into the class that Tune makes of `run_trial`: what Tune last noted of a killed sweep's trial may be gone.
+
+    A newer checkpoint took its place, and `orphan` finds that.
+    """
+
+    def restore(self, checkpoint) -> None:
+        with suppress(ValueError):  # Tune's for a checkpoint that is not there
+            super().restore(checkpoint)
+
+
 class QueueCallback(ray.train.UserCallback):
     """In the controller of a trial's TorchTrainer: passes reports on to the trial."""
 
@@ -89,6 +100,9 @@ def run_trial(params: dict[str, Any], setup: dict[str, Any]) -> None:
         ray.tune.report(failed("diverged", outcome["step"], outcome["error"], setup))
     elif last:
         ray.tune.report(last | {"status": outcome["status"]})
+
+
+run_trial.__mixins__ = (OutdatedRestore,)
 
 
 def failed(status: str, step: int, error: str, setup: dict[str, Any]) -> dict[str, Any]:
