@@ -115,7 +115,8 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
             search_alg=search_algorithm(sweep, at_once),
             scheduler=scheduler(sweep),
             time_budget_s=options.time_budget_s,
-            reuse_actors=reuse_actors,
+            # Trials that HyperBand pauses and takes up again may wait for ever for a process that is to be reused.
+            reuse_actors=reuse_actors and options.scheduler != "hyperband",
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
