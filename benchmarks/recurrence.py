@@ -176,7 +176,7 @@ def main() -> None:
     for task in args.task or ["synthetic", CHAIN_SUM]:
         name = task.rpartition(":")[2].partition(",")[0]
         tasks[name] = SYNTHETIC if task == "synthetic" else {"data.dataset": task}
-    settings = COMMON | (QUICK if args.quick else {}) | parse_set(args.set)
+    settings = COMMON | (QUICK if args.quick else {})
     tasks = {name: data | parse_set(args.set) for name, data in tasks.items()}
     results = json.loads(args.output.read_text()) if args.output.exists() else []
     finished = [result["key"] for result in results]

@@ -146,7 +146,8 @@ class EndlessSplit:
     def _usable(self, prompt: str, response: str) -> bool:
         ids, _, labels = encode_pair(self.tokenizer, prompt, response)
         fits = self.limits is None or (len(ids) <= self.limits[0] and len(labels) <= self.limits[1])
-        return tuple(ids) not in self.held_out and (fits or self.truncate)
+        cut = ids[: self.limits[0]] if self.limits else ids  # as validation samples may be
+        return self.held_out.isdisjoint([tuple(ids), tuple(cut)]) and (fits or self.truncate)
 
     def _encode(self, prompt: str, response: str) -> Sample:
         ids, inputs, labels = encode_pair(self.tokenizer, prompt, response)

@@ -5,7 +5,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 
@@ -18,23 +18,12 @@ from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
-def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int | None = None,
-    h_cycles: int | None = None,
-    l_cycles: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> list[str]:
-    """The responses to `prompts`, in their order; `generate_ids` says how.
+def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any) -> list[str]:
+    """The responses to `prompts`, in their order. `options` are those of `generate_ids`.
 
     Raises UserError for a prompt that is empty, too long or of unknown characters.
     """
-    if h_cycles and model.core is None:
+    if options.get("h_cycles") and model.core is None:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
@@ -43,9 +32,7 @@ def generate(
                 f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}"
             )
 
-    answers = generate_ids(
-        model, tokenizer, encoded, max_new_tokens, h_cycles, l_cycles, temperature, top_k, seed, batch_size
-    )
+    answers = generate_ids(model, tokenizer, encoded, **options)
     return [tokenizer.decode(answer) for answer in answers]
 
 
@@ -125,17 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
         model, tokenizer, _ = load_model(folder, device)
-    for answer in generate(
-        model,
-        tokenizer,
-        prompts,
-        args.max_new_tokens,
-        args.h_cycles,
-        args.l_cycles,
-        args.temperature,
-        args.top_k,
-        args.seed,
-    ):
+    names = ("max_new_tokens", "h_cycles", "l_cycles", "temperature", "top_k", "seed")
+    for answer in generate(model, tokenizer, prompts, **{name: getattr(args, name) for name in names}):
         print(json.dumps(answer, ensure_ascii=False) if as_json else answer)
     return 0
 
