@@ -7,7 +7,7 @@ how an error points at it. Sections are frozen: a config is a value.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal, get_args, get_origin
+from typing import Annotated, Any, Iterable, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,13 @@ from hrm_lm.errors import UserError
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Cycles(NamedTuple):
+    """How often the recurrence runs: slow H-cycles, and fast L-cycles within each of them."""
+
+    h: int
+    l: int
 
 
 class Section(BaseModel):
@@ -39,9 +46,9 @@ class HRMConfig(Section):
     deep_supervision: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean loss of the earlier H-cycles' outputs."""
 
-    def cycles(self, h_cycles: int | None, l_cycles: int | None) -> tuple[int, int]:
-        """The counts given; for None, the configured ones."""
-        return self.h_cycles if h_cycles is None else h_cycles, self.l_cycles if l_cycles is None else l_cycles
+    @property
+    def cycles(self) -> Cycles:
+        return Cycles(self.h_cycles, self.l_cycles)
 
 
 class BridgeConfig(Section):
@@ -56,7 +63,7 @@ class BridgeConfig(Section):
 
 class ModelConfig(Section):
     architecture: Literal["encoder_decoder", "prefix_lm"] = "encoder_decoder"
-    """`hrm_lm.models.hybrid`, or the published HRM-Text model, `hrm_lm.models.prefix_lm`."""
+    """`hrm_lm.models.encoder_decoder`, or the published HRM-Text model, `hrm_lm.models.prefix_lm`."""
     d_model: Positive = 64
     n_heads: Positive = 4
     encoder_layers: Count = 1
@@ -176,6 +183,8 @@ class DataConfig(Section):
     """Held-out share where the dataset brings no validation split."""
     val_samples: Annotated[int, Field(ge=1, le=4096)] = 500
     """Validation samples drawn where the dataset is endless (`reasoning_gym:`)."""
+    max_val_samples: Positive | None = 16_384
+    """Most validation samples that a validation reads, spread evenly over what is held out; null: all of them."""
     truncate: bool = False
     """Cut what is longer than the model takes, instead of refusing it."""
     synthetic: SyntheticConfig = SyntheticConfig()

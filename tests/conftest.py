@@ -7,10 +7,17 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 import torch
 
 from hrm_lm.config import Config, load_config
+from hrm_lm.data.collate import pad
+from hrm_lm.data.loading import train_batches
+from hrm_lm.data.prepared.writer import ShardWriter, write_meta
+from hrm_lm.data.splits import Splits
+from hrm_lm.data.tokenizer import SimpleTokenizer, Tokenizer
+from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.loop import train
 
@@ -28,6 +35,37 @@ def small_config(**overrides) -> Config:
         "ray.cpus_per_worker": 1,
     }  # fmt: skip
     return load_config(overrides=fields | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def batches_of(splits: Splits, config: Config, first: int = 0, rank: int = 0, world_size: int = 1, collate=pad):
+    """The training batches of a worker, in the guide's layout unless told otherwise."""
+    return train_batches(splits.train, splits.tokenizer, collate, config.train, first, rank, world_size)
+
+
+def eval_options(batch_size: int = 64, **options) -> EvalOptions:
+    return EvalOptions(**{"cycles": small_config().model.hrm.cycles, "batch_size": batch_size} | options)
+
+
+DIGITS = SimpleTokenizer("0123456789+=")
+
+
+def sums(n: int) -> list[tuple[str, str]]:
+    return [(f"{a}+{a * a}", str(a + a * a)) for a in range(n)]
+
+
+def write_prepared(
+    folder: Path, train, val=(("1+1", "2"), ("2+2", "4")), shards: int = 3, tokenizer: Tokenizer = DIGITS
+) -> Path:
+    """A prepared dataset of text pairs, the way `ray_jobs.prepare` leaves it."""
+    folder.mkdir(parents=True)
+    fs, closed = pyarrow.fs.LocalFileSystem(), {"train": [], "val": []}
+    for split, pairs, count in (("train", train, shards), ("val", val, 1)):
+        for i in range(count):
+            writer = ShardWriter(fs, str(folder), f"{split}-{i:05d}", tokenizer)
+            writer.write([(tokenizer.encode(prompt), tokenizer.encode(answer)) for prompt, answer in pairs[i::count]])
+            closed[split].append(writer.close())
+    write_meta(fs, str(folder), tokenizer, closed)
+    return folder
 
 
 class LocalSession:

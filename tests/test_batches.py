@@ -8,10 +8,10 @@ import torch
 from conftest import small_config, train_locally
 
 from hrm_lm.config import TrainConfig, load_config
-from hrm_lm.data.collate import IGNORE, pad_batch, padded_length
+from hrm_lm.data.collate import IGNORE, pad, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
-from hrm_lm.data.registry import Splits, sample_lengths
-from hrm_lm.data.sampler import global_batches, stream
+from hrm_lm.data.sampler import global_batches
+from hrm_lm.data.splits import Sample, Samples
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.training.step import Stats, build_state, train_step
@@ -23,9 +23,10 @@ BY_TOKENS = TrainConfig(steps=10_000, batch_tokens=2048, length_window=250)
 def skewed(n, seed=0, longest=512):
     """Prompts and responses of 8 to `longest` tokens, both log-uniform and independent: the hardest case."""
     lengths = np.exp(np.random.default_rng(seed).uniform(np.log(8), np.log(longest), (n, 2))).astype(int)
-    return [(np.full(p, 5), np.full(r, 6), np.full(r, 7)) for p, r in lengths]
+    return Samples([Sample(np.full(p, 5), np.full(r - 1, 6)) for p, r in lengths], TOKENIZER)
 
 
+TOKENIZER = SimpleTokenizer("x")
 SAMPLES = skewed(1000)
 
 
@@ -45,7 +46,7 @@ def test_every_window_holds_each_of_its_samples_once(config, window):
         row += batch
         if len(row) >= (windows + 1) * window:
             there = range(windows * window, (windows + 1) * window)
-            assert sorted(row[there.start :]) == sorted(stream(there.start, there.stop, SAMPLES, config.seed))
+            assert sorted(row[there.start :]) == sorted(SAMPLES.order(there.start, there.stop, config.seed))
             windows += 1
     assert windows > 5, "more than one epoch"
 
@@ -62,14 +63,14 @@ def test_a_token_budget_is_kept_and_filled():
     batches = first_batches(BY_TOKENS, 400)
     used = []
     for batch in batches:
-        lengths = padded_length(sample_lengths(SAMPLES, np.array(batch)))
+        lengths = padded_length(SAMPLES.lengths(np.array(batch)))
         used.append(len(batch) * int(lengths.max(axis=0).sum()))
     assert max(used) <= 2048
     assert np.median(used) > 0.8 * 2048  # windows of 250 samples cut coarsely
 
 
 def test_batches_come_in_no_order_of_length():
-    longest = [max(len(SAMPLES[i][0]) for i in batch) for batch in first_batches(BY_SIZE, 15)]
+    longest = [max(len(SAMPLES[i].prompt) for i in batch) for batch in first_batches(BY_SIZE, 15)]
     assert longest != sorted(longest)
 
 
@@ -77,11 +78,11 @@ def test_batches_come_in_no_order_of_length():
     "options", [{"batch_size": 64, "length_window": 131_072}, {"batch_tokens": 16_384, "length_window": 65_536}]
 )
 def test_on_a_skewed_corpus_padding_falls_below_a_tenth(options):
-    splits = Splits(skewed(30_000), [], SimpleTokenizer("x"))
+    split = skewed(30_000)
     by_length = TrainConfig(steps=10**6, **options)
-    shuffled = padding([b for (b,) in islice(train_batches(splits, TrainConfig(steps=10**6), 0, 0, 1), 50)])
+    shuffled = padding([b for (b,) in islice(train_batches(split, TOKENIZER, pad, TrainConfig(steps=10**6)), 50)])
     assert shuffled > 0.7
-    assert padding([b for (b,) in islice(train_batches(splits, by_length, 0, 0, 1), 300)]) < 0.1
+    assert padding([b for (b,) in islice(train_batches(split, TOKENIZER, pad, by_length), 300)]) < 0.1
 
 
 def test_padded_lengths_are_few_and_at_most_an_eighth_or_seven_longer():
@@ -89,17 +90,18 @@ def test_padded_lengths_are_few_and_at_most_an_eighth_or_seven_longer():
     padded = padded_length(lengths)
     assert (padded >= lengths).all() and (padded - lengths < np.maximum(8, lengths / 8 + 1)).all()
     assert len(np.unique(padded)) == 32
-    batch = pad_batch([([1] * 70, [1] * 3, [1] * 3)], pad_id=0, round_up=True)
+    batch = pad_batch([Sample([1] * 70, [1] * 2)], TOKENIZER, round_up=True)
     assert batch.encoder_ids.shape == (1, 72) and batch.labels.shape == (1, 8) and (batch.labels[0, 3:] == IGNORE).all()
 
 
 @pytest.mark.parametrize("config", [BY_SIZE, BY_TOKENS])
 @pytest.mark.parametrize("world_size, accum", [(2, 1), (1, 4), (3, 2)])
 def test_workers_and_accumulation_share_out_the_same_global_batches(config, world_size, accum):
-    splits = Splits(SAMPLES, SAMPLES, SimpleTokenizer("x"))
     shared = config.model_copy(update={"grad_accum_steps": accum})
-    alone = islice(train_batches(splits, config, 5, 0, 1), 20)
-    workers = [islice(train_batches(splits, shared, 5, rank, world_size), 20) for rank in range(world_size)]
+    alone = islice(train_batches(SAMPLES, TOKENIZER, pad, config, 5), 20)
+    workers = [
+        islice(train_batches(SAMPLES, TOKENIZER, pad, shared, 5, rank, world_size), 20) for rank in range(world_size)
+    ]
     for (whole,), *shares in zip(alone, *workers):
         assert [len(share) for share in shares] == [accum] * world_size
         micro = [batch for share in shares for batch in share]
@@ -114,11 +116,11 @@ def test_workers_and_accumulation_share_out_the_same_global_batches(config, worl
 
 
 def test_validation_batches_hold_each_sample_once_over_all_workers():
-    splits = Splits([], SAMPLES, SimpleTokenizer("x"))
-    batches = [b for rank in range(3) for (b,) in val_batches(splits, 16, rank, 3)]
-    assert sorted(int(n) for b in batches for n in b.encoder_mask.sum(1)) == sorted(len(p) for p, _, _ in SAMPLES)
+    batches = [b for rank in range(3) for (b,) in val_batches(SAMPLES, TOKENIZER, pad, 16, rank, 3)]
+    assert sorted(int(n) for b in batches for n in b.encoder_mask.sum(1)) == sorted(len(s.prompt) for s in SAMPLES)
     assert padding(batches) < 0.5
-    ((spare,),) = val_batches(Splits([], SAMPLES[:2], SimpleTokenizer("x")), 16, 2, 3)
+    two = Samples([SAMPLES[0], SAMPLES[1]], TOKENIZER)
+    ((spare,),) = val_batches(two, TOKENIZER, pad, 16, 2, 3)
     assert (spare.labels == IGNORE).all(), "workers that share a model run together, also the one without a sample"
 
 
@@ -163,7 +165,7 @@ def test_the_share_of_padding_is_reported(tmp_path):
     config = small_config(train__val_every=6)
     session = train_locally(config, tmp_path)
     state = build_state(config, 20)
-    batch = pad_batch([([5] * 6, [1] * 3, [5] * 3), ([5] * 2, [1], [5])], pad_id=0)
+    batch = pad_batch([Sample([5] * 6, [5] * 2), Sample([5] * 2, [])], TOKENIZER)
     stats = Stats(state)
     train_step(state, [batch], stats)
     assert stats.read()["padding"] == pytest.approx(1 - 12 / 18)

@@ -7,9 +7,12 @@ import pytest
 
 from hrm_lm.config import DataConfig, ModelConfig, SyntheticConfig, TrainConfig
 from hrm_lm.data.collate import IGNORE, pad_batch
-from hrm_lm.data.registry import Splits, load_dataset
-from hrm_lm.data.sampler import global_batches, permuted, stream, worker_share
+from hrm_lm.data.order import epochs, permuted
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import global_batches, worker_share
+from hrm_lm.data.splits import Limits, Ragged, Sample, Samples, Splits
 from hrm_lm.data.synthetic import build_synthetic_dataset
+from hrm_lm.data.text import TextSplit
 from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 
@@ -23,6 +26,15 @@ def pairs(n, **extra):
     return [{"prompt": f"p{i}", "response": f"r{i}", **extra} for i in range(n)]
 
 
+TOKENIZER = SimpleTokenizer("abcdefgh")
+
+
+def texts(splits, split):
+    """The prompts and responses of a split, as texts."""
+    decode = splits.tokenizer.decode
+    return [(decode(sample.prompt), decode(sample.response)) for sample in split]
+
+
 def load(path, model=ModelConfig(), **fields):
     return load_dataset(DataConfig(dataset=str(path), **fields), model, seed=0)
 
@@ -31,7 +43,7 @@ def load(path, model=ModelConfig(), **fields):
 
 
 def test_pad_batch_makes_the_five_tensors_of_the_guide():
-    batch = pad_batch([([5, 6, 7], [1, 8], [8, 2]), ([9], [1], [2])], pad_id=0)
+    batch = pad_batch([Sample([5, 6, 7], [8]), Sample([9], [])], TOKENIZER)
     assert batch.encoder_ids.tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch.encoder_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.decoder_input_ids.tolist() == [[1, 8], [1, 0]]
@@ -39,11 +51,103 @@ def test_pad_batch_makes_the_five_tensors_of_the_guide():
     assert batch.decoder_mask.tolist() == [[1, 1], [1, 0]]
 
 
+def test_a_cut_response_has_no_end_in_a_batch():
+    batch = pad_batch([Sample([5], [8, 9], ends=False), Sample([5], [8, 9])], TOKENIZER)
+    assert batch.labels.tolist() == [[8, 9, IGNORE], [8, 9, 2]]
+    assert batch.decoder_input_ids.tolist() == [[1, 8, 0], [1, 8, 9]]
+
+
+def test_samples_taken_in_another_order_are_the_same_samples():
+    samples = [Sample([5, 6, 7], [8]), Sample([9], []), Sample([4], [4, 5, 6], ends=False)]
+    taken = Ragged.of(samples).take(np.array([2, 0, 1]))
+    for a, b in zip(taken, Ragged.of([samples[2], samples[0], samples[1]]), strict=True):
+        assert a.tolist() == b.tolist()
+
+
+# --- what a data set's function may return -----------------------------------------------------------------------
+
+PAIRS = [("ab", "ba"), ("cd", "dc"), ("e", "")]
+IDS = [(TOKENIZER.encode(prompt), TOKENIZER.encode(response)) for prompt, response in PAIRS]
+TRIPLES = [(prompt, [1, *response], [*response, 2]) for prompt, response in IDS]
+
+
+class Rows:
+    """A data set of the `datasets` library, as far as it is used: a length, and rows that are dicts."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        prompt, response = self.pairs[i]
+        return {"prompt": prompt, "response": response, "id": i}
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        PAIRS,
+        tuple(PAIRS),
+        np.array(PAIRS),
+        Rows(PAIRS),
+        IDS,
+        [(np.array(p), np.array(r, dtype=int)) for p, r in IDS],
+        TRIPLES,
+        [Sample(*pair) for pair in IDS],
+        [{"prompt": prompt, "response": response} for prompt, response in PAIRS],
+    ],
+    ids=["list", "tuple", "array", "datasets", "ids", "arrays", "triples", "samples", "dicts"],
+)
+def test_whatever_holds_samples_is_a_split(train):
+    for given in (train, (train[i] for i in range(3))):
+        splits = Splits(given, PAIRS[:1], TOKENIZER)
+        assert len(splits.train) == 3 and texts(splits, (splits.train[i] for i in range(3))) == PAIRS
+        assert splits.train.lengths(np.array([1, 2])).tolist() == [[2, 3], [1, 1]]
+        batch = pad_batch([splits.train[i] for i in range(3)], TOKENIZER)
+        assert batch.labels.tolist() == pad_batch([Sample(*pair) for pair in IDS], TOKENIZER).labels.tolist()
+
+
+@pytest.mark.parametrize(
+    "sample, message",
+    [
+        ({"prompt": "a"}, "train sample 2: a sample needs the field 'response'; it has 'prompt'"),
+        (("a", "b", "c", "d"), "train sample 2: a sample is a prompt and a response, or the triple"),
+        (5, "train sample 2: a sample is a prompt and a response"),
+        (([4], [4, 5], [5, 2]), r"train sample 2: decoder_input_ids must be BOS \(1\) and the labels less the last"),
+    ],
+)
+def test_what_is_no_sample_is_named_by_its_place(sample, message):
+    with pytest.raises(UserError, match=message):
+        Splits([PAIRS[0], sample], PAIRS[:1], TOKENIZER)
+
+
+def test_a_driver_that_checks_a_large_text_data_set_does_not_tokenize_it(monkeypatch):
+    pairs = [(f"{i:030d}", "x" * 20) for i in range(30_000)] + [("0" * 70, "x")]
+    tokenizer, tokenized = SimpleTokenizer("0123456789x"), []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: tokenized.append(text) or encode(text))
+    split = TextSplit(pairs, tokenizer)
+    with pytest.raises(UserError, match="sample 30001: the prompt has 70 tokens, more than model.max_prompt_len"):
+        split.fitted(Limits(64, 32), truncate=False)
+    assert len(tokenized) == 2
+    assert len(split.fitted(Limits(128, 32), truncate=False)) == 30_001 and len(tokenized) == 2
+
+
+def test_validation_reads_at_most_so_many_samples_spread_over_all(tmp_path):
+    file = jsonl(tmp_path / "d.jsonl", *pairs(1000))
+    whole, capped = (load(file, val_fraction=0.5, max_val_samples=most) for most in (None, 10))
+    assert (len(whole.val), len(capped.val), len(capped.train)) == (500, 10, 500)
+    assert texts(capped, capped.val) == texts(whole, whole.val)[::50]
+    assert capped.val.prompts() == whole.val.prompts(), "all stay held out"
+
+
 # --- order -------------------------------------------------------------------------------------------------------
 
 
 def batches(number, seed, first=0):
-    return list(islice(global_batches(range(10), TrainConfig(batch_size=4, seed=seed), first), number))
+    return list(islice(global_batches(Samples([Sample([5], [6])] * 10, TOKENIZER), TrainConfig(batch_size=4, seed=seed), first), number))
 
 
 def test_every_epoch_visits_each_sample_once_also_across_batch_borders():
@@ -59,7 +163,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
 
 @pytest.mark.parametrize("num_samples", [1, 2, 10, 257, 4096])
 def test_an_epoch_is_a_permutation_of_any_number_of_samples(num_samples):
-    assert sorted(stream(num_samples, 2 * num_samples, range(num_samples), seed=5)) == list(range(num_samples))
+    assert sorted(epochs(num_samples, 2 * num_samples, num_samples, seed=5)) == list(range(num_samples))
 
 
 def test_epochs_order_samples_evenly():
@@ -83,7 +187,7 @@ def test_workers_share_a_batch_without_loss_or_overlap(world_size, accum):
 @pytest.mark.parametrize("num_samples", [20_000, 300])
 def test_validation_sums_are_not_in_training_not_even_swapped(num_samples):
     splits = build_synthetic_dataset(DataConfig(synthetic=SyntheticConfig(num_samples=num_samples)))
-    questions = [[splits.tokenizer.decode(sample[0]) for sample in split] for split in splits[:2]]
+    questions = [[prompt for prompt, _ in texts(splits, split)] for split in (splits.train, splits.val)]
     train, val = ({tuple(sorted(map(int, re.findall(r"\d+", q)))) for q in side} for side in questions)
     assert val and not train & val
     assert len(questions[0]) == len(set(questions[0]))
@@ -92,11 +196,10 @@ def test_validation_sums_are_not_in_training_not_even_swapped(num_samples):
 def test_answers_are_sums_and_digits_are_in_range():
     options = SyntheticConfig(min_digits=3, max_digits=6, num_samples=500)
     splits = build_synthetic_dataset(DataConfig(synthetic=options))
-    for prompt, inputs, labels in splits.train:
-        a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", splits.tokenizer.decode(prompt)).groups())
+    for prompt, response in texts(splits, splits.train):
+        a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", prompt).groups())
         assert 100 <= a <= 999_999 and 100 <= b <= 999_999
-        assert splits.tokenizer.decode(labels) == str(a + b) and labels[-1] == splits.tokenizer.eos_id
-        assert list(inputs) == [splits.tokenizer.bos_id, *labels[:-1]]
+        assert response == str(a + b)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
@@ -121,7 +224,7 @@ def test_an_unknown_character_is_an_error_or_an_id():
 def test_a_jsonl_file_is_split_by_prompt_and_a_folder_brings_its_own_split(tmp_path):
     file = jsonl(tmp_path / "data.jsonl", *pairs(20), *pairs(20))
     splits = load(file, val_fraction=0.25)
-    train, val = ({tuple(sample[0]) for sample in split} for split in splits[:2])
+    train, val = splits.train.prompts(), splits.val.prompts()
     assert len(splits.train) == 30 and len(splits.val) == 10 and not train & val
 
     folder = tmp_path / "folder"
@@ -170,8 +273,8 @@ def test_a_record_too_long_is_named_or_cut_when_asked(tmp_path):
     with pytest.raises(UserError, match=r"d\.jsonl:10: the prompt has 20 tokens, more than model.max_prompt_len \(8\)"):
         load(file, model)
     splits = load(file, model, truncate=True)
-    assert max(len(p) for p, _, _ in splits.train + splits.val) == 8
-    assert max(len(l) for _, _, l in splits.train + splits.val) == 4
+    lengths = np.concatenate([split.lengths(np.arange(len(split))) for split in (splits.train, splits.val)])
+    assert lengths.max(axis=0).tolist() == [8, 4]
 
 
 # --- registry ----------------------------------------------------------------------------------------------------
@@ -187,7 +290,7 @@ def test_a_dataset_of_ones_own_is_a_function_named_on_the_command_line(tmp_path,
     )
     monkeypatch.syspath_prepend(tmp_path)
     splits = load("my_data:shout")
-    assert isinstance(splits, Splits) and splits.tokenizer.decode(splits.val[0][2]) == "AA"
+    assert texts(splits, splits.val) == [("aa", "AA")]
 
 
 @pytest.mark.parametrize(

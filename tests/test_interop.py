@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT, small_config, train_locally
 
 from hrm_lm.config import load_config
-from hrm_lm.data.collate import pad_batch
+from hrm_lm.data.collate import join
+from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
@@ -17,9 +18,8 @@ from hrm_lm.interop.export import main as export
 from hrm_lm.interop.hrm_text import to_hrm_text
 from hrm_lm.interop.import_ import main as import_
 from hrm_lm.models.build import build_model
-from hrm_lm.models.prefix_lm import compact
 from hrm_lm.training.checkpoint import Progress, load_model, save_model
-from hrm_lm.training.step import backprop_window, token_loss
+from hrm_lm.training.step import backprop_steps_of
 
 transformers = pytest.importorskip("transformers")
 TOKENIZER = SimpleTokenizer("What is+?0123456789\n")
@@ -47,24 +47,24 @@ def random_checkpoint(folder, d_model, n_heads, h_cycles, l_cycles, layers, back
 def random_batch():
     generator = torch.Generator().manual_seed(2)
     draw = lambda n: torch.randint(4, TOKENIZER.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
-    return pad_batch([(draw(s), draw(t), draw(t)) for s, t in [(3, 6), (40, 2), (9, 1), (1, 17)]], 0)
+    return join(Ragged.of([Sample(draw(s), draw(t)) for s, t in [(3, 5), (40, 1), (9, 0), (1, 16)]]), TOKENIZER)
 
 
 def their_logits(hf_model, batch):
     """Transformers' logits, brought to where `batch.labels` are."""
-    ids, mask = compact(
-        torch.cat([batch.encoder_ids, batch.decoder_input_ids[:, 1:]], 1),
-        torch.cat([batch.encoder_mask, batch.decoder_mask[:, 1:]], 1),
-    )
-    lengths = batch.encoder_mask.sum(1, keepdim=True)
-    prompt = (torch.arange(ids.shape[1]) < lengths).long()
-    logits = hf_model(input_ids=ids, attention_mask=mask, token_type_ids=prompt).logits
-    return torch.stack([row[n - 1 : n - 1 + batch.labels.shape[1]] for row, n in zip(logits, lengths)])
+    places = torch.arange(batch.ids.shape[1])
+    mask = (places < batch.lengths[:, None]).long()
+    prompt = ((batch.sees_to > places) | (places == batch.sees_to[:, :1])).long()  # a response token sees itself last
+    logits = hf_model(input_ids=batch.ids, attention_mask=mask, token_type_ids=prompt).logits
+    return logits.flatten(0, 1)[batch.label_at]
 
 
-def assert_same_logits(ours, theirs, batch):
-    labelled = batch.labels != -100
-    torch.testing.assert_close(ours[labelled], theirs[labelled], atol=1e-4, rtol=0)
+def our_logits(model, batch):
+    return model.head(model.states(batch, model.config.hrm.cycles)[-1])
+
+
+def assert_same_logits(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(tmp_path, expor
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(export_to(tmp_path / "ours"))
     batch = random_batch()
     with torch.no_grad():
-        assert_same_logits(model(batch)[-1], their_logits(hf_model, batch), batch)
+        assert_same_logits(our_logits(model, batch), their_logits(hf_model, batch))
 
 
 @EVERY_SHAPE
@@ -111,7 +111,7 @@ def test_an_imported_model_gives_the_same_logits_here(tmp_path, command, export_
     model, tokenizer, checkpoint = load_model(tmp_path / "back")
     batch = random_batch()
     with torch.no_grad():
-        assert_same_logits(model(batch)[-1], their_logits(hf_model, batch), batch)
+        assert_same_logits(our_logits(model, batch), their_logits(hf_model, batch))
     assert tokenizer.encode("What is 1 + 2?") == TOKENIZER.encode("What is 1 + 2?")
     assert tokenizer.decode([2, *TOKENIZER.encode("a 7\n"), 0]) == "a 7\n"
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
@@ -123,9 +123,9 @@ def test_gradients_agree_where_the_windows_do(tmp_path, export_to, shape):
     model, _, checkpoint = load_model(random_checkpoint(tmp_path / "ours", **shape))
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(export_to(tmp_path / "ours"))
     batch = random_batch()
-    window = backprop_window(checkpoint.config.model.hrm, step=0)
-    token_loss(model.train()(batch, backprop_steps=window)[-1], batch.labels).backward()
-    token_loss(their_logits(hf_model.train(), batch), batch.labels).backward()
+    hrm = checkpoint.config.model.hrm
+    model.train()(batch, hrm.cycles, backprop_steps_of(hrm, 0, hrm.cycles))[-1].losses.sum().backward()
+    torch.nn.functional.cross_entropy(their_logits(hf_model.train(), batch), batch.labels, reduction="sum").backward()
     ours = to_hrm_text({name: p.grad for name, p in model.named_parameters()})
     theirs = {name: p.grad for name, p in hf_model.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()
@@ -167,7 +167,7 @@ def test_the_presets_have_the_published_shapes():
         assert (theirs.num_attention_heads, theirs.head_dim) == (heads, 128)
         assert (theirs.H_cycles, theirs.L_cycles, theirs.L_bp_cycles) == (2, 3, [0, 3])
         assert theirs.max_position_embeddings == 4096
-        window = lambda step: backprop_window(config.model.hrm, step)  # noqa: E731
+        window = lambda step: backprop_steps_of(config.model.hrm, step, config.model.hrm.cycles)  # noqa: E731
         fifth = config.train.steps // 5
         assert (window(0), window(fifth // 2), window(fifth - 1), window(fifth)) == (2, 3, 4, 5)
 

@@ -2,13 +2,17 @@ import pytest
 import torch
 from conftest import small_config
 
-from hrm_lm.data.collate import pad_batch
-from hrm_lm.models.build import LanguageModel, build_model
-from hrm_lm.models.hrm import HRMCore, gradient_window
+from hrm_lm.config import Cycles
+from hrm_lm.data.collate import pack
+from hrm_lm.data.splits import Ragged, Sample
+from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.models.build import build_model
+from hrm_lm.models.contract import LanguageModel
+from hrm_lm.models.hrm import HRMCore, carries_gradient
 from hrm_lm.models.layers import Stack, rotary
-from hrm_lm.training.step import token_loss
 
 VOCAB = 20
+CYCLES = Cycles(2, 2)
 BRIDGES = pytest.mark.parametrize("bridge", ["cross_attention", "prefix"])
 KINDS = {
     "cross_attention": {},
@@ -25,29 +29,53 @@ def build(**overrides) -> LanguageModel:
     return build_model(small_config(**overrides).model, VOCAB)
 
 
-def samples(*lengths: tuple[int, int]):
+def samples(*lengths: tuple[int, int]) -> list[Sample]:
+    """Random samples of so many tokens of prompt and of response."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(4, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
-    return [(draw(s), draw(t), draw(t)) for s, t in lengths]
+    return [Sample(draw(s), draw(t)) for s, t in lengths]
+
+
+def batch_of(model: LanguageModel, *some: Sample, round_up: bool = False):
+    return model.collate(Ragged.of(some), SimpleTokenizer, round_up)
+
+
+def losses(model: LanguageModel, batch, cycles: Cycles | None = None, **options):
+    """The answer's loss of each label, in the order of the samples, and without padding."""
+    return model(batch, cycles or model.config.hrm.cycles, **options)[-1].losses[batch.labels >= 0]
 
 
 @MODELS
-def test_a_sample_gets_the_same_logits_alone_and_beside_longer_ones(kind):
+def test_a_sample_gets_the_same_losses_alone_and_beside_longer_ones(kind):
     model = build(**kind).eval()
     short, *longer = samples((3, 2), (9, 7), (5, 4))
-    alone = model(pad_batch([short], 0))[-1]
-    together = model(pad_batch([short, *longer], 0))[-1]
-    torch.testing.assert_close(together[:1, :2], alone, atol=1e-5, rtol=1e-5)
+    alone = losses(model, batch_of(model, short))
+    for round_up in (False, True):
+        together = losses(model, batch_of(model, short, *longer, round_up=round_up))
+        torch.testing.assert_close(together[:3], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_packed_into_a_row_get_the_losses_and_gradients_they_get_in_rows_of_their_own():
+    model, some = build(model__architecture="prefix_lm"), samples((3, 2), (9, 7), (1, 0), (5, 4))
+    results = []
+    for batch in (batch_of(model, *some), pack(Ragged.of(some), SimpleTokenizer), pack(Ragged.of(some), SimpleTokenizer, True)):
+        model.zero_grad()
+        each = losses(model, batch)
+        each.sum().backward()
+        results.append((each.detach(), [p.grad.clone() for p in model.parameters()]))
+    for each, gradients in results[1:]:
+        torch.testing.assert_close(each, results[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients, results[0][1], atol=1e-5, rtol=1e-4)
 
 
 @MODELS
 def test_the_response_does_not_see_the_future(kind):
     model = build(**kind).eval()
-    ((prompt, inputs, labels),) = samples((4, 6))
-    changed = (prompt, inputs[:3] + [5, 6, 7], labels)
-    a, b = model(pad_batch([(prompt, inputs, labels)], 0))[-1], model(pad_batch([changed], 0))[-1]
-    torch.testing.assert_close(a[:, :3], b[:, :3])
-    assert not torch.allclose(a[:, 3:], b[:, 3:])
+    (sample,) = samples((4, 6))
+    changed = sample._replace(response=[*sample.response[:2], 5, 6, 7, 8])
+    a, b = (losses(model, batch_of(model, one)) for one in (sample, changed))
+    torch.testing.assert_close(a[:2], b[:2])
+    assert not torch.allclose(a[3:], b[3:])
 
 
 def applications_with_gradient(backprop_steps, h_cycles=2, l_cycles=2) -> str:
@@ -65,7 +93,7 @@ def applications_with_gradient(backprop_steps, h_cycles=2, l_cycles=2) -> str:
 
     core = HRMCore(Spy("H"), Spy("L"), d_model=2)
     x = torch.ones(1, 1, 2, requires_grad=True)
-    core(x, None, None, h_cycles, l_cycles, backprop_steps)[-1].sum().backward()
+    core(x, None, None, Cycles(h_cycles, l_cycles), backprop_steps)[-1].sum().backward()
     assert x.grad is not None, "the encoder must learn whatever the window"
     assert core.h_stack.weight.grad is not None and core.l_stack.weight.grad is not None
     return "".join(order)
@@ -79,16 +107,16 @@ def test_the_gradient_window_takes_the_last_applications_of_h_first_and_at_least
 
 
 def test_the_gradient_window_of_the_release_covers_both_h_cycles_and_the_last_three_of_l():
-    assert gradient_window(h_cycles=2, l_cycles=3, backprop_steps=5) == [False] * 3 + [True] + [True] * 4
+    assert carries_gradient(Cycles(2, 3), backprop_steps=5) == ([[False] * 3, [True] * 3], [True, True])
 
 
 def test_a_prefix_lm_passes_nothing_around_a_window_that_cuts_the_embedding_off():
     model = build(model__architecture="prefix_lm")
-    batch = pad_batch(samples((4, 3)), 0)
-    token_loss(model(batch, backprop_steps=2)[-1], batch.labels).backward()
+    batch = batch_of(model, *samples((4, 3)))
+    losses(model, batch, backprop_steps=2).sum().backward()
     assert model.embedding.weight.grad.abs().sum() == 0  # there, as DistributedDataParallel needs it, but zero
     model.zero_grad()
-    token_loss(model(batch, backprop_steps=3)[-1], batch.labels).backward()
+    losses(model, batch, backprop_steps=3).sum().backward()
     assert model.embedding.weight.grad.abs().sum() > 0
 
 
@@ -101,7 +129,7 @@ def test_the_recurrence_is_the_one_of_the_paper():
         for _ in range(3):
             z_l = l(z_l + z_h, rope)
         z_h = h(z_h + z_l, rope)
-    torch.testing.assert_close(HRMCore(h, l, 8)(x, rope, None, 2, 3)[-1], z_h)
+    torch.testing.assert_close(HRMCore(h, l, 8)(x, rope, None, Cycles(2, 3))[-1], z_h)
 
 
 @ARCHITECTURES
@@ -109,9 +137,9 @@ def test_the_recurrence_is_the_one_of_the_paper():
 def test_bf16_gradients_survive_the_parts_without_a_graph(architecture, window):
     """Autocast caches weights cast under no_grad; reused in the window they would leave the stacks without gradient."""
     model = build(model__architecture=architecture)
-    batch = pad_batch(samples((4, 3)), 0)
+    batch = batch_of(model, *samples((4, 3)))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = token_loss(model(batch, backprop_steps=window)[-1], batch.labels)
+        loss = losses(model, batch, backprop_steps=window).sum()
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -122,7 +150,7 @@ def test_bf16_gradients_survive_the_parts_without_a_graph(architecture, window):
 def test_zero_h_cycles_is_a_model_without_a_core(architecture):
     model = build(model__hrm__h_cycles=0, model__architecture=architecture)
     assert not [name for name in model.state_dict() if "core" in name]
-    assert model(pad_batch(samples((4, 3)), 0))[-1].shape == (1, 3, VOCAB)
+    assert losses(model, batch_of(model, *samples((4, 3)))).shape == (4,)
 
 
 def test_a_plain_prefix_lm_has_the_parameters_of_its_hrm():
@@ -133,40 +161,40 @@ def test_a_plain_prefix_lm_has_the_parameters_of_its_hrm():
 @ARCHITECTURES
 def test_a_model_can_be_run_with_more_cycles_than_it_was_built_with(architecture):
     model = build(model__architecture=architecture).eval()
-    batch = pad_batch(samples((4, 3)), 0)
-    assert not torch.allclose(model(batch)[-1], model(batch, h_cycles=5, l_cycles=3)[-1])
+    batch = batch_of(model, *samples((4, 3)))
+    assert not torch.allclose(losses(model, batch), losses(model, batch, Cycles(5, 3)))
 
 
 @ARCHITECTURES
-def test_deep_supervision_gives_the_logits_of_every_h_cycle_while_training(architecture):
+def test_deep_supervision_gives_a_prediction_of_every_h_cycle_while_training(architecture):
     model = build(model__hrm__deep_supervision=0.5, model__hrm__h_cycles=3, model__architecture=architecture)
-    batch = pad_batch(samples((4, 3)), 0)
-    assert len(model(batch)) == 3
-    assert len(model.eval()(batch)) == 1
+    batch = batch_of(model, *samples((4, 3)))
+    assert len(model(batch, Cycles(3, 2))) == 3
+    assert len(model.eval()(batch, Cycles(3, 2))) == 1
 
 
 @BRIDGES
 def test_the_gate_is_shut_during_its_warmup_and_a_checkpoint_remembers(bridge):
     model = build(model__bridge__type=bridge, model__bridge__gate_warmup_steps=5).eval()
-    a, b = (pad_batch([(prompt, [1, 5], [5, 2])], 0) for prompt in ([4, 5, 6], [7, 8, 9, 10]))
+    a, b = (batch_of(model, Sample(prompt, [5])) for prompt in ([4, 5, 6], [7, 8, 9, 10]))
     model.set_step(4)
-    torch.testing.assert_close(model(a)[-1], model(b)[-1])  # nothing of the prompt crosses
+    torch.testing.assert_close(losses(model, a), losses(model, b))  # nothing of the prompt crosses
     copy = build(model__bridge__type=bridge, model__bridge__gate_warmup_steps=5).eval()
     model.set_step(5)
-    assert not torch.allclose(model(a)[-1], model(b)[-1])
+    assert not torch.allclose(losses(model, a), losses(model, b))
     copy.load_state_dict(model.state_dict())
-    torch.testing.assert_close(copy(a)[-1], model(a)[-1])
+    torch.testing.assert_close(losses(copy, a), losses(model, a))
 
 
 @MODELS
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(kind, side):
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(kind):
     model = build(**kind).eval()
-    batch = pad_batch([(p, [1, *t[1:]], l) for p, t, l in samples((3, 6), (8, 6))], 0)
-    whole = model(batch)[-1]
-    ids, mask = batch.encoder_ids, batch.encoder_mask
-    if side == "left":
-        ids, mask = (torch.stack([tensor[0].roll(8 - 3), tensor[1]]) for tensor in (ids, mask))
-    logits, decoding = model.prefill(ids, mask, 1, max_new_tokens=6)
-    steps = [logits] + [model.decode(batch.decoder_input_ids[:, t], decoding) for t in range(1, 6)]
+    some = samples((3, 6), (8, 6))
+    batch = batch_of(model, *some)
+    (states,) = model.states(batch, CYCLES)
+    whole = model.head(states).view(2, 7, VOCAB)
+    prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.prompt) for s in some], batch_first=True)
+    lens, responses = torch.tensor([3, 8]), torch.tensor([s.response for s in some])
+    logits, decoding = model.prefill(prompts, lens, SimpleTokenizer.bos_id, max_new_tokens=7, cycles=CYCLES)
+    steps = [logits] + [model.decode(responses[:, t], decoding) for t in range(6)]
     torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import LocalSession, small_config, train_locally
+from conftest import LocalSession, eval_options, small_config, train_locally
 from safetensors.torch import load_file
 
 from hrm_lm.data.registry import load_dataset
@@ -104,7 +104,7 @@ def test_fsdp_has_the_curve_of_ddp(runs, kind):
 def test_workers_answer_for_the_verifier_together_sharded_or_not(runs):
     ddp, fsdp = (runs[0][f"scored_{parallel}"] for parallel in ("ddp", "fsdp"))
     model, _, checkpoint = load_model(max((runs[1] / "scored_fsdp").glob("step_*")))
-    alone = validate(model, load_dataset(checkpoint.config.data, checkpoint.config.model, 0), 3)
+    alone = validate(model, load_dataset(checkpoint.config.data, checkpoint.config.model, 0), eval_options(3))
     for name in ("val_loss", "val_exact_match", "val_score"):
         assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
         assert fsdp[-1][name] == pytest.approx(alone[name], rel=1e-5)
@@ -148,7 +148,7 @@ def test_one_workers_checkpoint_resumes_on_two(runs):
 def test_a_sharded_checkpoint_generates_and_evaluates_on_one_machine(runs, kind):
     model, tokenizer, checkpoint = load_model(max((runs[1] / f"{kind}_fsdp").glob("step_*")))
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
-    val_loss = validate(model, splits, 8)["val_loss"]
+    val_loss = validate(model, splits, eval_options(8, cycles=checkpoint.config.model.hrm.cycles))["val_loss"]
     assert val_loss == pytest.approx(runs[0][f"{kind}_fsdp"][-1]["val_loss"], rel=1e-5)
     whole, *_ = load_model(max((runs[1] / f"{kind}_ddp").glob("step_*")))
     prompts = ["What is 1 + 2?", "What is 8 + 7?"]

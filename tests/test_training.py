@@ -5,19 +5,20 @@ import math
 
 import pytest
 import torch
-from conftest import LocalSession, small_config, train_locally
+from conftest import LocalSession, batches_of, eval_options, small_config, train_locally
 from safetensors.torch import load_file
 
-from hrm_lm.config import HRMConfig, OptimConfig
-from hrm_lm.data.loading import prefetch, train_batches
+from hrm_lm.config import Cycles, HRMConfig, OptimConfig
+from hrm_lm.data.loading import prefetch
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.splits import Splits
 from hrm_lm.errors import UserError
-from hrm_lm.inference import decoding
 from hrm_lm.inference.generate import generate
+from hrm_lm.models import decoding
 from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
 from hrm_lm.training.optim import AdamAtan2
-from hrm_lm.training.step import Stats, backprop_window, build_state, learning_rate, sampled_h_cycles, train_step
+from hrm_lm.training.step import Stats, backprop_steps_of, build_state, cycles_of, learning_rate, train_step
 from hrm_lm.training.validation import validate
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
@@ -68,7 +69,7 @@ def test_grad_clip_bounds_the_update_and_the_norm_is_reported_unclipped():
     state = build_state(config, splits.tokenizer.vocab_size)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     stats = Stats(state)
-    train_step(state, next(train_batches(splits, config.train, 0, 0, 1)), stats)
+    train_step(state, next(batches_of(splits, config)), stats)
     moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in state.model.named_parameters()))
     assert stats.read()["grad_norm"] > 0.1
     assert 0 < moved < 1e-6 * config.optim.lr * 2  # with eps 1, Adam's first step is about lr * gradient
@@ -98,9 +99,9 @@ def test_the_schedule_warms_up_and_ends_at_its_floor():
 
 def test_the_gradient_window_warms_up_from_two():
     config = HRMConfig(h_cycles=2, l_cycles=3, backprop_steps=5, backprop_warmup_steps=6)
-    assert [backprop_window(config, step) for step in range(8)] == [2, 2, 3, 3, 4, 4, 5, 5]
-    assert backprop_window(HRMConfig(backprop_steps="all"), 0) is None
-    assert backprop_window(HRMConfig(h_cycles=2, l_cycles=2, backprop_steps=6), 0) is None
+    assert [backprop_steps_of(config, step, config.cycles) for step in range(8)] == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert backprop_steps_of(HRMConfig(backprop_steps="all"), 0, Cycles(2, 2)) is None
+    assert backprop_steps_of(HRMConfig(backprop_steps=6), 0, Cycles(2, 2)) is None
 
 
 @ARCHITECTURES
@@ -111,13 +112,13 @@ def test_every_step_draws_its_h_cycles_anew_and_runs_that_many(architecture):
     state, cycles = build_state(config, splits.tokenizer.vocab_size), []
     state.model.core.h_stack.register_forward_hook(lambda *_: cycles.append(state.step))
     stats = Stats(state)
-    for batches in train_batches(splits, config.train, 0, 0, 1):
+    for batches in batches_of(splits, config, collate=state.model.collate):
         train_step(state, batches, stats)
-    drawn = [sampled_h_cycles(config.train, step) for step in range(config.train.steps)]
+    drawn = [cycles_of(config, step).h for step in range(config.train.steps)]
     assert [cycles.count(step) for step in range(config.train.steps)] == drawn and set(drawn) == {1, 2, 3, 4}
-    other_seed = config.train.model_copy(update={"seed": 1})
-    assert [sampled_h_cycles(other_seed, step) for step in range(config.train.steps)] != drawn
-    assert sampled_h_cycles(small_config().train, 0) is None
+    other_seed = small_config(**options, train__sample_h_cycles=[1, 4], train__seed=1)
+    assert [cycles_of(other_seed, step).h for step in range(config.train.steps)] != drawn
+    assert cycles_of(small_config(), 0) == Cycles(2, 2)
 
 
 def adam_atan2_weights(scale, weight_decay=0.1, steps=5):
@@ -158,10 +159,10 @@ def test_the_average_of_the_weights_is_what_validates_and_generates(tmp_path, ar
         average = saved
     model, _, checkpoint = load_model(folders[-1])
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
-    val_loss = validate(model, splits, 8)["val_loss"]
+    val_loss = validate(model, splits, eval_options(8))["val_loss"]
     assert val_loss == pytest.approx(session.reports[-1]["val_loss"], rel=1e-5)
     model.load_state_dict(load_file(folders[-1] / "model.safetensors"))
-    assert validate(model, splits, 8)["val_loss"] != pytest.approx(val_loss, rel=1e-3)
+    assert validate(model, splits, eval_options(8))["val_loss"] != pytest.approx(val_loss, rel=1e-3)
 
     child = train_locally(small_config(train__init_from=str(folders[-1]), train__steps=1, optim__lr=1e-12,
                                        model__architecture=architecture), tmp_path / "child")  # fmt: skip
@@ -184,12 +185,13 @@ def test_val_exact_match_is_that_of_greedy_generation(tmp_path, architecture):
     train_locally(small_config(**options), tmp_path)
     model, tokenizer, checkpoint = load_model(max(tmp_path.glob("step_*")))
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)
-    splits = splits._replace(val=splits.train + splits.val)  # it has learned the former
-    prompts = [tokenizer.decode(prompt) for prompt, _, _ in splits.val]
-    answers = [tokenizer.decode(labels) for _, _, labels in splits.val]
+    seen = [sample for split in (splits.train, splits.val) for sample in split]  # it has learned the former
+    splits = Splits(splits.train, seen, tokenizer)
+    prompts = [tokenizer.decode(sample.prompt) for sample in seen]
+    answers = [tokenizer.decode(sample.response) for sample in seen]
     right = sum(a == b for a, b in zip(generate(model, tokenizer, prompts), answers)) / len(answers)
     assert 0 < right < 1, "a score that tells"
-    assert validate(model, splits, 16)["val_exact_match"] == pytest.approx(right)
+    assert validate(model, splits, eval_options(16))["val_exact_match"] == pytest.approx(right)
 
 
 def test_workers_that_share_a_model_take_every_step_whatever_the_answers(monkeypatch):
@@ -201,7 +203,9 @@ def test_workers_that_share_a_model_take_every_step_whatever_the_answers(monkeyp
     monkeypatch.setattr(model, "decode", lambda *arguments: steps.append(1) or decode(*arguments))
     for in_step, expected in ((False, 0), (True, 4)):
         steps.clear()
-        assert decoding.generate_ids(model, tokenizer, [[5], [6, 7]], max_new_tokens=5, in_step=in_step) == [[], []]
+        assert decoding.generate_ids(
+            model, tokenizer, [[5], [6, 7]], eval_options(), max_new_tokens=5, in_step=in_step
+        ) == [[], []]
         assert len(steps) == expected
 
 
@@ -209,7 +213,7 @@ def test_validation_does_not_depend_on_how_it_is_cut_into_batches():
     config = small_config(data__synthetic__max_digits=2, data__synthetic__num_samples=200)
     splits = load_dataset(config.data, config.model, 0)
     model = build_state(config, splits.tokenizer.vocab_size).model
-    whole, cut = (validate(model, splits, size) for size in (1000, 3))
+    whole, cut = (validate(model, splits, eval_options(size)) for size in (1000, 3))
     assert whole["val_loss"] == pytest.approx(cut["val_loss"], rel=1e-5)
 
 

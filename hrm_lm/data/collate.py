@@ -1,15 +1,29 @@
-"""The batch: the guide's five tensors, and the one place that makes them."""
+"""Samples to a batch: the one place where BOS, EOS, labels and padding are made.
 
-from typing import NamedTuple, Sequence
+There are two layouts. `Batch` is the guide's: prompts and responses apart, in five tensors. `TokenRows` is a single
+token stream of prompt and response, which a decoder-only model reads; samples stand in rows of their own (`join`) or lie
+end to end in one row (`pack`). The model says which layout it wants (`LanguageModel.collate`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hrm_lm.data.tokenizer import Sample
+from hrm_lm.data.splits import Ragged, Sample
 
 IGNORE = -100
 """Label of a position that carries no loss."""
+
+
+class SpecialTokens(Protocol):
+    """A tokenizer, as far as batches go."""
+
+    pad_id: int
+    bos_id: int
+    eos_id: int
 
 
 class Batch(NamedTuple):
@@ -21,54 +35,154 @@ class Batch(NamedTuple):
     encoder_mask: Tensor  # (B, S): 1 where a token is, 0 at padding
     decoder_mask: Tensor  # (B, T)
 
-    def to(self, device: torch.device) -> "Batch":
-        """Copied to `device`; from pinned memory the copy is asynchronous."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
 
-    def pin_memory(self) -> "Batch":
-        return Batch(*(tensor.pin_memory() for tensor in self))
+    @property
+    def num_tokens(self) -> Tensor:
+        """(): tokens that are read, padding not counted."""
+        return self.encoder_mask.sum() + self.decoder_mask.sum()
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens and padding."""
+        return self.encoder_mask.numel() + self.decoder_mask.numel()
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """(B,): sums over each sample's labels of `values`, which are shaped like `labels`."""
+        return values.sum(dim=1)
 
 
-def pad_batch(samples: Sequence[Sample], pad_id: int, round_up: bool = False) -> Batch:
-    """Pads the samples on the right, each side to its longest, or `round_up` to that one's `padded_length`."""
-    prompts, inputs, labels = zip(*samples)
-    encoder_ids, encoder_mask = _pad(prompts, pad_id, round_up)
-    decoder_input_ids, decoder_mask = _pad(inputs, pad_id, round_up)
-    padded_labels, _ = _pad(labels, IGNORE, round_up)
-    return Batch(encoder_ids, decoder_input_ids, padded_labels, encoder_mask, decoder_mask)
+class TokenRows(NamedTuple):
+    """B samples in R rows of T tokens; all int64. A sample's tokens are its prompt and, right behind it, its labels less the last.
 
-
-def pad_ragged(
-    ids: np.ndarray, prompt_lens: np.ndarray, response_lens: np.ndarray, pad_id: int, round_up: bool = False
-) -> Batch:
-    """`pad_batch` for samples that lie one after another: of each its prompt, BOS and response, in `ids` (total,).
-
-    prompt_lens, response_lens: (B,) int64, BOS not counted.
+    So the prompt's last token predicts the first label. What a token may see is a range of its row: the sample's prompt
+    and, for a token of the response, the response up to the token itself. Padding sees itself.
     """
-    widths = np.array([prompt_lens.max(), response_lens.max()])
-    s, t = padded_length(widths) if round_up else widths
-    places, lens = np.arange(max(s, t + 1), dtype=np.int32), np.stack([prompt_lens, response_lens + 1]).astype(np.int32)
+
+    ids: Tensor  # (R, T)
+    positions: Tensor  # (R, T): within the sample; (T,) where they are the same in every row
+    sees_from: Tensor  # (R, T): the first token of the row that a token may see
+    sees_to: Tensor  # (R, T): the last one
+    label_at: Tensor  # (M,): where labels are predicted, as row * T + column
+    labels: Tensor  # (M,): sample after sample; IGNORE at padding, which is at the end
+    label_sample: Tensor  # (M,): the number of each label's sample
+    lengths: Tensor  # (B,): tokens of each sample
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        return self.lengths.sum()
+
+    @property
+    def num_positions(self) -> int:
+        return self.ids.numel()
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        sums = values.new_zeros(self.num_samples)
+        return sums.index_add(0, self.label_sample, values)
+
+
+AnyBatch = Batch | TokenRows
+Collate = Callable[[Ragged, SpecialTokens, bool], AnyBatch]
+"""(samples, special tokens, whether sizes are rounded up to one of few) -> batch."""
+
+
+def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Copied to `device`; from pinned memory the copy is asynchronous."""
+    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def pin_memory(batch: AnyBatch) -> AnyBatch:
+    return type(batch)(*(tensor.pin_memory() for tensor in batch))
+
+
+def pad_batch(samples: Sequence[Sample], tokens: SpecialTokens, round_up: bool = False) -> Batch:
+    """The guide's five tensors of `samples`; see `pad`."""
+    return pad(Ragged.of(samples), tokens, round_up)
+
+
+def pad(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Batch:
+    """Prompts and responses apart, each side padded to its longest, or with `round_up` to the `padded_length` of that."""
+    prompt_lens, label_lens = samples.prompt_lens, samples.label_lens
+    widths = np.array([prompt_lens.max(), label_lens.max()])
+    s, t = (padded_length(widths) if round_up else widths).tolist()
+    places = np.arange(max(s, t + 1), dtype=np.int32)
+    lens = np.stack([prompt_lens, label_lens + 1]).astype(np.int32)
     mask = np.concatenate([places[:s] < lens[0, :, None], places[: t + 1] < lens[1, :, None]], axis=1)  # (B, S + 1 + T)
-    packed = np.full(mask.shape, pad_id, dtype=ids.dtype)
-    packed[mask] = ids  # row-major, as they lie
-    rows, ones = packed.astype(np.int64), mask.astype(np.int64)
+    rows = np.full(mask.shape, tokens.pad_id, dtype=np.int64)
+    rows[mask] = samples.ids  # row-major, as they lie
+    number = np.arange(len(rows))
+    rows[:, s] = tokens.bos_id
+    rows[number[samples.ends], (s + label_lens)[samples.ends]] = tokens.eos_id
+    ones = mask.astype(np.int64)
     labels = np.where(mask[:, s + 1 :], rows[:, s + 1 :], IGNORE)
-    rows[np.arange(len(rows)), s + response_lens] = pad_id  # the last token is a label alone
+    rows[number, s + label_lens] = tokens.pad_id  # the last token is a label alone
     tensors = (rows[:, :s], rows[:, s:-1], labels, ones[:, :s], ones[:, s + 1 :])
     return Batch(*map(torch.from_numpy, tensors))
+
+
+def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
+    """A row for each sample. With `round_up` the width is a `padded_length`, and so is the number of labels."""
+    lengths = samples.prompt_lens + samples.label_lens - 1
+    width = int(padded_length(lengths.max()) if round_up else lengths.max())
+    starts = np.arange(len(lengths)) * width
+    return _rows(samples, tokens, starts, len(lengths), width, round_up)
+
+
+def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
+    """All samples end to end in one row."""
+    lengths = samples.prompt_lens + samples.label_lens - 1
+    total = int(lengths.sum())
+    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, int(padded_length(total)) if round_up else total, round_up)
+
+
+def _rows(
+    samples: Ragged, tokens: SpecialTokens, starts: np.ndarray, num_rows: int, width: int, round_up: bool
+) -> TokenRows:
+    """starts: (B,), where each sample begins in the flattened rows."""
+    prompt_lens, label_lens, sizes = samples.prompt_lens, samples.label_lens, samples.sizes
+    lengths = prompt_lens + label_lens - 1
+    first = np.cumsum(sizes) - sizes  # of each sample in `ids`
+    ids = samples.ids.astype(np.int64)
+    ids[(first + sizes - 1)[samples.ends]] = tokens.eos_id
+    within = np.arange(len(ids)) - np.repeat(first, sizes)
+    prompts = np.repeat(prompt_lens, sizes)
+    labels = ids[within > prompts]
+    read = (within != prompts) & (within != np.repeat(sizes - 1, sizes))  # neither BOS's place nor the last label
+
+    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    at = np.repeat(starts, lengths) + within
+    begins = np.repeat(starts % width, lengths)
+    row, places = np.full(num_rows * width, tokens.pad_id), np.tile(np.arange(width), num_rows)
+    row[at] = ids[read]
+    positions, sees_from, sees_to = np.zeros_like(places), places.copy(), places.copy()
+    positions[at], sees_from[at] = within, begins
+    sees_to[at] = begins + np.maximum(within, np.repeat(prompt_lens, lengths) - 1)
+
+    count = len(labels)
+    most = int(padded_length(count)) if round_up else count
+    label_at, label_sample = np.zeros(most, np.int64), np.zeros(most, np.int64)
+    steps = np.arange(count) - np.repeat(np.cumsum(label_lens) - label_lens, label_lens)
+    label_at[:count] = np.repeat(starts + prompt_lens - 1, label_lens) + steps
+    label_sample[:count] = np.repeat(np.arange(len(label_lens)), label_lens)
+    labels = np.concatenate([labels, np.full(most - count, IGNORE)])
+    shape = (num_rows, width)
+    row, positions, sees_from, sees_to = (array.reshape(shape) for array in (row, positions, sees_from, sees_to))
+    arrays = (row, positions, sees_from, sees_to, label_at, labels, label_sample, lengths)
+    return TokenRows(*map(torch.from_numpy, arrays))
+
+
+def without_labels(batch: AnyBatch) -> AnyBatch:
+    """The batch, counting for nothing."""
+    return batch._replace(labels=torch.full_like(batch.labels, IGNORE))
 
 
 def padded_length(lengths: np.ndarray) -> np.ndarray:
     """Lengths rounded up to one of few sizes: eight to an octave and multiples of 8, so 32 of them up to 512."""
     step = np.maximum(8, 2 ** np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8)
     return -(-lengths // step) * step
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int, round_up: bool) -> tuple[Tensor, Tensor]:
-    """Returns the rows as (B, width) int64, and where they are (1) and are not (0)."""
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    width = padded_length(lengths.max()) if round_up else lengths.max()
-    mask = np.arange(width) < lengths[:, None]
-    ids = np.full(mask.shape, fill, dtype=np.int64)
-    ids[mask] = np.concatenate(rows)  # row-major, as the mask is read
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hrm_lm.config import DataConfig
-from hrm_lm.data.registry import Splits, text_splits
+from hrm_lm.data.splits import Splits
+from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 
@@ -37,11 +38,13 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
         if not val or not train:
             raise UserError(f"{train_file}: too few different prompts to hold some out for validation")
     texts = (text for record in train + val for text in record[:2])
-    splits = text_splits(
-        config, *([record[:2] for record in side] for side in (train, val)), lambda: SimpleTokenizer.from_texts(texts)
-    )
     places = {"train": [record.place for record in train], "val": [record.place for record in val]}
-    return splits._replace(place=lambda split, i: places[split][i])
+    return text_splits(
+        config,
+        *([record[:2] for record in side] for side in (train, val)),
+        lambda: SimpleTokenizer.from_texts(texts),
+        place=lambda split, i: places[split][i],
+    )
 
 
 def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Record]:

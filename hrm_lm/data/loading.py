@@ -1,92 +1,110 @@
 """From splits to batches on the device, made ahead in a thread.
 
-Batches are small and come from memory, so a thread is enough: it starts at once, shares the samples, and leaves the
-copy to the device (pinned, on a stream of its own) running while the step computes. Samples that take long to make
-(some tasks of reasoning-gym) are made by `train.loader_workers` processes behind it, in the same order.
+Batches are small and come from memory, so a thread is enough. It starts at once and shares the samples. It copies
+batches to the device from pinned memory, on a CUDA stream of its own, while the step computes. Samples that take long
+to make (some tasks of reasoning-gym) are made by `train.loader_workers` processes behind it, in the same order.
 """
 
 import queue
 import threading
-from typing import Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import IGNORE, Batch, pad_batch, pad_ragged
-from hrm_lm.data.registry import Splits, sample_lengths
+from hrm_lm.data.collate import AnyBatch, Collate, pin_memory, to_device, without_labels
 from hrm_lm.data.sampler import by_length, global_batches, worker_share
+from hrm_lm.data.splits import Split
+from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 
 VAL_WINDOW = 1 << 16
 """Validation samples that are sorted by length together."""
 
 
-def collate(splits: Splits, split: str, indices: np.ndarray, round_up: bool) -> Batch:
-    """The batch of a split's samples at `indices` (B,); without any, one that counts for nothing: it has no label."""
-    samples, pad_id = getattr(splits, split), splits.tokenizer.pad_id
-    if not len(indices):
-        spare = collate(splits, split, np.zeros(1, dtype=np.int64), round_up)
-        return spare._replace(labels=torch.full_like(spare.labels, IGNORE))
-    if hasattr(samples, "ragged"):
-        return pad_ragged(*samples.ragged(indices), pad_id, round_up)
-    return pad_batch([samples[i] for i in indices], pad_id, round_up)
+class Batches(Dataset):
+    """Lists of batches by lists of their samples' indices. Raises nothing: a UserError is an item, so that it can cross
+    from a loader's process.
+    """
+
+    def __init__(self, split: Split, tokenizer: Tokenizer, collate: Collate, round_up: bool):
+        self.split, self.tokenizer, self.collate, self.round_up = split, tokenizer, collate, round_up
+
+    def __getitem__(self, micro_batches: list[np.ndarray]) -> list[AnyBatch] | UserError:
+        try:
+            return [self.batch(indices) for indices in micro_batches]
+        except UserError as error:
+            return error
+
+    def batch(self, indices: np.ndarray) -> AnyBatch:
+        """The batch of the samples at `indices` (B,). For no index it is a batch that counts for nothing."""
+        if not len(indices):
+            return without_labels(self.batch(np.zeros(1, dtype=np.int64)))
+        return self.collate(self.split.ragged(indices), self.tokenizer, self.round_up)
 
 
 def train_batches(
-    splits: Splits, config: TrainConfig, first_step: int, rank: int, world_size: int
-) -> Iterator[list[Batch]]:
+    split: Split,
+    tokenizer: Tokenizer,
+    collate: Collate,
+    config: TrainConfig,
+    first_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[AnyBatch]]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
-    dataset = _Steps(splits, round_up=config.length_window > 0)
+    batches = Batches(split, tokenizer, collate, round_up=config.length_window > 0)
     # Fewer samples may fit train.batch_tokens than there are shares.
     steps = (
         worker_share(indices, rank, world_size, config.grad_accum_steps)
-        for _, indices in zip(range(first_step, config.steps), global_batches(splits.train, config, first_step))
+        for _, indices in zip(range(first_step, config.steps), global_batches(split, config, first_step), strict=False)
     )
-    made = map(dataset.__getitem__, steps)
+    made: Iterable[list[AnyBatch] | UserError] = map(batches.__getitem__, steps)
     if config.loader_workers:
-        splits.train[0]  # opens what is remote, which a forked process might not
-        options = {"num_workers": config.loader_workers, "multiprocessing_context": "fork"}  # shares what is in memory
-        made = DataLoader(dataset, batch_size=None, sampler=steps, **options)
+        split[0]  # opens what is remote, which a forked process might not
+        made = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=config.loader_workers,
+            multiprocessing_context="fork",  # shares what is in memory
+        )
     for micro_batches in made:
         if isinstance(micro_batches, UserError):
             raise micro_batches
         yield micro_batches
 
 
-class _Steps(Dataset):
-    """Steps by the indices of their micro-batches."""
-
-    def __init__(self, splits: Splits, round_up: bool):
-        self.splits, self.round_up = splits, round_up
-
-    def __getitem__(self, micro_batches: list[np.ndarray]) -> list[Batch] | UserError:
-        try:
-            return [collate(self.splits, "train", indices, self.round_up) for indices in micro_batches]
-        except UserError as error:  # raised in a loader's process it would become a traceback
-            return error
-
-
 def val_batches(
-    splits: Splits, batch_size: int, rank: int, world_size: int, round_up: bool = False
-) -> Iterator[list[Batch]]:
-    """This worker's share of the validation set, each sample once over all workers, alike lengths together.
+    split: Split,
+    tokenizer: Tokenizer,
+    collate: Collate,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    round_up: bool = False,
+) -> Iterator[list[AnyBatch]]:
+    """This worker's share of a validation split, each sample once over all workers, alike lengths together.
 
-    All workers get the same number of batches, since workers that share a model must run together: one that has no
+    All workers get the same number of batches, since workers that share a model must run together. A worker that has no
     sample left gets a batch without labels.
     """
-    mine = np.arange(rank, len(splits.val), world_size)
-    most = -(-len(splits.val) // world_size)  # samples of the worker that has most
+    batches = Batches(split, tokenizer, collate, round_up)
+    mine = np.arange(rank, len(split), world_size)
+    most = -(-len(split) // world_size)  # samples of the worker that has most
     for start in range(0, most, VAL_WINDOW):
         window = mine[start : start + VAL_WINDOW]
         if len(window):
-            window = window[by_length(sample_lengths(splits.val, window), len(window) / batch_size)]
+            window = window[by_length(split.lengths(window), len(window) / batch_size)]
         for first in range(0, min(most - start, VAL_WINDOW), batch_size):
-            yield [collate(splits, "val", window[first : first + batch_size], round_up)]
+            yield [batches.batch(window[first : first + batch_size])]
 
 
-def prefetch(batches: Iterator[list[Batch]], device: torch.device, depth: int = 2) -> Iterator[list[Batch]]:
+def prefetch(
+    batches: Iterator[list[AnyBatch]], device: torch.device, depth: int = 2
+) -> Generator[list[AnyBatch], None, None]:
     """The same batches on `device`, `depth` lists ahead. Closing the iterator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -108,7 +126,7 @@ def prefetch(batches: Iterator[list[Batch]], device: torch.device, depth: int = 
                 copied = None
                 if stream is not None:
                     with torch.cuda.stream(stream):
-                        group = [batch.pin_memory().to(device) for batch in group]
+                        group = [to_device(pin_memory(batch), device) for batch in group]
                         copied = stream.record_event()
                 if not put((group, copied)):
                     return

@@ -1,97 +1,113 @@
-"""Several datasets as one: out of every BLOCK samples each gives a fixed number, by its weight, in a random order."""
+"""Several data sets as one: out of every BLOCK samples each gives a fixed number, by its weight, in a random order."""
 
-from typing import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 
 import numpy as np
 
-from hrm_lm.config import DataConfig, ModelConfig
-from hrm_lm.data.prepared import TOKENIZER, is_prepared
-from hrm_lm.data.registry import Splits, load_dataset, sample_lengths
-from hrm_lm.data.sampler import stream
-from hrm_lm.data.tokenizer import Sample
+from hrm_lm.data.order import Seed
+from hrm_lm.data.splits import Prompt, Ragged, Sample, Split, Splits
 from hrm_lm.errors import UserError
 
 BLOCK = 4096
 
 
-class Concatenation:
-    """Datasets one after another."""
+class Concatenation(Split):
+    """Splits of several data sets, one after another."""
 
-    def __init__(self, parts: Sequence[Sequence[Sample]]):
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, parts)])
+    def __init__(self, members: Sequence[Split]):
+        self._members = members
+
+    @property
+    def members(self) -> Sequence[Split]:
+        return self._members
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.members)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> Sample:
         home = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.parts[home][i - int(self.starts[home])]
+        return self.members[home][i - int(self.starts[home])]
+
+    def place(self, i: int) -> str:
+        home = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.members[home].place(i - int(self.starts[home]))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """(B, 2) int64: tokens of prompt and of response, EOS counted."""
         lengths = np.empty((len(indices), 2), dtype=np.int64)
-        homes = np.searchsorted(self.starts, indices, side="right") - 1
-        for home in np.unique(homes):
-            here = homes == home
-            lengths[here] = sample_lengths(self.parts[home], indices[here] - self.starts[home])
+        for member, start, here in self._by_member(indices):
+            lengths[here] = member.lengths(indices[here] - start)
         return lengths
+
+    def ragged(self, indices: np.ndarray) -> Ragged:
+        groups = self._by_member(indices)
+        pieces = [member.ragged(indices[here] - start) for member, start, here in groups]
+        if len(pieces) == 1:
+            return pieces[0]
+        return Ragged.concatenate(pieces).take(np.argsort(np.concatenate([here for *_, here in groups])))
+
+    def _by_member(self, indices: np.ndarray) -> list[tuple[Split, int, np.ndarray]]:
+        """Each member that is asked for, its first number, and which of the `indices` (B,) are its samples'."""
+        homes = np.searchsorted(self.starts, indices, side="right") - 1
+        order = np.argsort(homes, kind="stable")
+        found, firsts = np.unique(homes[order], return_index=True)
+        runs = np.split(order, firsts[1:])
+        return [
+            (self.members[home], int(self.starts[home]), here) for home, here in zip(found.tolist(), runs, strict=True)
+        ]
 
 
 class Mixture(Concatenation):
-    """Training samples, drawn from the parts by `weights`."""
+    """Training samples, drawn from the members by `weights`, without the prompts that the validation splits hold out.
 
-    def __init__(self, parts: Sequence[Sequence[Sample]], weights: Sequence[float]):
-        super().__init__(parts)
+    Prompts are looked through when a sample is first asked for. A driver, which only checks the data sets, never asks.
+    """
+
+    def __init__(self, members: Mapping[str, Split], weights: Sequence[float], held_out: Sequence[Split] = ()):
+        super().__init__(list(members.values()))
+        self.names, self.held_out = list(members), held_out
         shares = np.array(weights) / sum(weights)
         self.counts = np.maximum(np.rint(shares * BLOCK).astype(int), 1)
         self.counts[self.counts.argmax()] += BLOCK - self.counts.sum()
 
-    def stream(self, start: int, stop: int, seed: int) -> np.ndarray:
-        """Samples `start` to `stop` of an endless row of blocks; each part goes through its own row in it."""
+    @cached_property
+    def members(self) -> Sequence[Split]:  # type: ignore[override]
+        prompts: Set[Prompt] = frozenset().union(*(split.prompts() for split in self.held_out))
+        members = [split.without(prompts) for split in self._members] if prompts else self._members
+        for name, split in zip(self.names, members, strict=True):
+            if not len(split):
+                raise UserError(f"data.mixture: every training sample of {name} is held out by another dataset")
+        return members
+
+    def order(self, start: int, stop: int, seed: Seed) -> np.ndarray:
+        """A row of blocks; each member goes through a row of its own in them."""
         first, last = start // BLOCK, -(-stop // BLOCK)
         row = np.concatenate([self._block(block, seed) for block in range(first, last)])
         return row[start - first * BLOCK : stop - first * BLOCK]
 
-    def _block(self, block: int, seed: int) -> np.ndarray:
+    def _block(self, block: int, seed: Seed) -> np.ndarray:
         samples = np.concatenate(
             [
-                start + stream(block * count, (block + 1) * count, part, (seed, number))
-                for number, (part, start, count) in enumerate(zip(self.parts, self.starts, self.counts.tolist()))
+                start + member.order(block * count, (block + 1) * count, (seed, number))
+                for number, (member, start, count) in enumerate(
+                    zip(self.members, self.starts.tolist(), self.counts.tolist(), strict=False)
+                )
             ]
         )
         return np.random.default_rng([seed, block, 2]).permutation(samples)
 
 
-def build_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
-    """The datasets of `config.mixture`, all read with one tokenizer: `config.tokenizer`, a prepared one's, or bytes.
+def mix(members: Mapping[str, Splits], weights: Sequence[float]) -> Splits:
+    """Loaded data sets as one mixture, whose members share a tokenizer.
 
-    What one holds out is not trained on in another, as far as that can be known without reading it all: prepared ones
-    are taken as they are.
+    What a member holds out is trained on in none, as far as its split can tell: a prepared split takes itself as it is.
     """
-    mixture = dict(sorted(config.mixture.items()))  # whatever the order they are written in
-    ready = next((part.dataset for part in mixture.values() if is_prepared(part.dataset)), None)
-    tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")
-    parts: dict[str, Splits] = {}
-    for name, part in mixture.items():
-        own = part.model_dump(exclude={"weight"}, exclude_none=True) | {"mixture": {}, "tokenizer": tokenizer}
-        parts[name] = load_dataset(config.model_copy(update=own), model, seed)
-    held_out = {
-        tuple(part.val[i][0]) for part in parts.values() if isinstance(part.val, list) for i in range(len(part.val))
-    }
-    train = [without(part.train, held_out) for part in parts.values()]
-    for name, samples in zip(parts, train):
-        if not len(samples):
-            raise UserError(f"data.mixture: every training sample of {name} is held out by another dataset")
-    return Splits(
-        Mixture(train, [part.weight for part in mixture.values()]),
-        Concatenation([part.val for part in parts.values()]),
-        next(iter(parts.values())).tokenizer,
-        parts=parts,
-    )
-
-
-def without(samples: Sequence[Sample], prompts: set[tuple[int, ...]]) -> Sequence[Sample]:
-    if hasattr(samples, "without"):
-        return samples.without(prompts)
-    return [sample for sample in samples if tuple(sample[0]) not in prompts] if isinstance(samples, list) else samples
+    vals = [member.val for member in members.values()]
+    train = Mixture({name: member.train for name, member in members.items()}, weights, vals)
+    return Splits(train, Concatenation(vals), next(iter(members.values())).tokenizer, members=members)

@@ -1,8 +1,9 @@
 """`reasoning_gym:<task>[,option=value...]`: questions made as training asks for them, by the reasoning-gym library.
 
-Sample i is question i % CHUNK of the library's dataset of seed (1 + i // CHUNK) * CHUNK, so training has 2^32 samples,
-the same on every worker. The first so many of seed 0 are the validation set, whatever the run's seed; a training sample
-whose question is among them, or too long for the model, gives way to its successor.
+The library makes a data set of any size from a seed. Here it makes blocks of SEED_SIZE questions: sample i is question
+i % SEED_SIZE of block 1 + i // SEED_SIZE, so training has 2^32 samples, the same on every worker. Block 0 gives the
+validation set, whatever the run's seed. A training sample whose question is in the validation set, or is too long for
+the model, gives way to its successor.
 
 Nothing but the question says how long it is: `train.length_window` makes that many before the first step.
 """
@@ -11,20 +12,23 @@ import difflib
 import re
 import sys
 import time
+from collections.abc import Set
 from functools import lru_cache
-from typing import Any, Iterable
+from typing import Any
 
 import numpy as np
 import yaml
 
 from hrm_lm.config import DataConfig
-from hrm_lm.data.registry import Splits, text_splits
-from hrm_lm.data.tokenizer import ByteTokenizer, Sample, Tokenizer, encode_pair
+from hrm_lm.data.order import Seed
+from hrm_lm.data.splits import Limits, Prompt, Sample, Split, Splits
+from hrm_lm.data.text import text_splits
+from hrm_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from hrm_lm.errors import UserError
 
-CHUNK = 4096
-"""Questions to a seed: some tasks plan so many at once, some take long to set up."""
-NUM_CHUNKS = (1 << 32) // CHUNK - 1
+SEED_SIZE = 4096
+"""Questions of a seed: some tasks plan so many at once, some take long to set up."""
+NUM_BLOCKS = (1 << 32) // SEED_SIZE - 1
 PATIENCE = 1000
 """Questions in a row that may give way to the next."""
 
@@ -73,15 +77,15 @@ class ReasoningGymTask:
         for option in options.keys() - known:
             raise UserError(f"{self.shown}: has no option {option!r}; it has {', '.join(sorted(known))}")
         self.create = lru_cache(maxsize=32)(
-            lambda chunk: reasoning_gym.create_dataset(self.name, seed=chunk * CHUNK, size=CHUNK, **options)
+            lambda block: reasoning_gym.create_dataset(self.name, seed=block * SEED_SIZE, size=SEED_SIZE, **options)
         )
         try:
             self.create(0)
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"{self.shown}: {error or 'an option has an impossible value'}") from None
 
-    def entry(self, chunk: int, i: int) -> dict[str, Any]:
-        return self.create(chunk)[i]
+    def entry(self, block: int, i: int) -> dict[str, Any]:
+        return self.create(block)[i]
 
     def score(self, answer: str, entry: dict[str, Any]) -> float:
         """The verdict of the task's own verifier, from 0 to 1; where that would be unsafe, whether it is the answer."""
@@ -93,66 +97,68 @@ class ReasoningGymTask:
             return 0.0
 
 
-class EndlessSplit:
-    """Training samples, made on demand. held_out: prompts, as token ids, that are none of them."""
+class EndlessSplit(Split):
+    """Training samples, made on demand. held_out: prompts, as token ids, that no sample has."""
 
     def __init__(
         self,
         task: ReasoningGymTask,
         tokenizer: Tokenizer,
-        held_out: frozenset[tuple[int, ...]],
-        limits: tuple[int, int] | None = None,
+        held_out: frozenset[Prompt],
+        limits: Limits | None = None,
         truncate: bool = False,
     ):
         self.task, self.tokenizer, self.held_out = task, tokenizer, held_out
         self.limits, self.truncate = limits, truncate
-        self.pair = lru_cache(maxsize=1 << 13)(self._pair)  # a train.length_window up to that is not made twice
+        self.places = lambda i: f"{task.shown}: train sample {i + 1}"
+        self.make = lru_cache(maxsize=1 << 13)(self._make)  # a train.length_window up to that is not made twice
 
     def __len__(self) -> int:
-        return NUM_CHUNKS * CHUNK
+        return NUM_BLOCKS * SEED_SIZE
 
     def __getitem__(self, i: int) -> Sample:
-        return self._encode(*self.pair(int(i)))
+        return self.make(int(i))
 
-    def stream(self, start: int, stop: int, seed: int | tuple[int, ...]) -> np.ndarray:
-        """One sample after another, from a chunk that the seed draws: they need no shuffling."""
-        origin = int(np.random.default_rng(seed).integers(NUM_CHUNKS)) * CHUNK
+    def order(self, start: int, stop: int, seed: Seed) -> np.ndarray:
+        """Sample after sample, from a block that the seed draws: questions need no shuffling."""
+        origin = int(np.random.default_rng(seed).integers(NUM_BLOCKS)) * SEED_SIZE
         return (origin + np.arange(start, stop)) % len(self)
 
-    def fitted(self, longest_prompt: int, longest_response: int, truncate: bool) -> "EndlessSplit":
-        """The same, but for samples that are longer: they are cut, or left out."""
-        limits = (longest_prompt, longest_response)
+    def fitted(self, limits: Limits, truncate: bool) -> "EndlessSplit":
+        """The same without longer samples: they are cut, or left out."""
         fitted = EndlessSplit(self.task, self.tokenizer, self.held_out, limits, truncate)
         fitted[0]  # says now what training would say
         return fitted
 
-    def without(self, prompts: Iterable[tuple[int, ...]]) -> "EndlessSplit":
-        """The same, but for samples of these prompts."""
-        held_out = self.held_out.union(prompts)
-        return EndlessSplit(self.task, self.tokenizer, held_out, self.limits, self.truncate)
+    def prompts(self) -> frozenset[Prompt]:
+        """No prompt: a split without end holds nothing out."""
+        return frozenset()
 
-    def _pair(self, i: int) -> tuple[str, str]:
-        chunk, first = divmod(i, CHUNK)
+    def without(self, prompts: Set[Prompt]) -> "EndlessSplit":
+        return EndlessSplit(self.task, self.tokenizer, self.held_out.union(prompts), self.limits, self.truncate)
+
+    def _make(self, i: int) -> Sample:
+        block, first = divmod(i, SEED_SIZE)
         for attempt in range(PATIENCE):
-            entry = self.task.entry(1 + chunk, (first + attempt) % CHUNK)
-            pair = entry["question"], entry["answer"]
-            if pair[1] is not None and self._usable(*pair):
-                return pair
+            entry = self.task.entry(1 + block, (first + attempt) % SEED_SIZE)
+            if entry["answer"] is not None and (sample := self._sample(entry["question"], entry["answer"])):
+                return sample
         raise UserError(
             f"{self.task.shown}: {PATIENCE:,} questions in a row are held out for validation or too long for the model: "
             "lower data.val_samples, raise model.max_prompt_len or max_response_len, or change the task's options"
         )
 
-    def _usable(self, prompt: str, response: str) -> bool:
-        ids, _, labels = encode_pair(self.tokenizer, prompt, response)
-        fits = self.limits is None or (len(ids) <= self.limits[0] and len(labels) <= self.limits[1])
-        cut = ids[: self.limits[0]] if self.limits else ids  # as validation samples may be
-        return self.held_out.isdisjoint([tuple(ids), tuple(cut)]) and (fits or self.truncate)
-
-    def _encode(self, prompt: str, response: str) -> Sample:
-        ids, inputs, labels = encode_pair(self.tokenizer, prompt, response)
-        longest_prompt, longest_response = self.limits or (None, None)
-        return ids[:longest_prompt], inputs[:longest_response], labels[:longest_response]
+    def _sample(self, question: str, answer: str) -> Sample | None:
+        """None where the question is held out, or where the sample is longer than the model takes."""
+        prompt, response = self.tokenizer.encode(question), self.tokenizer.encode(answer)
+        if self.limits is None:
+            return None if tuple(prompt) in self.held_out else Sample(prompt, response)
+        most_prompt, most_labels = self.limits
+        cut = prompt[:most_prompt]  # as a validation prompt may be
+        fits = len(prompt) <= most_prompt and len(response) < most_labels
+        if not self.held_out.isdisjoint([tuple(prompt), tuple(cut)]) or not (fits or self.truncate):
+            return None
+        return Sample(cut, response[:most_labels], ends=len(response) < most_labels)
 
 
 def build_reasoning_gym_dataset(config: DataConfig, seed: int) -> Splits:
@@ -170,9 +176,13 @@ def build_reasoning_gym_dataset(config: DataConfig, seed: int) -> Splits:
     if not entries:
         raise UserError(f"{task.shown}: the task has a verifier, but no answers to learn from")
     held_out = list(entries.values())
-    splits = text_splits(config, [], [(entry["question"], entry["answer"]) for entry in held_out], ByteTokenizer)
-    return splits._replace(
-        train=EndlessSplit(task, splits.tokenizer, frozenset(tuple(prompt) for prompt, _, _ in splits.val)),
+    splits = text_splits(
+        config,
+        [],
+        [(entry["question"], entry["answer"]) for entry in held_out],
+        ByteTokenizer,
         place=lambda split, i: f"{config.dataset}: {split} sample {i + 1}",
         score=lambda i, answer: task.score(answer, held_out[i]),
     )
+    train = EndlessSplit(task, splits.tokenizer, frozenset(splits.val.prompts()))
+    return Splits(train, splits.val, splits.tokenizer)

@@ -6,73 +6,23 @@ step. Batches are cut from an endless row of epochs, each a permutation of its o
 With `train.length_window` the row is cut into windows of so many samples, and each window by itself into batches of
 samples of similar length, in a random order. `train.batch_tokens` makes the number of batches of a window depend on
 its samples, so finding batch k counts through the windows before it: lengths only, some 50 ms for 65,536 samples.
-
-A permutation is computed, not stored: its n-th sample comes from a Feistel network over the next power of four, walked
-until it falls below the number of samples (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). So memory
-does not grow with the corpus, and a dataset may be endless.
 """
 
-from functools import lru_cache
+from collections.abc import Iterator
 from itertools import count
-from typing import Iterator, Sequence
 
 import numpy as np
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import padded_length
-from hrm_lm.data.registry import sample_lengths
-from hrm_lm.data.tokenizer import Sample
-
-ROUNDS = 6
+from hrm_lm.data.splits import Split
 
 
-Seed = int | tuple[int, ...]
-"""That of the run, or of a part of a mixture."""
-
-
-@lru_cache(maxsize=64)
-def _keys(seed: Seed, epoch: int) -> np.ndarray:
-    return np.random.SeedSequence([*np.atleast_1d(seed).tolist(), epoch]).generate_state(ROUNDS, np.uint64)
-
-
-def permuted(places: np.ndarray, num_samples: int, seed: Seed, epoch: int) -> np.ndarray:
-    """The samples (B,) at `places` (B,) of the permutation of an epoch."""
-    half = max(3, (num_samples - 1).bit_length() + 1 >> 1)  # fewer bits than 2 * 3 do not mix well
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    samples = places.astype(np.uint64)
-    walking = np.arange(len(samples))
-    while len(walking):
-        left, right = samples[walking] >> shift, samples[walking] & mask
-        for key in _keys(seed, epoch):
-            left, right = right, left ^ (_mix(right + key) & mask)
-        samples[walking] = left << shift | right
-        walking = walking[samples[walking] >= num_samples]
-    return samples.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Spreads each bit of uint64 over the word (after SplitMix64)."""
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
-
-
-def stream(start: int, stop: int, samples: Sequence[Sample], seed: Seed) -> np.ndarray:
-    """Samples `start` to `stop` of the endless row: of epochs, or of an order that the split has of its own."""
-    if hasattr(samples, "stream"):
-        return samples.stream(start, stop, seed)
-    places, num_samples = np.arange(start, stop), len(samples)
-    epochs = places // num_samples
-    return np.concatenate(
-        [permuted(places[epochs == epoch] % num_samples, num_samples, seed, int(epoch)) for epoch in np.unique(epochs)]
-    )
-
-
-def global_batches(samples: Sequence[Sample], config: TrainConfig, first: int = 0) -> Iterator[np.ndarray]:
+def global_batches(split: Split, config: TrainConfig, first: int = 0) -> Iterator[np.ndarray]:
     """Indices of the samples of global batches `first`, `first + 1` and so on, without end."""
     window, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
     for window in count(window):
-        batches = window_batches(samples, config, window)
+        batches = window_batches(split, config, window)
         yield from batches[skip:]
         skip = max(skip - len(batches), 0)
 
@@ -83,13 +33,13 @@ def window_size(config: TrainConfig) -> int:
     return size if config.batch_tokens else size - size % config.batch_size
 
 
-def window_batches(samples: Sequence[Sample], config: TrainConfig, window: int) -> list[np.ndarray]:
+def window_batches(split: Split, config: TrainConfig, window: int) -> list[np.ndarray]:
     """The batches of a window: each of its samples once."""
     size = window_size(config)
-    indices = stream(window * size, (window + 1) * size, samples, config.seed)
+    indices = split.order(window * size, (window + 1) * size, config.seed)
     if not config.length_window:
         return list(indices.reshape(-1, config.batch_size))
-    lengths = sample_lengths(samples, indices)
+    lengths = split.lengths(indices)
     padded = padded_length(lengths)
     if config.batch_tokens:
         order = by_length(lengths, padded.sum() / config.batch_tokens)

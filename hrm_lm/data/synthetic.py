@@ -6,7 +6,8 @@ Train and validation share no pair of operands, not even swapped: the split is o
 import numpy as np
 
 from hrm_lm.config import DataConfig
-from hrm_lm.data.registry import Splits, text_splits
+from hrm_lm.data.splits import Splits
+from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import SimpleTokenizer
 
 

@@ -10,8 +10,7 @@ from pyarrow.fs import LocalFileSystem
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, without_secrets
 
-Sample = tuple[Sequence[int], Sequence[int], Sequence[int]]
-"""encoder_ids, decoder_input_ids, labels; the last two of one length."""
+CHARACTERS = "characters"
 
 
 class Tokenizer(Protocol):
@@ -153,7 +152,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
 
 
-def named_tokenizer(name: str) -> Tokenizer:
+def resolve_tokenizer(name: str) -> Tokenizer:
     """What `data.tokenizer` names: `bytes`, or a tokenizer.json, this project's (a path or URI) or a Hugging Face one."""
     if name == "bytes":
         return ByteTokenizer()
@@ -209,7 +208,5 @@ def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
         raise UserError(f"{path}: not a Hugging Face tokenizer.json: {error!r}") from None
 
 
-def encode_pair(tokenizer: Tokenizer, prompt: str, response: str) -> Sample:
-    """A sample: prompt, BOS + response, response + EOS."""
-    target = tokenizer.encode(response) + [tokenizer.eos_id]
-    return tokenizer.encode(prompt), [tokenizer.bos_id, *target[:-1]], target
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    return a.to_json() == b.to_json()

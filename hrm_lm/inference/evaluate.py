@@ -11,7 +11,8 @@ from hrm_lm.cli import run_command
 from hrm_lm.config import parse_config, parse_set, set_dotted
 from hrm_lm.data.registry import is_function, load_dataset
 from hrm_lm.errors import UserError
-from hrm_lm.inference.generate import add_checkpoint_flags, check_cycles, chosen_checkpoint
+from hrm_lm.inference.generate import add_checkpoint_flags, check_cycles, chosen_checkpoint, chosen_cycles
+from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.validation import validate
 
@@ -50,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits = load_dataset(config.data, config.model, config.train.seed)
     if args.h_cycles and model.core is None:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    scores = validate(model, splits, args.batch_size, h_cycles=args.h_cycles, l_cycles=args.l_cycles)
+    precision = config.train.mixed_precision
+    if precision == "fp16" and device.type != "cuda":
+        precision = "none"  # fp16 is CUDA's alone
+    cycles = chosen_cycles(args, config.model.hrm)
+    options = EvalOptions.of(config, cycles=cycles, batch_size=args.batch_size, mixed_precision=precision)
+    scores = validate(model, splits, options)
     print(json.dumps({"step": checkpoint.progress.step, "samples": len(splits.val), **scores}))
     return 0
 

@@ -12,19 +12,26 @@ import torch
 from hrm_lm.cli import run_command
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.inference.decoding import generate_ids
-from hrm_lm.models.build import LanguageModel
+from hrm_lm.config import Cycles, HRMConfig
+from hrm_lm.models.contract import EvalOptions, LanguageModel
+from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
-def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any) -> list[str]:
-    """The responses to `prompts`, in their order. `options` are those of `generate_ids`.
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: EvalOptions | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """The responses to `prompts`, in their order. `sampling` is what `generate_ids` takes beside the options.
 
-    Raises UserError for a prompt that is empty, too long or of unknown characters.
+    options: None for the trained cycles, in float32. Raises UserError for a prompt that is empty, too long or of
+    unknown characters.
     """
-    if options.get("h_cycles") and model.core is None:
-        raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
+    options = options or EvalOptions(cycles=model.config.hrm.cycles)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= model.config.max_prompt_len:
@@ -32,7 +39,7 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str],
                 f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}"
             )
 
-    answers = generate_ids(model, tokenizer, encoded, **options)
+    answers = generate_ids(model, tokenizer, encoded, options, **sampling)
     return [tokenizer.decode(answer) for answer in answers]
 
 
@@ -78,6 +85,14 @@ def check_cycles(args: argparse.Namespace) -> None:
         raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")
 
 
+def chosen_cycles(args: argparse.Namespace, trained: HRMConfig) -> Cycles:
+    """The counts given, and the trained ones for those left out. Raises UserError for a model without a core."""
+    if args.h_cycles and not trained.h_cycles:
+        raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
+    given = {"h": args.h_cycles, "l": args.l_cycles}
+    return trained.cycles._replace(**{level: count for level, count in given.items() if count is not None})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hrm_lm.inference.generate",
@@ -112,8 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
         model, tokenizer, _ = load_model(folder, device)
-    names = ("max_new_tokens", "h_cycles", "l_cycles", "temperature", "top_k", "seed")
-    for answer in generate(model, tokenizer, prompts, **{name: getattr(args, name) for name in names}):
+    options = EvalOptions(cycles=chosen_cycles(args, model.config.hrm))
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
+    for answer in generate(model, tokenizer, prompts, options, **sampling):
         print(json.dumps(answer, ensure_ascii=False) if as_json else answer)
     return 0
 

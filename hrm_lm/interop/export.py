@@ -14,10 +14,10 @@ from hrm_lm.config import ModelConfig
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
-from hrm_lm.models.hrm import gradient_window
+from hrm_lm.models.hrm import carries_gradient
 from hrm_lm.models.layers import SwiGLU
 from hrm_lm.training.checkpoint import Checkpoint, load_model
-from hrm_lm.training.step import backprop_window
+from hrm_lm.training.step import backprop_steps_of
 from hrm_lm.training.storage import local_checkpoint
 
 
@@ -53,8 +53,7 @@ def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
     if hrm.h_layers != hrm.l_layers:
         layers = f"model.hrm.h_layers ({hrm.h_layers}) and l_layers ({hrm.l_layers})"
         raise UserError(f"{layers} differ: Transformers has one number for both")
-    per_cycle = hrm.l_cycles + 1
-    window = gradient_window(hrm.h_cycles, hrm.l_cycles, backprop_window(hrm, step=hrm.backprop_warmup_steps))
+    l_carries, _ = carries_gradient(hrm.cycles, backprop_steps_of(hrm, hrm.backprop_warmup_steps, hrm.cycles))
     return require_transformers().HrmTextConfig(
         architectures=["HrmTextForCausalLM"],
         vocab_size=tokenizer.vocab_size,
@@ -66,7 +65,7 @@ def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
         H_cycles=hrm.h_cycles,
         L_cycles=hrm.l_cycles,
         # Theirs always lets gradient through H, and counts the applications of L that do in each H-cycle.
-        L_bp_cycles=[sum(window[start : start + hrm.l_cycles]) for start in range(0, len(window), per_cycle)],
+        L_bp_cycles=[sum(carries) for carries in l_carries],
         max_position_embeddings=config.max_prompt_len + config.max_response_len,
         rms_norm_eps=1e-6,
         initializer_range=1 / math.sqrt(config.d_model),

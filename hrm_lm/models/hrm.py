@@ -6,22 +6,26 @@
         z_H = H(z_H + z_L)
 
 The recurrence is that of HRM-Text (arXiv 2605.20613), after HRM (arXiv 2506.21734). The weights do not depend on the
-cycle counts, so they are arguments of the call: a model can think longer than it was trained to.
+cycle counts, so the counts are an argument of the call: a model can think longer than it was trained to.
 
-Which applications carry gradient is decided here and nowhere else: `backprop_steps` of them, counted from the end of
-each level, H first and at least one L. The others run without a graph, hence without activation memory.
+Which applications of a stack carry gradient is decided here and nowhere else. `backprop_steps` of them do, counted from
+the end of each level, H first and at least one of L. The others run without a graph, hence without activation memory.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hrm_lm.config import Cycles
 from hrm_lm.models.layers import KVCache, Rotary
 
 
 class HRMCore(nn.Module):
-    """`straight_through`: what part of the gradient at the window's start goes on to x where the window cuts x off."""
-
     def __init__(self, h_stack: nn.Module, l_stack: nn.Module, d_model: int, straight_through: float = 1.0):
+        """straight_through: how much of the gradient reaches x where the applications without gradient cut x off. The
+        state passes x on along its residual stream, so its Jacobian may be taken as the identity (1), or as zero (0).
+        """
         super().__init__()
         self.h_stack, self.l_stack = h_stack, l_stack
         self.straight_through = straight_through
@@ -32,56 +36,54 @@ class HRMCore(nn.Module):
         x: Tensor,
         rope: Rotary,
         mask: Tensor | None,
-        h_cycles: int,
-        l_cycles: int,
+        cycles: Cycles,
         backprop_steps: int | None = None,
-        caches: list[list[KVCache]] | None = None,
+        caches: Sequence[list[KVCache]] | None = None,
     ) -> list[Tensor]:
-        """x: (B, T, C). Returns z_H after each H-cycle, the last one being the output; `[x]` for no cycle.
+        """x: (B, T, C). Returns z_H after each H-cycle, the last of which is the output; `[x]` for no cycle.
 
-        backprop_steps: length of the gradient window in applications of a stack, at least 2; None for all of them.
-        caches: for each application of a stack, in order, those of its blocks.
+        backprop_steps: how many applications carry gradient, at least 2; None for all of them.
+        caches: the blocks' caches of each application, in order.
         """
-        if h_cycles == 0:
+        if cycles.h == 0:
             return [x]
-        applications = ([self.l_stack] * l_cycles + [self.h_stack]) * h_cycles
-        carries = gradient_window(h_cycles, l_cycles, backprop_steps)
-        wants_grad = torch.is_grad_enabled()
+        l_carries, h_carries = carries_gradient(cycles, backprop_steps)
+        wants_grad, carried = torch.is_grad_enabled(), True
+        cache = iter(caches) if caches else None
+
+        def applied(stack: nn.Module, state: Tensor, carries: bool) -> Tensor:
+            nonlocal carried
+            if carries and not carried:
+                # Autocast remembers the weights it has cast, in PyTorch before 2.13 also those cast without a graph,
+                # which would swallow the gradient.
+                torch.clear_autocast_cache()
+            carried = carries
+            with torch.set_grad_enabled(wants_grad and carries):
+                return stack(state, rope, mask, next(cache) if cache else None)
 
         z_h, z_l = x, self.z_l0.to(x.dtype).expand_as(x)
         outputs = []
-        for i, stack in enumerate(applications):
-            if i > 0 and carries[i] and not carries[i - 1]:
-                # Autocast remembers the weights it has cast, in PyTorch before 2.13 also those cast without a graph, which
-                # would swallow the gradient.
-                torch.clear_autocast_cache()
-                if z_h is not x and not any(carries[:i]):
-                    # A window that opens after the first cycle cuts x off. The state passes x on along its residual
-                    # stream, so the Jacobian there may be taken as the identity. (Times zero rather than left out:
-                    # DistributedDataParallel waits for a gradient of whatever made x.)
-                    z_h = z_h + self.straight_through * (x - x.detach())
-            with torch.set_grad_enabled(wants_grad and carries[i]):
-                cache = caches[i] if caches else None
-                if stack is self.l_stack:
-                    z_l = stack(z_l + z_h, rope, mask, cache)
-                else:
-                    z_h = stack(z_h + z_l, rope, mask, cache)
-                    outputs.append(z_h)
+        for h in range(cycles.h):
+            for l in range(cycles.l):
+                z_l = applied(self.l_stack, z_l + z_h, l_carries[h][l])
+            z_h = applied(self.h_stack, z_h + z_l, h_carries[h])
+            outputs.append(z_h)
+            if not h_carries[h] and h + 1 < cycles.h and h_carries[h + 1]:
+                # From here on gradient flows, and x is cut off. (Times zero rather than left out:
+                # DistributedDataParallel waits for a gradient of whatever made x.)
+                z_h = z_h + self.straight_through * (x - x.detach())
         return outputs
 
 
-def gradient_window(h_cycles: int, l_cycles: int, backprop_steps: int | None) -> list[bool]:
-    """Whether each application of a stack, in order, carries gradient.
+def carries_gradient(cycles: Cycles, backprop_steps: int | None) -> tuple[list[list[bool]], list[bool]]:
+    """Whether each application carries gradient: of L by H-cycle and L-cycle, and of H by H-cycle.
 
     As published (arXiv 2605.20613): of `backprop_steps` (at least 2) all but one go to the last applications of H, as
     far as there are that many, and the rest to the last ones of L.
     """
-    total = h_cycles * (l_cycles + 1)
+    total = cycles.h * (cycles.l + 1)
     steps = total if backprop_steps is None else min(max(backprop_steps, 2), total)
-    h_steps = min(h_cycles, steps - 1)
-    first_h, first_l = h_cycles - h_steps, h_cycles * l_cycles - (steps - h_steps)
-    return [
-        carries
-        for cycle in range(h_cycles)
-        for carries in (*(cycle * l_cycles + i >= first_l for i in range(l_cycles)), cycle >= first_h)
-    ]
+    h_steps = min(cycles.h, steps - 1)
+    first_h, first_l = cycles.h - h_steps, cycles.h * cycles.l - (steps - h_steps)
+    l_carries = [[h * cycles.l + l >= first_l for l in range(cycles.l)] for h in range(cycles.h)]
+    return l_carries, [h >= first_h for h in range(cycles.h)]

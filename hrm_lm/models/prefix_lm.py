@@ -1,12 +1,12 @@
 """HRMPrefixLM: the published HRM-Text model (arXiv 2605.20613), one token stream through HRMCore.
 
-The sequence of a sample is its prompt and, right behind it, its response without the last token: what predicts the
-first response token is the last prompt token, so the batch's BOS has no place in it. Prompt tokens see the whole
-prompt, response tokens everything before them. Only positions that predict a response token get logits.
+The sequence of a sample is its prompt and, right behind it, its response (`hrm_lm.data.collate.TokenRows`). The prompt's
+last token predicts the first token of the response, so there is no BOS. Prompt tokens see the whole prompt, response
+tokens see everything before them. Only positions that predict a label get logits.
 
 As published: blocks of the `hrm_text` kind, a norm at each stack's end, an embedding scaled by the inverse of its
-initial standard deviation, a fixed random low-level initial state, an untied head, and no gradient to the embedding
-from a window that cuts it off.
+initial standard deviation, a fixed random low-level initial state, and an untied head. Where the applications without
+gradient cut the embedding off, no gradient reaches it.
 
 `h_cycles: 0` is the baseline without recurrence: the same blocks, H's and L's together, as one plain stack applied
 once. So it has the parameters of the HRM it is compared with; for its compute, give it more layers.
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hrm_lm.config import ModelConfig
-from hrm_lm.data.collate import Batch
+from hrm_lm.config import Cycles, ModelConfig
+from hrm_lm.data.collate import TokenRows, join
+from hrm_lm.models.contract import Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import KVCache, Rotary, ScaledEmbedding, Stack, lecun_normal_, linear, rotary
 
@@ -31,9 +32,8 @@ class Decoding:
     lengths: Tensor
     """(B,): tokens of each sample so far, hence the next one's position."""
     visible: Tensor
-    """(B, capacity): cached positions that are no padding; all those yet to come are none."""
-    h_cycles: int
-    l_cycles: int
+    """(B, capacity): whether a cached position holds a token, and is not padding. It will where a token is yet to come."""
+    cycles: Cycles
 
 
 class HRMPrefixLM(nn.Module):
@@ -52,6 +52,8 @@ class HRMPrefixLM(nn.Module):
             self.stack = Stack(hrm.h_layers + hrm.l_layers, *sizes, hrm_text=True)
         self.head = linear(C, vocab_size)
 
+    collate = staticmethod(join)
+
     def set_step(self, step: int) -> None:
         """Nothing in this model follows a schedule of its own."""
 
@@ -60,8 +62,7 @@ class HRMPrefixLM(nn.Module):
         ids: Tensor,
         rope: Rotary,
         mask: Tensor,
-        h_cycles: int,
-        l_cycles: int,
+        cycles: Cycles,
         backprop_steps: int | None = None,
         caches: list[list[KVCache]] | None = None,
     ) -> list[Tensor]:
@@ -69,78 +70,51 @@ class HRMPrefixLM(nn.Module):
         x = self.embedding(ids)
         if self.core is None:
             return [self.stack(x, rope, mask, caches[0] if caches else None)]
-        return self.core(x, rope, mask, h_cycles, l_cycles, backprop_steps, caches)
+        return self.core(x, rope, mask, cycles, backprop_steps, caches)
 
-    def forward(
-        self,
-        batch: Batch,
-        h_cycles: int | None = None,
-        l_cycles: int | None = None,
-        backprop_steps: int | None = None,
-    ) -> list[Tensor]:
-        """Logits (B, T, V), aligned with `batch.labels`; the last of the list is the model's answer.
+    def forward(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
+        """The last prediction is the model's answer; see `LanguageModel`."""
+        return [predict(self.head, states, batch.labels) for states in self.states(batch, cycles, backprop_steps)]
 
-        While training with deep supervision the earlier H-cycles' logits come before it.
-        """
-        ids, _ = compact(
-            torch.cat([batch.encoder_ids, batch.decoder_input_ids[:, 1:]], dim=1),
-            torch.cat([batch.encoder_mask, batch.decoder_mask[:, 1:]], dim=1),
-        )
-        prompt_len = batch.encoder_mask.sum(dim=1)  # (B,)
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        rope, mask = rotary(positions, self.head_dim), prefix_mask(positions, prompt_len)
-        states = self._states(ids, rope, mask, *self.config.hrm.cycles(h_cycles, l_cycles), backprop_steps)
+    def states(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
+        """What the head reads, (M, C), aligned with `batch.labels`, for each prediction that is due."""
+        rope, mask = rotary(batch.positions, self.head_dim), visible_keys(batch)
+        states = self._states(batch.ids, rope, mask, cycles, backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
             states = states[-1:]
-        # Label t of a sample is predicted at position prompt_len - 1 + t.
-        at = (prompt_len[:, None] - 1 + positions[: batch.labels.shape[1]])[..., None]  # (B, T, 1)
-        return [self.head(z_h.gather(1, at.expand(-1, -1, z_h.shape[2]))) for z_h in states]
+        return [z_h.flatten(0, 1)[batch.label_at] for z_h in states]
 
     def prefill(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        bos_id: int,
-        max_new_tokens: int,
-        h_cycles: int | None = None,
-        l_cycles: int | None = None,
+        self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
     ) -> tuple[Tensor, Decoding]:
-        """Reads prompts (B, S), padded on either side. Returns the first new token's logits (B, V) and where decoding
-        stands. `bos_id` is for models whose decoder starts with one; here the prompt's last token predicts.
+        """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the first new token's logits (B, V) and
+        where decoding stands. `bos_id` is for models whose decoder starts with BOS; here the prompt's last token predicts.
         """
-        ids, mask = compact(prompt_ids, prompt_mask)
-        (B, S), lengths = ids.shape, mask.sum(dim=1)
-        h_cycles, l_cycles = self.config.hrm.cycles(h_cycles, l_cycles)
+        B, S = prompt_ids.shape
         stacks = [self.stack]
         if self.core is not None:
-            stacks = ([self.core.l_stack] * l_cycles + [self.core.h_stack]) * h_cycles
+            stacks = ([self.core.l_stack] * cycles.l + [self.core.h_stack]) * cycles.h
         caches = [[KVCache(S + max_new_tokens) for _ in stack.blocks] for stack in stacks]
-        positions = torch.arange(S, device=ids.device)
-        rope = rotary(positions, self.head_dim)
-        states = self._states(ids, rope, prefix_mask(positions, lengths), h_cycles, l_cycles, caches=caches)[-1]
-        logits = self.head(states[torch.arange(B, device=ids.device), lengths - 1])
-        visible = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
-        return logits, Decoding(caches, lengths, visible, h_cycles, l_cycles)
+        positions = torch.arange(S, device=prompt_ids.device)
+        visible = positions < prompt_lens[:, None]  # (B, S)
+        states = self._states(
+            prompt_ids, rotary(positions, self.head_dim), visible[:, None, None, :], cycles, caches=caches
+        )[-1]
+        logits = self.head(states[torch.arange(B, device=prompt_ids.device), prompt_lens - 1])
+        visible = torch.cat([visible, visible.new_ones(B, max_new_tokens)], dim=1)
+        return logits, Decoding(caches, prompt_lens, visible, cycles)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
-        """Appends tokens (B,) and returns the next one's logits (B, V)."""
+        """Appends tokens (B,) and returns the logits (B, V) of the next token."""
         rope = rotary(decoding.lengths[:, None], self.head_dim)
         keys = decoding.caches[0][0].length + 1
         mask = decoding.visible[:, None, None, :keys]
-        states = self._states(tokens[:, None], rope, mask, decoding.h_cycles, decoding.l_cycles, caches=decoding.caches)
+        states = self._states(tokens[:, None], rope, mask, decoding.cycles, caches=decoding.caches)
         decoding.lengths = decoding.lengths + 1
         return self.head(states[-1][:, -1])
 
 
-def compact(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """ids, mask: (B, T). Both with each row's tokens moved to its left, in order, and the padding behind them."""
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
-
-
-def prefix_mask(positions: Tensor, prompt_len: Tensor) -> Tensor:
-    """(T,) and (B,) -> (B, 1, T, T), True where a key may be seen: the prompt by all, the rest causally.
-
-    Padding stands behind every token, so no token sees it.
-    """
-    return (positions <= positions[:, None]) | (positions < prompt_len[:, None, None, None])
+def visible_keys(batch: TokenRows) -> Tensor:
+    """(R, 1, T, T): True where a key may be seen."""
+    keys = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return ((batch.sees_from[..., None] <= keys) & (keys <= batch.sees_to[..., None])).unsqueeze(1)

@@ -27,7 +27,8 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import pyarrow.fs
 
-from hrm_lm.data.prepared import META, TOKENIZER, ShardWriter, write_file, write_meta
+from hrm_lm.data.prepared.format import META, TOKENIZER, write_file
+from hrm_lm.data.prepared.writer import ShardWriter, write_meta
 from hrm_lm.data.tokenizer import (
     ByteTokenizer,
     PretrainedTokenizer,

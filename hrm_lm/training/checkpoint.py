@@ -28,7 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hrm_lm.config import Config, parse_config, read_yaml
 from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.models.build import LanguageModel, build_model
+from hrm_lm.models.build import build_model
+from hrm_lm.models.contract import LanguageModel
 from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1

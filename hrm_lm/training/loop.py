@@ -7,8 +7,10 @@ from typing import Any
 
 from hrm_lm.config import Config, parse_config
 from hrm_lm.data.loading import prefetch, train_batches
-from hrm_lm.data.registry import Splits, load_dataset
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.splits import Splits
 from hrm_lm.errors import UserError
+from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
@@ -37,7 +39,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         return {"status": "early_stopped", "step": state.step}
 
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
-    source = train_batches(splits, config.train, state.step, session.rank, session.world_size)
+    source = train_batches(
+        splits.train, splits.tokenizer, state.model.collate, config.train, state.step, session.rank, session.world_size
+    )
     batches = prefetch(source, state.device)
     clock = time.perf_counter()
     try:
@@ -48,37 +52,31 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             validating = last or (config.train.val_every and state.step % config.train.val_every == 0)
             if not (validating or state.step % config.train.log_every == 0):
                 continue
-            window = stats.read()
+            interval = stats.read()
             now = time.perf_counter()
             seconds, clock = now - clock, now
-            if window["bad_step"] is not None:
+            if interval["bad_step"] is not None:
                 return {
                     "status": "diverged",
-                    "step": window["bad_step"],
-                    "error": divergence(config, window["bad_step"]),
+                    "step": interval["bad_step"],
+                    "error": divergence(config, interval["bad_step"]),
                 }
             progress.seconds += seconds
-            progress.tokens += int(window["tokens"])
+            progress.tokens += int(interval["tokens"])
             metrics = {
-                "loss": window["loss"],
+                "loss": interval["loss"],
                 "lr": learning_rate(config.optim, config.train.steps, state.step - 1),
-                "grad_norm": window["grad_norm"],
-                "samples_per_s": window["samples"] / seconds,
-                "tokens_per_s": window["tokens"] / seconds,
-                "padding": window["padding"],
+                "grad_norm": interval["grad_norm"],
+                "samples_per_s": interval["samples"] / seconds,
+                "tokens_per_s": interval["tokens"] / seconds,
+                "padding": interval["padding"],
             }
             log.write(state.step, metrics)
 
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(
-                        state.model,
-                        splits,
-                        config.micro_batch_size,
-                        config.train.mixed_precision,
-                        round_up=config.train.length_window > 0,
-                    )
+                    val = validate(state.model, splits, EvalOptions.of(config))
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])

@@ -5,19 +5,19 @@ batch is cut into workers and micro-batches changes nothing but rounding.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hrm_lm.config import Config, HRMConfig, OptimConfig, TrainConfig
-from hrm_lm.data.collate import IGNORE, Batch
-from hrm_lm.models.build import LanguageModel, build_model
+from hrm_lm.config import Config, Cycles, HRMConfig, OptimConfig
+from hrm_lm.data.collate import IGNORE, AnyBatch
+from hrm_lm.models.build import build_model
+from hrm_lm.models.contract import LanguageModel, autocast
 from hrm_lm.models.layers import Block, ScaledEmbedding
 from hrm_lm.training.optim import AdamAtan2, WeightAverage
 from hrm_lm.training.parallel import parallelize, unsynchronized
@@ -42,7 +42,7 @@ class TrainState:
 
 
 class Stats:
-    """Sums over the steps of a logging window, kept on the device until a number is due."""
+    """Sums over the steps of a logging interval, kept on the device until a number is due."""
 
     def __init__(self, state: TrainState):
         self.state = state
@@ -52,7 +52,7 @@ class Stats:
         self.grad_norm = torch.zeros((), device=state.device)
 
     def read(self) -> dict[str, float]:
-        """The window over all workers, then empty. This waits for the device.
+        """The interval's numbers over all workers; then a new interval begins. This waits for the device.
 
         `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
         """
@@ -119,35 +119,26 @@ def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
 
 
-def sampled_h_cycles(config: TrainConfig, step: int) -> int | None:
-    """H-cycles of optimisation step `step`, the same on every worker; None for the model's own."""
-    if config.sample_h_cycles is None:
-        return None
-    least, most = config.sample_h_cycles
-    stream = 1  # apart from the draws of data order
-    return int(np.random.default_rng((config.seed, step, stream)).integers(least, most + 1))
+def cycles_of(config: Config, step: int) -> Cycles:
+    """The cycles of optimisation step `step`, the same on every worker."""
+    cycles = config.model.hrm.cycles
+    if config.train.sample_h_cycles is None:
+        return cycles
+    least, most = config.train.sample_h_cycles
+    draws = np.random.default_rng((config.train.seed, step, 1))  # 1: apart from the draws of data order
+    return cycles._replace(h=int(draws.integers(least, most + 1)))
 
 
-def backprop_window(config: HRMConfig, step: int, h_cycles: int | None = None) -> int | None:
+def backprop_steps_of(config: HRMConfig, step: int, cycles: Cycles) -> int | None:
     """Applications of a stack that carry gradient at optimisation step `step`; None for all."""
-    total = (h_cycles or config.h_cycles) * (config.l_cycles + 1)
-    window = total if config.backprop_steps == "all" else min(config.backprop_steps, total)
+    total = cycles.h * (cycles.l + 1)
+    steps = total if config.backprop_steps == "all" else min(config.backprop_steps, total)
     if step < config.backprop_warmup_steps:
-        window = min(window, 2 + (window - 2) * step // config.backprop_warmup_steps)
-    return None if window >= total else window
+        steps = min(steps, 2 + (steps - 2) * step // config.backprop_warmup_steps)
+    return None if steps >= total else steps
 
 
-def autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager:
-    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in float32, summed over labelled tokens. logits: (B, T, V); labels: (B, T)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> None:
+def train_step(state: TrainState, micro_batches: list[AnyBatch], stats: Stats) -> None:
     """One optimisation step over this worker's micro-batches of a global batch. Adds to `stats`, on the device."""
     config, step = state.config, state.step
     for group in state.optimizer.param_groups:
@@ -155,8 +146,8 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
     if config.model.dropout:
         torch.manual_seed(hash((config.train.seed, step, state.rank)))
     state.model.set_step(step)
-    h_cycles = sampled_h_cycles(config.train, step)
-    window = backprop_window(config.model.hrm, step, h_cycles)
+    cycles = cycles_of(config, step)
+    backprop_steps = backprop_steps_of(config.model.hrm, step, cycles)
 
     labelled = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
     mine = labelled.clone()
@@ -169,15 +160,12 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
         inner = i < len(micro_batches) - 1
         with unsynchronized(state.parallel) if inner else nullcontext():
             with autocast(state.device, config.train.mixed_precision):
-                *earlier, last = state.parallel(batch, h_cycles, backprop_steps=window)
-            loss = token_loss(last, batch.labels)
+                *earlier, last = state.parallel(batch, cycles, backprop_steps)
+            loss = last.losses.sum()
             step_loss += loss.detach()
             if earlier:  # deep supervision
-                loss = (
-                    loss
-                    + config.model.hrm.deep_supervision
-                    * torch.stack([token_loss(logits, batch.labels) for logits in earlier]).mean()
-                )
+                mean = torch.stack([prediction.losses.sum() for prediction in earlier]).mean()
+                loss = loss + config.model.hrm.deep_supervision * mean
             state.scaler.scale(loss * scale).backward()
 
     state.scaler.unscale_(state.optimizer)
@@ -194,9 +182,9 @@ def train_step(state: TrainState, micro_batches: list[Batch], stats: Stats) -> N
         state.average.update()
     state.step += 1
 
-    tokens = torch.stack([batch.encoder_mask.sum() + batch.decoder_mask.sum() for batch in micro_batches]).sum()
-    positions = sum(batch.encoder_mask.numel() + batch.decoder_mask.numel() for batch in micro_batches)
-    samples = sum(len(batch.labels) for batch in micro_batches)
+    tokens = torch.stack([batch.num_tokens for batch in micro_batches]).sum()
+    positions = sum(batch.num_positions for batch in micro_batches)
+    samples = sum(batch.num_samples for batch in micro_batches)
     counts = [mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
     stats.sums += torch.stack([step_loss.double(), *(count.double() for count in counts)])
     stats.grad_norm = norm

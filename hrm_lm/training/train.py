@@ -79,7 +79,9 @@ def dry_run_loss(config: Config) -> float:
     """One optimisation step on a random batch, in this process. Returns its loss."""
     import torch
 
-    from hrm_lm.data.collate import pad_batch
+    from hrm_lm.data.collate import to_device
+    from hrm_lm.data.splits import Ragged, Sample
+    from hrm_lm.data.tokenizer import ByteTokenizer
     from hrm_lm.training.step import Stats, build_state, train_step
 
     device = torch.device("cuda" if torch.cuda.is_available() and config.ray.use_gpu else "cpu")
@@ -93,10 +95,11 @@ def dry_run_loss(config: Config) -> float:
     def tokens(length: int) -> list[int]:
         return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
 
-    samples = [(tokens(prompt_len), tokens(response_len), tokens(response_len)) for _ in range(config.micro_batch_size)]
+    samples = [Sample(tokens(prompt_len), tokens(response_len - 1)) for _ in range(config.micro_batch_size)]
     state = build_state(config, vocab_size, device)
     stats = Stats(state)
-    train_step(state, [pad_batch(samples, pad_id=0).to(device)], stats)
+    batch = state.model.collate(Ragged.of(samples), ByteTokenizer())
+    train_step(state, [to_device(batch, device)], stats)
     return stats.read()["loss"]
 
 

@@ -1,4 +1,4 @@
-"""HRMLanguageModel: token embedding -> bidirectional encoder -> HRMCore -> bridge -> causal decoder.
+"""HRMEncoderDecoder: token embedding -> bidirectional encoder -> HRMCore -> bridge -> causal decoder.
 
 Chosen: encoder and decoder share the embedding; the head is untied; the bridge is either cross-attention in every
 decoder block, or `prefix_len` vectors pooled from the core's states and put before the decoder's input. A learned
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hrm_lm.config import BridgeConfig, ModelConfig
-from hrm_lm.data.collate import Batch
+from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
+from hrm_lm.data.collate import Batch, pad
+from hrm_lm.models.contract import Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Block, CrossAttention, KVCache, ScaledEmbedding, Stack, linear, rms_norm, rotary
 
@@ -54,7 +55,7 @@ class Decoding:
     position: int
 
 
-class HRMLanguageModel(nn.Module):
+class HRMEncoderDecoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
@@ -73,24 +74,19 @@ class HRMLanguageModel(nn.Module):
         self.norm = rms_norm(C)
         self.head = linear(C, vocab_size)
 
+    collate = staticmethod(pad)
+
     def set_step(self, step: int) -> None:
         self.bridge.set_step(step)
 
     def encode(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        h_cycles: int | None = None,
-        l_cycles: int | None = None,
-        backprop_steps: int | None = None,
+        self, ids: Tensor, mask: Tensor, cycles: Cycles, backprop_steps: int | None = None
     ) -> list[Tensor]:
         """ids, mask: (B, S). Returns the core's state after each H-cycle, each (B, S, C)."""
         rope = rotary(torch.arange(ids.shape[1], device=ids.device), self.head_dim)
         keys = mask[:, None, None, :].bool()
         x = self.encoder(self.embedding(ids), rope, keys)
-        if self.core is None:
-            return [x]
-        return self.core(x, rope, keys, *self.config.hrm.cycles(h_cycles, l_cycles), backprop_steps)
+        return [x] if self.core is None else self.core(x, rope, keys, cycles, backprop_steps)
 
     def _cross(self, states: Tensor, mask: Tensor) -> list:
         """What each decoder block attends to besides its own past: keys and values, mask, gate."""
@@ -111,47 +107,37 @@ class HRMLanguageModel(nn.Module):
             x = torch.cat([self.bridge.prefix(states, mask[:, None, None, :].bool()).to(x.dtype), x], dim=1)
         return x
 
-    def forward(
-        self,
-        batch: Batch,
-        h_cycles: int | None = None,
-        l_cycles: int | None = None,
-        backprop_steps: int | None = None,
-    ) -> list[Tensor]:
-        """Logits (B, T, V), aligned with `batch.labels`; the last of the list is the model's answer.
+    def forward(self, batch: Batch, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
+        """The last prediction is the model's answer; see `LanguageModel`."""
+        return [predict(self.head, states, batch.labels) for states in self.states(batch, cycles, backprop_steps)]
 
-        While training with deep supervision the earlier H-cycles' logits come before it.
-        """
-        states = self.encode(batch.encoder_ids, batch.encoder_mask, h_cycles, l_cycles, backprop_steps)
+    def states(self, batch: Batch, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
+        """What the head reads, (B, T, C), aligned with `batch.labels`, for each prediction that is due."""
+        encoded = self.encode(batch.encoder_ids, batch.encoder_mask, cycles, backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
-            states = states[-1:]
-        logits = []
-        for z_h in states:
+            encoded = encoded[-1:]
+        states = []
+        for z_h in encoded:
             x = self._decoder_inputs(z_h, batch.encoder_mask, batch.decoder_input_ids)
             x = self._decode(x, self._cross(z_h, batch.encoder_mask))
-            x = x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]  # without the prefix
-            logits.append(self.head(self.norm(x)))
-        return logits
+            states.append(self.norm(x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]))  # without the prefix
+        return states
 
     def prefill(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        bos_id: int,
-        max_new_tokens: int,
-        h_cycles: int | None = None,
-        l_cycles: int | None = None,
+        self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
     ) -> tuple[Tensor, Decoding]:
-        """Reads prompts (B, S), right-padded. Returns the first new token's logits (B, V) and where decoding stands."""
-        states = self.encode(prompt_ids, prompt_mask, h_cycles, l_cycles)[-1]
-        bos = prompt_ids.new_full((len(prompt_ids), 1), bos_id)
-        x = self._decoder_inputs(states, prompt_mask, bos)
+        """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the first new token's logits (B, V) and
+        where decoding stands.
+        """
+        mask = torch.arange(prompt_ids.shape[1], device=prompt_ids.device) < prompt_lens[:, None]
+        states = self.encode(prompt_ids, mask, cycles)[-1]
+        x = self._decoder_inputs(states, mask, prompt_ids.new_full((len(prompt_ids), 1), bos_id))
         caches = [KVCache(x.shape[1] + max_new_tokens) for _ in self.decoder]
-        decoding = Decoding(self._cross(states, prompt_mask), caches, x.shape[1])
+        decoding = Decoding(self._cross(states, mask), caches, x.shape[1])
         return self.head(self.norm(self._decode(x, decoding.memory, caches=caches)[:, -1])), decoding
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
-        """Appends tokens (B,) and returns the next one's logits (B, V)."""
+        """Appends tokens (B,) and returns the logits (B, V) of the next token."""
         x = self._decode(self.embedding(tokens[:, None]), decoding.memory, decoding.position, decoding.caches)
         decoding.position += 1
         return self.head(self.norm(x[:, -1]))

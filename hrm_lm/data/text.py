@@ -1,0 +1,120 @@
+"""Pairs of texts as a split: tokenized whole, at once, when a sample is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Set
+from functools import cached_property
+
+import numpy as np
+
+from hrm_lm.config import DataConfig
+from hrm_lm.data.flat import FlatSplit, Shard
+from hrm_lm.data.splits import (
+    Limits, Prompt, Ragged, Sample, Split, Splits, Subset, key, refuse_empty_prompts, too_long
+)  # fmt: skip
+from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, Tokenizer, resolve_tokenizer
+
+Pair = tuple[str, str]
+"""A prompt and its response."""
+TOKENIZED_TOGETHER = 1024
+CHECKED_WHOLE = 1 << 20
+"""Characters of a corpus that is tokenized to be checked. Of a larger one, only texts that could be too long are."""
+
+
+class TextSplit(Split):
+    """A driver, which checks a data set and trains on none of it, tokenizes only what may be too long for the model."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        tokenizer: Tokenizer,
+        places: Callable[[int], str] | None = None,
+        verdict: Callable[[int, str], float] | None = None,
+        limits: Limits | None = None,
+        truncate: bool = False,
+    ):
+        """limits: a sample beyond these is cut where `truncate`, else it raises UserError once it is tokenized."""
+        self.pairs, self.tokenizer, self.places, self.verdict = pairs, tokenizer, places, verdict
+        self.limits, self.truncate = limits, truncate
+
+    @cached_property
+    def _flat(self) -> FlatSplit:
+        dtype = np.dtype(np.min_scalar_type(self.tokenizer.vocab_size - 1))
+        place = np.zeros(1, dtype)
+        runs, bounds, total = [], [np.zeros(1, np.int64)], 0
+        for start in range(0, len(self.pairs), TOKENIZED_TOGETHER):
+            pairs = self.pairs[start : start + TOKENIZED_TOGETHER]
+            ids = self.tokenizer.encode_batch([text for pair in pairs for text in pair])
+            lens = np.fromiter(map(len, ids), np.int64, len(ids))
+            runs += [run for side in ids for run in (np.asarray(side, dtype), place)]
+            # A prompt ends before BOS, and a sample behind EOS.
+            ends = total + np.cumsum(lens + 1) - np.tile([1, 0], len(pairs))
+            total += int(lens.sum()) + len(lens)
+            bounds.append(ends)
+        tokens, ends = np.concatenate([*runs, place[:0]]), np.concatenate(bounds).astype("<i8")
+        shard = Shard(memoryview(tokens).cast("B"), memoryview(ends).cast("B"))
+        flat = FlatSplit([len(self.pairs)], dtype, lambda _: shard, self.limits if self.truncate else None)
+        if self.limits is not None:
+            self._check(flat.lengths(np.arange(len(flat))), np.arange(len(flat)), self.limits)
+        return flat
+
+    def _check(self, lengths: np.ndarray, indices: np.ndarray, limits: Limits) -> None:
+        """lengths: (N, 2), of the samples at `indices` (N,). Raises UserError where a sample does not fit the model."""
+        refuse_empty_prompts(Subset(self, indices), lengths)
+        if (over := (lengths > limits).any(axis=1)).any():
+            first = int(over.argmax())
+            raise too_long(f"{self.place(int(indices[first]))}: the", lengths[first].tolist(), limits)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self._flat[i]
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return self._flat.lengths(indices)
+
+    def ragged(self, indices: np.ndarray) -> Ragged:
+        return self._flat.ragged(indices)
+
+    def fitted(self, limits: Limits, truncate: bool) -> Split:
+        fitted = TextSplit(self.pairs, self.tokenizer, self.places, self.verdict, limits, truncate)
+        sizes = np.array([[len(side.encode()) for side in pair] for pair in self.pairs], dtype=np.int64).reshape(-1, 2)
+        if sizes.sum() <= CHECKED_WHOLE:
+            fitted._flat  # noqa: B018 (tokenizing checks every sample)
+            return fitted
+        # A text has no more tokens than bytes, but for what some tokenizers put in front. Tokenizing checks again.
+        long = np.zeros(len(sizes), dtype=bool) if truncate else (sizes + [0, 1] > limits).any(axis=1)
+        for i in np.flatnonzero(long | (sizes[:, 0] == 0)).tolist():
+            prompt, response = (len(self.tokenizer.encode(side)) for side in self.pairs[i])
+            self._check(np.array([[prompt, response + 1]]), np.array([i]), limits)
+        return fitted
+
+    def without(self, prompts: Set[Prompt]) -> Split:
+        kept = [i for i in range(len(self)) if key(self._flat[i].prompt) not in prompts]
+        return self if len(kept) == len(self) else Subset(self, np.array(kept, dtype=np.int64))
+
+
+def text_splits(
+    config: DataConfig,
+    train: Iterable[Pair],
+    val: Iterable[Pair],
+    default: Callable[[], Tokenizer],
+    place: Callable[[str, int], str] | None = None,
+    score: Callable[[int, str], float] | None = None,
+) -> Splits:
+    """Splits of prompts and responses, read with the tokenizer that `config.tokenizer` names, else with `default`'s.
+
+    place, score: as for `Splits`. Raises UserError where the named tokenizer cannot be had.
+    """
+    train, val = list(train), list(val)
+    if config.tokenizer == CHARACTERS:
+        tokenizer: Tokenizer = SimpleTokenizer.from_texts(text for pair in (*train, *val) for text in pair)
+    else:
+        tokenizer = resolve_tokenizer(config.tokenizer) if config.tokenizer else default()
+    place = place or (lambda split, i: f"{split} sample {i + 1}")
+    return Splits(
+        TextSplit(train, tokenizer, lambda i: place("train", i)),
+        TextSplit(val, tokenizer, lambda i: place("val", i), score),
+        tokenizer,
+    )

@@ -1,0 +1,92 @@
+"""The model contract: what the loop, validation and generation ask of a model, and the values they hand it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm_lm.config import Config, Cycles, ModelConfig
+from hrm_lm.data.collate import IGNORE, AnyBatch, SpecialTokens
+from hrm_lm.data.splits import Ragged
+
+Precision = Literal["none", "bf16", "fp16"]
+
+
+def autocast(device: torch.device, mixed_precision: Precision) -> AbstractContextManager:
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How a model is run where it does not learn. One value, so that no option is lost on the way."""
+
+    cycles: Cycles
+    mixed_precision: Precision = "none"
+    batch_size: int = 64
+    round_up: bool = False
+    """Whether sizes are rounded up to those that training has seen, for compiled models."""
+
+    @classmethod
+    def of(cls, config: Config, **changes: Any) -> EvalOptions:
+        """As the run of `config` validates, but for `changes`."""
+        options = cls(
+            cycles=config.model.hrm.cycles,
+            mixed_precision=config.train.mixed_precision,
+            batch_size=config.micro_batch_size,
+            round_up=config.train.length_window > 0,
+        )
+        return replace(options, **changes)
+
+
+class Prediction(NamedTuple):
+    """What a model makes of a batch's labels; both tensors are shaped like `batch.labels`."""
+
+    losses: Tensor
+    """float32: cross-entropy of each label, 0 where it is IGNORE."""
+    right: Tensor
+    """bool: whether the label is the likeliest token; False where it is IGNORE."""
+
+
+class LanguageModel(Protocol):
+    """An nn.Module that answers prompts. `hrm_lm.models.encoder_decoder` and `prefix_lm` have the two there are."""
+
+    config: ModelConfig
+    core: nn.Module | None
+    """The HRMCore, or None for a model without recurrence."""
+
+    @staticmethod
+    def collate(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> AnyBatch:
+        """Makes the batch in the layout that the architecture wants; `hrm_lm.data.collate.pad` makes the guide's."""
+
+    def __call__(self, batch: AnyBatch, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
+        """The last prediction is the model's answer. While training with deep supervision, those of the earlier
+        H-cycles come before it. backprop_steps: see `HRMCore`.
+        """
+
+    def prefill(
+        self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
+    ) -> tuple[Tensor, Any]:
+        """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the logits (B, V) of the first new token, and
+        where decoding stands.
+        """
+
+    def decode(self, tokens: Tensor, decoding: Any) -> Tensor:
+        """Appends tokens (B,) to what `decoding` holds and returns the logits (B, V) of the next token."""
+
+    def set_step(self, step: int) -> None:
+        """Follows schedules of the model's own, as of optimisation step `step`."""
+
+
+def predict(head: nn.Linear, states: Tensor, labels: Tensor) -> Prediction:
+    """states: (..., C), where `labels` (...) are predicted. The loss is computed in float32."""
+    logits = head(states)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view_as(labels)
+    return Prediction(losses, logits.argmax(-1) == labels)
