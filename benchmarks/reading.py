@@ -1,6 +1,7 @@
 """Reading for training: `python benchmarks/reading.py`.
 
-samples/s of one epoch of batches, opening included: a prepared dataset against JSONL, both of characters
+samples/s of an epoch of batches, opening included: a prepared dataset against JSONL, both of characters
+samples/s of a mixture of two halves of that dataset, against the halves alone
 the share of the step's time on the default config that making its batch takes
 padding and useful tokens/s on a skewed corpus, prompts and responses of 8 to 512 tokens, with and without batches by
 length
@@ -8,18 +9,22 @@ length
 
 import json
 import multiprocessing
+import statistics
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
 
 from hrm_lm.config import Config, load_config
+from hrm_lm.data.collate import pad
 from hrm_lm.data.loading import train_batches
-from hrm_lm.data.prepared import ShardWriter, write_meta
-from hrm_lm.data.registry import Splits, load_dataset
+from hrm_lm.data.prepared.writer import ShardWriter, write_meta
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, Tokenizer
 from hrm_lm.training.step import Stats, build_state, train_step
 
@@ -46,13 +51,13 @@ def write_prepared(
     write_meta(fs, str(folder), tokenizer, closed)
 
 
-def epoch_rate(dataset: Path) -> float:
-    """Samples/s of the first epoch, from the dataset's name on."""
-    config = load_config(overrides={"data.dataset": str(dataset), "train.steps": 10**9})
+def epoch_rate(data: dict[str, Any]) -> float:
+    """Samples/s of the first epoch, from the names of the data sets on. data: fields of the config's `data` section."""
+    config = load_config(overrides={"data": data, "train.steps": 10**9})
     start = time.perf_counter()
     splits = load_dataset(config.data, config.model, 0)
     steps = len(splits.train) // config.train.batch_size
-    for _ in islice(train_batches(splits, config.train, 0, 0, 1), steps):
+    for _ in islice(train_batches(splits.train, splits.tokenizer, pad, config.train), steps):
         pass
     return steps * config.train.batch_size / (time.perf_counter() - start)
 
@@ -60,7 +65,8 @@ def epoch_rate(dataset: Path) -> float:
 def shares(config: Config, splits: Splits, steps: int) -> tuple[float, float, dict[str, float]]:
     """Seconds a step for making the batch and for training on it, and the stats over all steps."""
     state = build_state(config, splits.tokenizer.vocab_size)
-    batches, stats, making, training = train_batches(splits, config.train, 0, 0, 1), Stats(state), 0.0, 0.0
+    batches = train_batches(splits.train, splits.tokenizer, state.model.collate, config.train)
+    stats, making, training = Stats(state), 0.0, 0.0
     train_step(state, next(batches), stats)
     stats.read()
     for _ in range(steps):
@@ -80,11 +86,25 @@ def main() -> None:
         tokenizer = SimpleTokenizer.from_texts(text for pair in pairs for text in pair)
         with open(folder / "corpus.jsonl", "w") as file:
             file.writelines(json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs)
-        write_prepared(folder / "prepared", [tuple(map(tokenizer.encode, pair)) for pair in pairs], tokenizer)
+        encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
+        write_prepared(folder / "prepared", encoded, tokenizer)
+        halves = {"one": folder / "one", "two": folder / "two"}
+        for number, half in enumerate(halves.values()):
+            write_prepared(half, encoded[number::2], tokenizer)
         # A process each: what JSONL leaves of the heap makes every batch after it slower by a sixth.
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            jsonl, prepared = pool.map(epoch_rate, [folder / "corpus.jsonl", folder / "prepared"], chunksize=1)
-        print(f"samples/s: JSONL {jsonl:,.0f}, prepared {prepared:,.0f}: {prepared / jsonl:.1f} times")
+            files = [{"dataset": str(folder / name)} for name in ("corpus.jsonl", "prepared")]
+            jsonl, prepared = pool.map(epoch_rate, files, chunksize=1)
+            print(f"samples/s: JSONL {jsonl:,.0f}, prepared {prepared:,.0f}: {prepared / jsonl:.1f} times")
+            alone = [{"dataset": str(half)} for half in halves.values()]
+            mixture = {"mixture": {name: {"dataset": str(half)} for name, half in halves.items()}}
+            rounds = [pool.map(epoch_rate, [*alone, mixture], chunksize=1) for _ in range(5)]
+            shares_of_own = [mixed / statistics.mean(own) for *own, mixed in rounds]
+            mixed = statistics.median(rates[-1] for rates in rounds)
+            print(
+                f"a mixture of two halves: {mixed:,.0f} samples/s, {statistics.median(shares_of_own):.0%} of the halves' own "
+                f"(five rounds: {min(shares_of_own):.0%} to {max(shares_of_own):.0%})"
+            )
 
         config = load_config(overrides={"data.dataset": str(folder / "prepared"), "train.steps": 10**6})
         making, training, _ = shares(config, load_dataset(config.data, config.model, 0), 30)
