@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_lm.data.tokenizer import pretrained_tokenizer
+from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.prepare.pipeline import CHUNK, Settings, prepare
 from hrm_lm.training.driver import init_ray
 
@@ -62,7 +62,7 @@ def sample(corpus: Path, pairs: int) -> list[tuple[str, str]]:
 def tokenizer_alone(path: Path, corpus: Path) -> tuple[float, float]:
     """Pairs per second, and per second of CPU time, of one process with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer, texts = pretrained_tokenizer(path), [text for pair in sample(corpus, 50_000) for text in pair]
+    tokenizer, texts = resolve_tokenizer(str(path)), [text for pair in sample(corpus, 50_000) for text in pair]
     tokenizer.encode_batch(texts[:1000])
     start, cpu_start = time.perf_counter(), time.process_time()
     for at in range(0, len(texts), 2 * CHUNK):

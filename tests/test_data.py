@@ -10,7 +10,7 @@ from hrm_lm.data.collate import IGNORE, pad_batch
 from hrm_lm.data.registry import Splits, load_dataset
 from hrm_lm.data.sampler import global_batches, permuted, stream, worker_share
 from hrm_lm.data.synthetic import build_synthetic_dataset
-from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
+from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 
 
@@ -97,22 +97,6 @@ def test_answers_are_sums_and_digits_are_in_range():
         assert 100 <= a <= 999_999 and 100 <= b <= 999_999
         assert splits.tokenizer.decode(labels) == str(a + b) and labels[-1] == splits.tokenizer.eos_id
         assert list(inputs) == [splits.tokenizer.bos_id, *labels[:-1]]
-
-
-# --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
-def test_tokenizer_round_trips_text_and_file(tmp_path):
-    tokenizer = SimpleTokenizer.from_texts(["héllo", "wörld ∑"])
-    tokenizer.save(tmp_path / "t.json")
-    again = load_tokenizer(tmp_path / "t.json")
-    assert again.decode(again.encode("whéö ∑")) == "whéö ∑" and again.to_json() == tokenizer.to_json()
-
-
-def test_an_unknown_character_is_an_error_or_an_id():
-    with pytest.raises(UserError, match="'z'"):
-        SimpleTokenizer("ab").encode("az")
-    assert SimpleTokenizer("ab", unknown="id").encode("az") == [4, SimpleTokenizer.unk_id]
 
 
 # --- jsonl -------------------------------------------------------------------------------------------------------

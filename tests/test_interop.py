@@ -259,13 +259,3 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_text(tmp_path, tokenizer):
             theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True)
             == text
         )
-
-
-def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, export_to):
-    definition = json.loads(
-        (export_to(random_checkpoint(tmp_path / "o", **SHAPES["two_cycles"])) / "tokenizer.json").read_text()
-    )
-    fields = dict(type="tokenizers", definition=definition, pad_id=0, bos_id=1, eos_id=2, vocab_size=5)
-    (tmp_path / "t.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="t.json: not a tokenizer: it has 24 tokens, the model 5"):
-        load_tokenizer(tmp_path / "t.json")

@@ -16,7 +16,7 @@ from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.mixture import BLOCK, Mixture
 from hrm_lm.data.reasoning_gym import ReasoningGymTask
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, named_tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model
@@ -230,7 +230,7 @@ def test_a_named_tokenizer_reads_any_text_dataset(tmp_path):
     for name in ("bytes", str(tmp_path / "tokenizer.json")):
         splits = load(data__dataset="synthetic", data__tokenizer=name)
         assert splits.tokenizer.decode(splits.train[0][0]).startswith("What is")
-        assert splits.tokenizer.to_json() == named_tokenizer(name).to_json()
+        assert splits.tokenizer.to_json() == resolve_tokenizer(name).to_json()
     with pytest.raises(UserError, match="data.tokenizer: .*nothing.json cannot be read: No such file"):
         load(data__dataset="synthetic", data__tokenizer=str(tmp_path / "nothing.json"))
 

@@ -12,7 +12,7 @@ from typing import Callable, Iterable, NamedTuple, Sequence
 import numpy as np
 
 from hrm_lm.config import DataConfig, ModelConfig
-from hrm_lm.data.tokenizer import Sample, Tokenizer, encode_pair, named_tokenizer
+from hrm_lm.data.tokenizer import Sample, Tokenizer, encode_pair, resolve_tokenizer, same_tokens
 from hrm_lm.errors import UserError
 
 BUILT_IN = {
@@ -51,7 +51,7 @@ def text_splits(
     default: Callable[[], Tokenizer],
 ) -> Splits:
     """Splits of prompts and responses, read with the tokenizer that `config.tokenizer` names, else with `default`'s."""
-    tokenizer = named_tokenizer(config.tokenizer) if config.tokenizer else default()
+    tokenizer = resolve_tokenizer(config.tokenizer) if config.tokenizer else default()
     return Splits(encode_split(train, tokenizer), encode_split(val, tokenizer), tokenizer)
 
 
@@ -87,7 +87,7 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
             f"data.dataset: {name!r} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
             "nor module:function"
         )
-    if config.tokenizer and splits.tokenizer.to_json() != named_tokenizer(config.tokenizer).to_json():
+    if config.tokenizer and not same_tokens(splits.tokenizer, resolve_tokenizer(config.tokenizer)):
         raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
     fitted = {}
     for split in ("train", "val"):

@@ -29,11 +29,11 @@ import pyarrow.fs
 
 from hrm_lm.data.prepared import META, TOKENIZER, ShardWriter, write_file, write_meta
 from hrm_lm.data.tokenizer import (
-    ByteTokenizer,
+    CHARACTERS,
     PretrainedTokenizer,
     SimpleTokenizer,
     Tokenizer,
-    pretrained_tokenizer,
+    resolve_tokenizer,
     tokenizer_from_json,
 )  # fmt: skip
 from hrm_lm.errors import UserError
@@ -430,9 +430,7 @@ def fixed_tokenizer(settings: Settings) -> Tokenizer | None:
     if settings.train_tokenizer:
         require_tokenizers()
         return None
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer()
-    return None if settings.tokenizer == "characters" else pretrained_tokenizer(settings.tokenizer)
+    return None if settings.tokenizer == CHARACTERS else resolve_tokenizer(settings.tokenizer, "--tokenizer")
 
 
 def corpus_tokenizer(job: Job, surveyed: list[dict[str, Any]]) -> Tokenizer:
