@@ -86,7 +86,9 @@ def test_a_tokenizer_that_cannot_be_had_is_a_line_with_flag_path_and_reason(tmp_
         "characters": "characters needs a text to take them from; here, give bytes or a tokenizer.json",
         write(tmp_path / "list.json", [1]): r"list.json is not a usable tokenizer: not a tokenizer of a known type",
         write(tmp_path / "other.json", {"a": 1}): r"other.json is not a usable tokenizer: neither this project's",
-        write(tmp_path / "cut.json", definition(model={"type": "BPE"})): r"cut.json is not a usable tokenizer: it has no",
+        write(
+            tmp_path / "cut.json", definition(model={"type": "BPE"})
+        ): r"cut.json is not a usable tokenizer: it has no",
         write(tmp_path / "type.json", {"type": "words"}): r"type.json is not a usable tokenizer: not a tokenizer of a",
     }
     (tmp_path / "text.json").write_text("{")

@@ -30,7 +30,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker.
     """
     splits = load_dataset(config.data, config.model, config.train.seed)
-    state = build_state(config, model_vocab_size(config.model, splits.tokenizer), session.device, session.rank, session.world_size)
+    state = build_state(
+        config, model_vocab_size(config.model, splits.tokenizer), session.device, session.rank, session.world_size
+    )
     progress = restore(state, session, splits)
     patience = config.train.early_stopping_patience
     status = "finished"
