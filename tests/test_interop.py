@@ -7,6 +7,7 @@ import torch
 import yaml
 from conftest import ROOT, small_config, train_locally
 
+from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.config import load_config
 from hrm_lm.data.collate import pad_batch
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, resolve_tokenizer, same_tokens
@@ -21,7 +22,6 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.prefix_lm import compact
 from hrm_lm.training.checkpoint import Progress, load_model, save_model
 from hrm_lm.training.step import backprop_window, token_loss
-from ray_jobs.prepare import main as prepare
 
 transformers = pytest.importorskip("transformers")
 TOKENIZER = SimpleTokenizer("What is+?0123456789\n")
@@ -70,7 +70,7 @@ def assert_same_logits(ours, theirs, batch):
 
 
 def save_transformers_folder(folder, tokenizer_folder, shape):
-    """A folder with random weights of Transformers' own, another embedding scale, 7 more rows than tokens, and the tokenizer of another folder."""
+    """Random weights of Transformers' own, with another embedding scale and 7 more rows than the tokenizer has tokens."""
     torch.manual_seed(1)
     hf_model = transformers.HrmTextForCausalLM(
         transformers.HrmTextConfig(

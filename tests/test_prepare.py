@@ -1,6 +1,7 @@
 """`python -m ray_jobs.prepare`: what is read, what is left out, and that a kill changes nothing."""
 
 import csv
+import dataclasses
 import gzip
 import json
 import signal
@@ -16,15 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import small_config, train_locally
 
+from hrm_lm.commands.help import field_docs
+from hrm_lm.commands.prepare import main
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
-from hrm_lm.prepare.pipeline import Job, Settings, survey, write_shard
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
+from hrm_lm.prepare.tasks import Job, Settings, survey, write_shard
 from hrm_lm.training.checkpoint import load_model
-from ray_jobs.prepare import main
 
 MAPPING = Mapping("prompt", "response")
 
@@ -335,12 +337,26 @@ def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command
     )
     assert (train_again, val_again) == (train, val)
     assert load_tokenizer(tmp_path / "path/tokenizer.json").to_json() == tokenizer.to_json()
+    options = ("--tokenizer", tmp_path / "bpe", "--val_fraction", 0.2)  # the folder of a dataset
+    assert prepare(command, tmp_path, tmp_path / "a.jsonl", output="folder", options=options) == (train, val)
+    assert load_tokenizer(tmp_path / "folder/tokenizer.json").to_json() == tokenizer.to_json()
 
     config = small_config(data__dataset=str(tmp_path / "bpe"), train__steps=5)
     train_locally(config, tmp_path / "run")
     model, of_checkpoint, _ = load_model(max((tmp_path / "run").glob("step_*")))
     assert of_checkpoint.to_json() == tokenizer.to_json() and model.embedding.weight.shape[0] == 300
     assert len(generate(model, of_checkpoint, ["What is 2 + 2?"], max_new_tokens=3)) == 1
+
+
+def test_help_tells_what_each_setting_means(command):
+    """The docstring of every field, with its default."""
+    code, out, _ = command(main, "--help")
+    text = " ".join(out.split())
+    docs = field_docs(Settings)
+    assert code == 0 and docs.keys() == {field.name for field in dataclasses.fields(Settings)}
+    for field in dataclasses.fields(Settings):
+        shown = " ".join(docs[field.name].split()) + ("" if field.default is None else f" (default: {field.default})")
+        assert f"{field.name.upper()} {shown}" in text
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def hugging_face_tokenizer(
 
     A special token is the token that `special_ids` has, else the token that `names` (what tokenizer_config.json holds)
     names, else the token with a usual name. A tokenizer without BOS or padding gets EOS in their place, as is usual.
-    Raises ValueError where there is no EOS; KeyError, TypeError or AttributeError where the definition is another file's.
+    Raises ValueError where there is no EOS; ValueError, KeyError, TypeError or AttributeError where it is another file.
     """
     if not isinstance(definition.get("model"), dict):
         raise ValueError("neither this project's tokenizer.json nor a Hugging Face one")
@@ -251,7 +251,7 @@ def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def model_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Tokens that the model's embedding and head hold: `model.vocab_size`, or the tokenizer's number where that is None.
+    """Tokens that the model's embedding and head hold: `model.vocab_size`, or where that is None, the tokenizer's.
 
     Raises UserError where the tokenizer has more tokens than the model.
     """
