@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -420,53 +421,62 @@ def test_given_again_it_does_nothing_and_with_other_settings_or_input_it_refuses
     assert "holds a dataset of other input or settings" in command(main, *arguments, "bytes")[2]
 
 
-def test_killed_in_each_step_and_given_again_the_result_is_byte_identical_and_finished_shards_stay(
-    cluster, command, tmp_path
-):
+KILLED_IN_STEP = """
+import os, signal, sys
+from hrm_lm.commands.prepare import main
+from hrm_lm.prepare import pipeline
+
+def killing(task, driver=os.getpid(), calls=[]):
+    def run(*args, **options):
+        calls.append(task)
+        if len(calls) == 3:  # so the results of two calls are in storage
+            os.kill(driver, signal.SIGKILL)
+        return task(*args, **options)
+    return run
+
+setattr(pipeline, sys.argv[1], killing(getattr(pipeline, sys.argv[1])))
+main(sys.argv[2:])
+"""
+
+
+def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_what_is_left(cluster, command, tmp_path):
+    """The result is byte-identical to that of an undisturbed run, and shards that were finished are not written again."""
     for i in range(6):
-        (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(12_000, 8_000 * i))))  # a third are duplicates
+        (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(3_000, 2_000 * i))))  # a third are duplicates
 
     def arguments(output):
         inputs = [str(tmp_path / f"{i}.jsonl") for i in range(6)]
-        options = ["--train_tokenizer", "bpe", "--vocab_size", "300", "--shard_mb", "0.2"]
+        options = ["--train_tokenizer", "bpe", "--vocab_size", "300", "--shard_mb", "0.05"]
         return ["--input", *inputs, "--output", str(tmp_path / output), *options]
-
-    def process(**options):
-        return subprocess.Popen([sys.executable, "-m", "ray_jobs.prepare", *arguments("killed")], text=True, **options)
 
     code, undisturbed, err = command(main, *arguments("undisturbed"))
     assert code == 0, err
-    finished = {}
-    for pattern in ("survey-*.json", "shard-*.json"):
-        driver = process(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        work, deadline = tmp_path / "killed/.prepare", time.monotonic() + 60
-        while len(list(work.glob(pattern))) < 2 and driver.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        assert work.exists() and not (tmp_path / "killed/meta.json").exists(), "it was over before the kill"
+    work = tmp_path / "killed/.prepare"
+    for step, results in (("survey", "survey-*.json"), ("write_shard", "shard-*.json")):
+        environment = os.environ | {"HRM_LM_TEST_OF_A_KILL": str(work)}
+        process = [sys.executable, "-c", KILLED_IN_STEP, step, *arguments("killed")]
+        assert subprocess.run(process, env=environment, capture_output=True).returncode == -signal.SIGKILL
+        wait_for_processes(f"HRM_LM_TEST_OF_A_KILL={work}")
+        assert len(list(work.glob(results))) >= 2 and not (tmp_path / "killed/meta.json").exists()
         with pytest.raises(UserError):
             load(tmp_path / "killed")
-        wait_for_tasks(work)
-        finished |= {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
-    for path in work.glob("shard-*.json"):
-        shard = tmp_path / "killed" / f"train-{path.stem[-5:]}.bin"
-        if shard.exists():  # not every pair of the part is a duplicate
-            finished[shard] = shard.stat().st_mtime_ns
-    again = process(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = again.communicate()
-    assert again.returncode == 0 and out.split(" in ")[0] == undisturbed.split(" in ")[0], err
+    numbers = [path.stem[-5:] for path in work.glob("shard-*.json")]
+    shards = [tmp_path / "killed" / f"{split}-{number}.bin" for number in numbers for split in ("train", "val")]
+    finished = {shard: shard.stat().st_mtime_ns for shard in shards if shard.exists()}  # not all pairs are duplicates
+    code, out, err = command(main, *arguments("killed"))
+    assert code == 0 and out.split(" in ")[0] == undisturbed.split(" in ")[0], err
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
-    kept = [path for path in finished if path.suffix == ".bin"]
-    assert kept and all(path.stat().st_mtime_ns == finished[path] for path in kept)
+    assert finished and all(shard.stat().st_mtime_ns == before for shard, before in finished.items())
 
 
-def wait_for_tasks(work):
-    """The tasks that were under way end by themselves, or with their cluster."""
+def wait_for_processes(variable):
+    """Until the killed driver's Ray, whose processes inherit the variable, is gone with the task that was under way."""
 
-    def state():
-        return sorted((path.name, path.stat().st_size) for path in work.parent.rglob("*") if path.is_file())
+    def there(environment):
+        try:
+            return variable.encode() in environment.read_bytes()
+        except OSError:  # it ended, or is another user's
+            return False
 
-    before = None
-    while before != (before := state()):
-        time.sleep(1)
+    while any(there(path) for path in Path("/proc").glob("[0-9]*/environ")):
+        time.sleep(0.05)
