@@ -10,9 +10,11 @@ def field_docs(cls: type) -> dict[str, str]:
 
     Python keeps no such docstrings, so they are read from the source. Raises OSError where the source is not there.
     """
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
     for field, below in zip(definition.body, definition.body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[field.target.id] = inspect.cleandoc(below.value.value)
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = inspect.cleandoc(text)
     return docs

@@ -223,20 +223,20 @@ def hugging_face_tokenizer(
     if isinstance(vocabulary, list):  # Unigram: each token with its score, in the order of their ids
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
     ids = vocabulary | {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
-    special = {}
+    special: dict[str, int] = {}
     for role, usual in SPECIAL_TOKENS.items():
         named = names.get(f"{role}_token")
         named = named["content"] if isinstance(named, dict) else named
-        known = next((ids[token] for token in (named, *usual) if token in ids), None)
-        special[role] = special_ids.get(role, known)
-    if special["eos"] is None:
+        known = [special_ids[role]] if role in special_ids else [ids[t] for t in (named, *usual) if t in ids]
+        special |= {role: known[0]} if known else {}
+    if "eos" not in special:
         raise ValueError(
             f"it has no end-of-text token: tokenizer_config.json names no token that it has, "
             f"and {', '.join(SPECIAL_TOKENS['eos'])} are not in it"
         )
-    special = {role: special["eos"] if i is None else i for role, i in special.items()}
     size = max(*ids.values(), *special.values()) + 1
-    return PretrainedTokenizer(definition, special["pad"], special["bos"], special["eos"], size)
+    pad, bos, eos = (special.get(role, special["eos"]) for role in ("pad", "bos", "eos"))
+    return PretrainedTokenizer(definition, pad, bos, eos, size)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:

@@ -60,8 +60,11 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     parts = plan_parts([file for file, _ in files], shard_bytes)
     job = Job(settings, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
 
-    plan = {"settings": asdict(settings), "files": [[file.path, file.num_bytes, mtime] for file, mtime in files]}
-    plan |= {"tokenizer": fixed and hashlib.sha256(fixed.to_json().encode()).hexdigest()}
+    plan = {
+        "settings": asdict(settings),
+        "files": [[file.path, file.num_bytes, mtime] for file, mtime in files],
+        "tokenizer": fixed and hashlib.sha256(fixed.to_json().encode()).hexdigest(),
+    }
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     if finished(job, output, fingerprint):
         return job.read_json("report.json")

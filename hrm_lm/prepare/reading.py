@@ -73,7 +73,7 @@ class Problem(NamedTuple):
     position: int
     text: str = ""
     """What the file has there, for the report."""
-    count: int = 1
+    lost: int = 1
     """How many records are lost."""
 
 
@@ -119,7 +119,8 @@ def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
         except OSError as error:
             raise UserError(f"--input {shown}: cannot be read: {' '.join(str(error).split())}") from None
         for i in sorted(infos, key=lambda i: i.path):
-            found[i.path] = (Piece(fs, i.path, *file_format(i.path), i.size), i.mtime_ns or 0)
+            if kind := file_format(i.path):
+                found[i.path] = (Piece(fs, i.path, *kind, i.size), i.mtime_ns or 0)
     return list(found.values())
 
 
@@ -136,7 +137,8 @@ def plan_parts(files: list[Piece], part_bytes: int) -> list[list[Piece]]:
 
     Returns parts of about `part_bytes`, in the order of the files.
     """
-    parts, size = [[]], 0
+    parts: list[list[Piece]] = [[]]
+    size = 0
     for file in files:
         for piece in cut(file, part_bytes):
             if parts[-1] and size + piece.num_bytes > part_bytes:
@@ -197,8 +199,8 @@ def fill_template(template: Template, record: Any) -> str:
 
     Raises Missing where the record does not have a field.
     """
-    if len(template) == 1 and not template[0][0]:
-        path = template[0][1]
+    literal, path = template[0]
+    if len(template) == 1 and not literal and path:
         if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, made fast
             return value
         return look_up(record, path, (str,))

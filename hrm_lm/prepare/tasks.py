@@ -98,7 +98,7 @@ class Drops:
 
     def add(self, piece: int, problem: Problem) -> None:
         drop = self.reasons.setdefault(problem.reason, {"count": 0, "examples": []})
-        drop["count"] += problem.count
+        drop["count"] += problem.lost
         if len(drop["examples"]) < EXAMPLES:
             drop["examples"].append([piece, problem.position, problem.text])
 
@@ -141,7 +141,7 @@ def survey(job: Job, part: int) -> dict[str, Any]:
     dropped, and the characters that occur.
     """
     drops, lines, hashes = Drops(), [0] * len(job.parts[part]), bytearray()
-    num_val, characters = 0, set()
+    num_val, characters = 0, set[str]()
     for _, pair, is_val, prompt_hash in read_part(job, part, drops, lines):
         hashes += hashlib.blake2b(prompt_hash + pair.response.encode(), digest_size=16).digest()
         num_val += is_val
@@ -150,8 +150,8 @@ def survey(job: Job, part: int) -> dict[str, Any]:
     rows = np.frombuffer(hashes, "<u8").reshape(-1, 2)
     rows = np.concatenate([rows, np.arange(len(rows), dtype="<u8")[:, None]], axis=1)
     groups = write_groups(job, f"hashes-{part:05d}", rows, rows[:, 0] & 0xFF, GROUPS)
-    characters = "".join(sorted(characters))
-    return {"groups": groups, "num_val": num_val, "lines": lines, "drops": drops.reasons, "characters": characters}
+    found = {"groups": groups, "num_val": num_val, "lines": lines, "drops": drops.reasons}
+    return found | {"characters": "".join(sorted(characters))}
 
 
 def find_duplicates(job: Job, ranges: tuple[int, int], groups: np.ndarray) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def fixed_tokenizer(settings: Settings) -> Tokenizer | None:
         raise UserError(
             "give --tokenizer (characters, bytes, or a tokenizer.json or its folder), or --train_tokenizer bpe"
         )
-    if settings.train_tokenizer:
+    if settings.tokenizer is None:
         require_tokenizers()
         return None
     return None if settings.tokenizer == CHARACTERS else resolve_tokenizer(settings.tokenizer, "--tokenizer")
@@ -39,6 +39,7 @@ def corpus_tokenizer(job: Job, surveyed: list[dict[str, Any]]) -> Tokenizer:
     """The tokenizer that is made of the corpus. After a kill, it is the tokenizer that the first run made."""
     with suppress(FileNotFoundError):
         return tokenizer_from_json(json.dumps(job.read_json(f"{WORK}/{TOKENIZER}")))
+    tokenizer: Tokenizer
     if job.characters:
         tokenizer = SimpleTokenizer.from_texts(result["characters"] for result in surveyed)
     else:
