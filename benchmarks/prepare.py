@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_lm.data.tokenizer import pretrained_tokenizer
-from hrm_lm.prepare.pipeline import CHUNK, Settings, prepare
+from hrm_lm.data.tokenizer import resolve_tokenizer
+from hrm_lm.prepare.pipeline import prepare
+from hrm_lm.prepare.tasks import ENCODED_TOGETHER, Settings
 from hrm_lm.training.driver import init_ray
 
 WORDS_EACH = (30, 10)  # of prompt and response, on average
@@ -62,11 +63,11 @@ def sample(corpus: Path, pairs: int) -> list[tuple[str, str]]:
 def tokenizer_alone(path: Path, corpus: Path) -> tuple[float, float]:
     """Pairs per second, and per second of CPU time, of one process with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer, texts = pretrained_tokenizer(path), [text for pair in sample(corpus, 50_000) for text in pair]
+    tokenizer, texts = resolve_tokenizer(str(path)), [text for pair in sample(corpus, 50_000) for text in pair]
     tokenizer.encode_batch(texts[:1000])
     start, cpu_start = time.perf_counter(), time.process_time()
-    for at in range(0, len(texts), 2 * CHUNK):
-        tokenizer.encode_batch(texts[at : at + 2 * CHUNK])
+    for at in range(0, len(texts), 2 * ENCODED_TOGETHER):
+        tokenizer.encode_batch(texts[at : at + 2 * ENCODED_TOGETHER])
     return len(texts) / 2 / (time.perf_counter() - start), len(texts) / 2 / (time.process_time() - cpu_start)
 
 

@@ -66,6 +66,8 @@ class ModelConfig(Section):
     """`hrm_lm.models.encoder_decoder`, or the published HRM-Text model, `hrm_lm.models.prefix_lm`."""
     d_model: Positive = 64
     n_heads: Positive = 4
+    vocab_size: Positive | None = None
+    """Tokens that embedding and head hold. Left out: the tokenizer's."""
     encoder_layers: Count = 1
     """Before the core (`encoder_decoder` only)."""
     decoder_layers: Positive = 1

@@ -1,66 +1,9 @@
-"""A corpus to a prepared dataset: `python -m ray_jobs.prepare --input PATH --output PATH --tokenizer characters`.
+"""What one submits: `ray job submit --working-dir . -- python -m ray_jobs.prepare ...`: the command `hrm-lm prepare`."""
 
-Give the output to the trainer as `--dataset`. The work is in `hrm_lm.prepare.pipeline`.
-"""
-
-import argparse
 import sys
-from dataclasses import fields
-from typing import Sequence, get_args
 
 from hrm_lm.cli import run_command
-from hrm_lm.errors import UserError
-from hrm_lm.filesystem import without_secrets
-from hrm_lm.prepare.pipeline import Settings, describe, prepare
-
-HELP = {
-    "tokenizer": "characters, bytes, or the path of a Hugging Face tokenizer.json",
-    "train_tokenizer": "bpe: train a byte-level BPE on the corpus instead",
-    "vocab_size": "tokens of a trained tokenizer",
-    "prompt_field": "field (question, data.question, messages.0.content) or template ('{question} Context: {context}')",
-    "response_field": "field or template of the response",
-    "text_prompt_chars": "plain text: characters of a prompt",
-    "text_response_chars": "plain text: characters of its continuation",
-    "max_prompt_len": "leave out pairs with a prompt of more tokens",
-    "max_response_len": "leave out pairs with a response of more tokens, EOS counted",
-    "val_fraction": "share of the prompts held out for validation, by their hash",
-    "shard_mb": "MiB of input of a shard (default: 16 to 256, by the size of the corpus)",
-}
-POSITIVE = ("vocab_size", "text_prompt_chars", "text_response_chars", "max_prompt_len", "max_response_len", "shard_mb")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.prepare",
-        description="Tokenize JSONL, Parquet, CSV and plain text into a dataset for the trainer. "
-        "A killed command, given again, finishes what is left.",
-    )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or URIs")
-    parser.add_argument("--output", required=True, metavar="PATH", help="folder or URI, new or begun by this command")
-    for field in fields(Settings):
-        kind = (get_args(field.type) or [field.type])[0]  # of `int | None`, int
-        default = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=HELP[field.name] + default)
-    parser.add_argument("--strict", action="store_true", help="the first fault of the input is an error")
-    args = vars(parser.parse_args(argv))
-    settings = Settings(**{field.name: args[field.name] for field in fields(Settings)})
-    for name in POSITIVE:
-        if (value := getattr(settings, name)) is not None and value <= 0:
-            raise UserError(f"--{name} must be more than 0, not {value}")
-    if not 0 < settings.val_fraction < 1:
-        raise UserError(f"--val_fraction must be between 0 and 1, not {settings.val_fraction}")
-    if settings.train_tokenizer not in (None, "bpe"):
-        raise UserError(f"--train_tokenizer {settings.train_tokenizer}: only bpe can be trained")
-
-    report = prepare(settings, args["input"], args["output"], args["strict"])
-    if report["dropped"]:
-        print(f"left out: {describe(report['dropped'])}", file=sys.stderr)
-    print(
-        f"{report['train']:,} training and {report['val']:,} validation pairs in {without_secrets(args['output'])}; "
-        f"{report['duplicates']:,} duplicates, {sum(drop['count'] for drop in report['dropped'].values()):,} left out (report.json)"
-    )
-    return 0
-
+from hrm_lm.commands.prepare import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

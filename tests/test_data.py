@@ -13,7 +13,7 @@ from hrm_lm.data.sampler import global_batches, worker_share
 from hrm_lm.data.splits import Limits, Ragged, Sample, Samples, Splits
 from hrm_lm.data.synthetic import build_synthetic_dataset
 from hrm_lm.data.text import TextSplit
-from hrm_lm.data.tokenizer import SimpleTokenizer, load_tokenizer
+from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 
 
@@ -200,22 +200,6 @@ def test_answers_are_sums_and_digits_are_in_range():
         a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", prompt).groups())
         assert 100 <= a <= 999_999 and 100 <= b <= 999_999
         assert response == str(a + b)
-
-
-# --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
-def test_tokenizer_round_trips_text_and_file(tmp_path):
-    tokenizer = SimpleTokenizer.from_texts(["héllo", "wörld ∑"])
-    tokenizer.save(tmp_path / "t.json")
-    again = load_tokenizer(tmp_path / "t.json")
-    assert again.decode(again.encode("whéö ∑")) == "whéö ∑" and again.to_json() == tokenizer.to_json()
-
-
-def test_an_unknown_character_is_an_error_or_an_id():
-    with pytest.raises(UserError, match="'z'"):
-        SimpleTokenizer("ab").encode("az")
-    assert SimpleTokenizer("ab", unknown="id").encode("az") == [4, SimpleTokenizer.unk_id]
 
 
 # --- jsonl -------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, small_config, train_locally
 
+from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.config import load_config
 from hrm_lm.data.collate import join
 from hrm_lm.data.splits import Ragged, Sample
-from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, load_tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, resolve_tokenizer, same_tokens
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.inference.generate import main as generate_main
@@ -67,6 +69,24 @@ def assert_same_logits(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def save_transformers_folder(folder, tokenizer_folder, shape):
+    """Random weights of Transformers' own, with another embedding scale and 7 more rows than the tokenizer has tokens."""
+    torch.manual_seed(1)
+    hf_model = transformers.HrmTextForCausalLM(
+        transformers.HrmTextConfig(
+            vocab_size=TOKENIZER.vocab_size + 7, hidden_size=shape["d_model"], intermediate_size=512,
+            num_hidden_layers=shape["layers"], num_attention_heads=shape["n_heads"], H_cycles=shape["h_cycles"],
+            head_dim=shape["d_model"] // shape["n_heads"], L_cycles=shape["l_cycles"], initializer_range=0.1,
+            embedding_scale=3.0, pad_token_id=0, bos_token_id=1, eos_token_id=[2, 3], max_position_embeddings=90,
+        )
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(hf_model.model.z_L_init)
+    hf_model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
+    return hf_model
+
+
 @pytest.fixture
 def export_to(tmp_path, command):
     def run(checkpoint):
@@ -91,21 +111,9 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(tmp_path, expor
 
 @EVERY_SHAPE
 def test_an_imported_model_gives_the_same_logits_here(tmp_path, command, export_to, shape):
-    """From a folder with another embedding scale, more rows than tokens, and random weights of Transformers' own."""
-    tokenizer_folder = export_to(random_checkpoint(tmp_path / "ours", **shape))
-    torch.manual_seed(1)
-    hf_model = transformers.HrmTextForCausalLM(
-        transformers.HrmTextConfig(
-            vocab_size=TOKENIZER.vocab_size + 7, hidden_size=shape["d_model"], intermediate_size=512,
-            num_hidden_layers=shape["layers"], num_attention_heads=shape["n_heads"], H_cycles=shape["h_cycles"],
-            head_dim=shape["d_model"] // shape["n_heads"], L_cycles=shape["l_cycles"], initializer_range=0.1,
-            embedding_scale=3.0, pad_token_id=0, bos_token_id=1, eos_token_id=[2, 3], max_position_embeddings=90,
-        )
-    ).eval()  # fmt: skip
-    torch.nn.init.normal_(hf_model.model.z_L_init)
-    hf_model.save_pretrained(tmp_path / "theirs")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "theirs" / name).write_bytes((tokenizer_folder / name).read_bytes())
+    hf_model = save_transformers_folder(
+        tmp_path / "theirs", export_to(random_checkpoint(tmp_path / "ours", **shape)), shape
+    )
     code, _, err = command(import_, "--input", tmp_path / "theirs", "--output", tmp_path / "back")
     assert code == 0, err
     model, tokenizer, checkpoint = load_model(tmp_path / "back")
@@ -116,6 +124,10 @@ def test_an_imported_model_gives_the_same_logits_here(tmp_path, command, export_
     assert tokenizer.decode([2, *TOKENIZER.encode("a 7\n"), 0]) == "a 7\n"
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert checkpoint.config.model.max_prompt_len + checkpoint.config.model.max_response_len == 90
+    assert (checkpoint.config.model.vocab_size, tokenizer.vocab_size) == (
+        TOKENIZER.vocab_size + 7,
+        TOKENIZER.vocab_size,
+    )
 
 
 @EVERY_SHAPE
@@ -197,6 +209,48 @@ def test_a_trained_checkpoint_survives_the_way_there_and_back_and_trains_on(tmp_
         train_locally(small_config(**options, train__init_from=str(tmp_path / "back")), tmp_path / "wrong")
 
 
+def test_a_model_with_more_rows_than_its_tokenizer_has_tokens_trains_on_a_corpus_prepared_with_it(
+    cluster, tmp_path, command, export_to
+):
+    shape = SHAPES["two_cycles"]
+    folder = tmp_path / "theirs"
+    save_transformers_folder(folder, export_to(random_checkpoint(tmp_path / "ours", **shape)), shape)
+    lines = [json.dumps({"prompt": f"What is {a} + {a}?", "response": f"{2 * a}"}) + "\n" for a in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(lines))
+    options = ["--input", tmp_path / "sums.jsonl", "--output", tmp_path / "corpus", "--val_fraction", 0.3]
+    code, _, err = command(prepare, *options, "--tokenizer", folder)
+    assert code == 0, err
+    back = tmp_path / "back"
+    assert command(import_, "--input", folder, "--output", back)[0] == 0
+
+    overrides = {"data.dataset": str(tmp_path / "corpus"), "train.init_from": str(back), "train.batch_size": 4}
+    session = train_locally(load_config(back / "config.yaml", overrides | {"train.steps": 2}), tmp_path / "run")
+    assert session.reports[-1]["step"] == 2
+    last = max((tmp_path / "run").glob("step_*"))
+    model, tokenizer, checkpoint = load_model(last)
+    assert len(model.embedding.weight) == TOKENIZER.vocab_size + 7
+    assert len(generate(model, tokenizer, ["What is 3 + 3?"], max_new_tokens=3)) == 1
+    assert hrm_text_config(checkpoint.config.model, tokenizer).vocab_size == TOKENIZER.vocab_size + 7
+
+
+def test_a_checkpoint_imported_by_an_older_version_loads(tmp_path, command, export_to):
+    """Its tokenizer.json holds the model's vocabulary size, and its config no model.vocab_size."""
+    shape = SHAPES["two_cycles"]
+    folder, back = tmp_path / "theirs", tmp_path / "back"
+    hf_model = save_transformers_folder(folder, export_to(random_checkpoint(tmp_path / "ours", **shape)), shape)
+    assert command(import_, "--input", folder, "--output", back)[0] == 0
+    tokenizer = json.loads((back / "tokenizer.json").read_text())
+    (back / "tokenizer.json").write_text(json.dumps(tokenizer | {"vocab_size": TOKENIZER.vocab_size + 7}))
+    config = yaml.safe_load((back / "config.yaml").read_text())
+    assert config["model"].pop("vocab_size") == TOKENIZER.vocab_size + 7
+    (back / "config.yaml").write_text(yaml.safe_dump(config))
+    model, tokenizer, _ = load_model(back)
+    batch = random_batch()
+    with torch.no_grad():
+        assert_same_logits(model(batch)[-1], their_logits(hf_model, batch), batch)
+    assert same_tokens(tokenizer, resolve_tokenizer(str(folder)))
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -259,13 +313,3 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_text(tmp_path, tokenizer):
             theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True)
             == text
         )
-
-
-def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, export_to):
-    definition = json.loads(
-        (export_to(random_checkpoint(tmp_path / "o", **SHAPES["two_cycles"])) / "tokenizer.json").read_text()
-    )
-    fields = dict(type="tokenizers", definition=definition, pad_id=0, bos_id=1, eos_id=2, vocab_size=5)
-    (tmp_path / "t.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="t.json: not a tokenizer: it has 24 tokens, the model 5"):
-        load_tokenizer(tmp_path / "t.json")

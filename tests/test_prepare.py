@@ -1,8 +1,10 @@
 """`python -m ray_jobs.prepare`: what is read, what is left out, and that a kill changes nothing."""
 
 import csv
+import dataclasses
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,15 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import small_config, train_locally
 
+from hrm_lm.commands.help import field_docs
+from hrm_lm.commands.prepare import main
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.tokenizer import ByteTokenizer, load_tokenizer, pretrained_tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
-from hrm_lm.prepare.pipeline import Job, Settings, survey, write_shard
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
+from hrm_lm.prepare.tasks import Job, Settings, survey, write_shard
 from hrm_lm.training.checkpoint import load_model
-from ray_jobs.prepare import main
 
 MAPPING = Mapping("prompt", "response")
 
@@ -335,6 +338,9 @@ def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command
     )
     assert (train_again, val_again) == (train, val)
     assert load_tokenizer(tmp_path / "path/tokenizer.json").to_json() == tokenizer.to_json()
+    options = ("--tokenizer", tmp_path / "bpe", "--val_fraction", 0.2)  # the folder of a dataset
+    assert prepare(command, tmp_path, tmp_path / "a.jsonl", output="folder", options=options) == (train, val)
+    assert load_tokenizer(tmp_path / "folder/tokenizer.json").to_json() == tokenizer.to_json()
 
     config = small_config(data__dataset=str(tmp_path / "bpe"), train__steps=5)
     train_locally(config, tmp_path / "run")
@@ -343,38 +349,21 @@ def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command
     assert len(generate(model, of_checkpoint, ["What is 2 + 2?"], max_new_tokens=3)) == 1
 
 
-def test_special_tokens_come_from_the_config_beside_or_their_usual_names(tmp_path):
-    definition = {
-        "version": "1.0",
-        "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2, "END": 3}, "unk_token": "a"},
-        "added_tokens": [],
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    usual = pretrained_tokenizer(tmp_path / "tokenizer.json")
-    assert (usual.pad_id, usual.bos_id, usual.eos_id, usual.vocab_size) == (2, 1, 2, 4)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "END"}}))
-    assert pretrained_tokenizer(tmp_path / "tokenizer.json").eos_id == 3
-    (tmp_path / "tokenizer_config.json").unlink()
-    definition["model"]["vocab"] = {"a": 0}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    with pytest.raises(UserError, match="has no end-of-text token"):
-        pretrained_tokenizer(tmp_path / "tokenizer.json")
-
-
-def test_bytes_take_any_text_and_come_back_from_their_file(tmp_path):
-    (tmp_path / "t.json").write_text(ByteTokenizer().to_json())
-    tokenizer = load_tokenizer(tmp_path / "t.json")
-    ids = tokenizer.encode("h\xe9\U0001f600\x00")
-    assert (
-        tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "h\xe9\U0001f600\x00"
-        and max(ids) < tokenizer.vocab_size == 259
-    )
+def test_help_tells_what_each_setting_means(command):
+    """The docstring of every field, with its default."""
+    code, out, _ = command(main, "--help")
+    text = " ".join(out.split())
+    docs = field_docs(Settings)
+    assert code == 0 and docs.keys() == {field.name for field in dataclasses.fields(Settings)}
+    for field in dataclasses.fields(Settings):
+        shown = " ".join(docs[field.name].split()) + ("" if field.default is None else f" (default: {field.default})")
+        assert f"{field.name.upper()} {shown}" in text
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tokenizer", "nope.json"], "nope.json: cannot be read"),
+        (["--tokenizer", "nope.json"], "--tokenizer: nope.json cannot be read: No such file"),
         ([], "give --tokenizer"),
         (["--tokenizer", "bytes", "--train_tokenizer", "bpe"], "give --tokenizer"),
         (["--train_tokenizer", "unigram"], "only bpe"),
@@ -432,53 +421,62 @@ def test_given_again_it_does_nothing_and_with_other_settings_or_input_it_refuses
     assert "holds a dataset of other input or settings" in command(main, *arguments, "bytes")[2]
 
 
-def test_killed_in_each_step_and_given_again_the_result_is_byte_identical_and_finished_shards_stay(
-    cluster, command, tmp_path
-):
+KILLED_IN_STEP = """
+import os, signal, sys
+from hrm_lm.commands.prepare import main
+from hrm_lm.prepare import pipeline
+
+def killing(task, driver=os.getpid(), calls=[]):
+    def run(*args, **options):
+        calls.append(task)
+        if len(calls) == 3:  # so the results of two calls are in storage
+            os.kill(driver, signal.SIGKILL)
+        return task(*args, **options)
+    return run
+
+setattr(pipeline, sys.argv[1], killing(getattr(pipeline, sys.argv[1])))
+main(sys.argv[2:])
+"""
+
+
+def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_what_is_left(cluster, command, tmp_path):
+    """The result is byte-identical to that of an undisturbed run, and shards that were finished are not written again."""
     for i in range(6):
-        (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(12_000, 8_000 * i))))  # a third are duplicates
+        (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(3_000, 2_000 * i))))  # a third are duplicates
 
     def arguments(output):
         inputs = [str(tmp_path / f"{i}.jsonl") for i in range(6)]
-        options = ["--train_tokenizer", "bpe", "--vocab_size", "300", "--shard_mb", "0.2"]
+        options = ["--train_tokenizer", "bpe", "--vocab_size", "300", "--shard_mb", "0.05"]
         return ["--input", *inputs, "--output", str(tmp_path / output), *options]
-
-    def process(**options):
-        return subprocess.Popen([sys.executable, "-m", "ray_jobs.prepare", *arguments("killed")], text=True, **options)
 
     code, undisturbed, err = command(main, *arguments("undisturbed"))
     assert code == 0, err
-    finished = {}
-    for pattern in ("survey-*.json", "shard-*.json"):
-        driver = process(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        work, deadline = tmp_path / "killed/.prepare", time.monotonic() + 60
-        while len(list(work.glob(pattern))) < 2 and driver.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        assert work.exists() and not (tmp_path / "killed/meta.json").exists(), "it was over before the kill"
+    work = tmp_path / "killed/.prepare"
+    for step, results in (("survey", "survey-*.json"), ("write_shard", "shard-*.json")):
+        environment = os.environ | {"HRM_LM_TEST_OF_A_KILL": str(work)}
+        process = [sys.executable, "-c", KILLED_IN_STEP, step, *arguments("killed")]
+        assert subprocess.run(process, env=environment, capture_output=True).returncode == -signal.SIGKILL
+        wait_for_processes(f"HRM_LM_TEST_OF_A_KILL={work}")
+        assert len(list(work.glob(results))) >= 2 and not (tmp_path / "killed/meta.json").exists()
         with pytest.raises(UserError):
             load(tmp_path / "killed")
-        wait_for_tasks(work)
-        finished |= {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
-    for path in work.glob("shard-*.json"):
-        shard = tmp_path / "killed" / f"train-{path.stem[-5:]}.bin"
-        if shard.exists():  # not every pair of the part is a duplicate
-            finished[shard] = shard.stat().st_mtime_ns
-    again = process(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = again.communicate()
-    assert again.returncode == 0 and out.split(" in ")[0] == undisturbed.split(" in ")[0], err
+    numbers = [path.stem[-5:] for path in work.glob("shard-*.json")]
+    shards = [tmp_path / "killed" / f"{split}-{number}.bin" for number in numbers for split in ("train", "val")]
+    finished = {shard: shard.stat().st_mtime_ns for shard in shards if shard.exists()}  # not all pairs are duplicates
+    code, out, err = command(main, *arguments("killed"))
+    assert code == 0 and out.split(" in ")[0] == undisturbed.split(" in ")[0], err
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
-    kept = [path for path in finished if path.suffix == ".bin"]
-    assert kept and all(path.stat().st_mtime_ns == finished[path] for path in kept)
+    assert finished and all(shard.stat().st_mtime_ns == before for shard, before in finished.items())
 
 
-def wait_for_tasks(work):
-    """The tasks that were under way end by themselves, or with their cluster."""
+def wait_for_processes(variable):
+    """Until the killed driver's Ray, whose processes inherit the variable, is gone with the task that was under way."""
 
-    def state():
-        return sorted((path.name, path.stat().st_size) for path in work.parent.rglob("*") if path.is_file())
+    def there(environment):
+        try:
+            return variable.encode() in environment.read_bytes()
+        except OSError:  # it ended, or is another user's
+            return False
 
-    before = None
-    while before != (before := state()):
-        time.sleep(1)
+    while any(there(path) for path in Path("/proc").glob("[0-9]*/environ")):
+        time.sleep(0.05)

@@ -6,12 +6,13 @@ import pyarrow.fs
 import pytest
 from conftest import small_config
 
+from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.data.prepared.cache import cache_folder
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import main as generate
 from hrm_lm.training.driver import run
-from ray_jobs.prepare import main as prepare
 
 
 @pytest.fixture
@@ -85,3 +86,20 @@ def test_what_changed_in_storage_is_not_trained_on(cluster, command, bucket):
     config = small_config(data__dataset=bucket("changed/out"))
     with pytest.raises(UserError, match="train-00000.bin: is not what meta.json says"):
         load_dataset(config.data, config.model, 0).train[0]
+
+
+def test_a_hugging_face_tokenizer_is_read_from_object_storage_with_what_is_beside_it(bucket):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1, "END": 2}, "unk_token": "a"}
+    files = {
+        "with/tokenizer.json": {"model": model},
+        "with/tokenizer_config.json": {"eos_token": "END"},
+        "alone/tokenizer.json": {"model": model},
+    }
+    for name, fields in files.items():
+        with bucket.fs.open_output_stream(f"bucket/{name}") as file:
+            file.write(json.dumps(fields).encode())
+    assert resolve_tokenizer(bucket("with")).eos_id == 2
+    assert resolve_tokenizer(bucket("alone")).eos_id == resolve_tokenizer(bucket("alone/tokenizer.json")).eos_id == 1
+    with pytest.raises(UserError, match="^--tokenizer: s3://bucket/nothing cannot be read: ") as error:
+        resolve_tokenizer(bucket("nothing"), "--tokenizer")
+    assert "secret" not in str(error.value)

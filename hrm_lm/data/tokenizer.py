@@ -1,16 +1,23 @@
-"""What a tokenizer must offer, this project's own (characters, bytes), and those of the `tokenizers` library."""
+"""What a tokenizer must offer, this project's own (characters, bytes), and those of the `tokenizers` library.
+
+`resolve_tokenizer` is the one way from a name that a user gave to a tokenizer. A model's vocabulary may be larger than
+its tokenizer's, as published models' often are: `model_vocab_size` says how many rows the model has, and `same_tokens`
+compares two tokenizers by how they read text.
+"""
 
 import json
 import os
 from pathlib import Path
-from typing import Any, Iterable, Protocol, Sequence
+from typing import Any, Iterable, Mapping, Protocol, Sequence
 
-from pyarrow.fs import LocalFileSystem
+import pyarrow.fs
 
+from hrm_lm.config import ModelConfig
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, without_secrets
 
-CHARACTERS = "characters"
+BYTES, CHARACTERS = "bytes", "characters"
+"""Names of tokenizers that need no file. CHARACTERS is made of a corpus: the characters that occur in it."""
 
 
 class Tokenizer(Protocol):
@@ -96,10 +103,12 @@ class ByteTokenizer:
 
 
 class PretrainedTokenizer:
-    """One of the `tokenizers` library, which must be installed.
+    """A tokenizer of the `tokenizers` library, which must be installed.
 
-    definition: what its `tokenizer.json` holds, which does not say which tokens pad, begin and end a text.
-    vocab_size: the model's; it may be larger than the tokenizer's, but not smaller.
+    definition: what its `tokenizer.json` holds. The definition does not say which tokens pad, begin and end a text.
+    Truncation and padding that it stores are taken out: they would cut texts and put padding into samples.
+    vocab_size: more than every id. Checkpoints imported by older versions have the model's here, which is larger than
+    the tokenizer needs. Raises ValueError where the definition cannot be read or has more tokens than `vocab_size`.
     """
 
     def __init__(self, definition: dict[str, Any], pad_id: int, bos_id: int, eos_id: int, vocab_size: int):
@@ -107,13 +116,13 @@ class PretrainedTokenizer:
             import tokenizers
         except ImportError:
             raise UserError("this tokenizer needs the tokenizers library: pip install 'hrm-lm[tokenizers]'") from None
-        self.definition = definition
+        self.definition = definition | {key: None for key in ("truncation", "padding") if key in definition}
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"the tokenizers library cannot read it: {error}") from None
         if self.tokenizer.get_vocab_size() > vocab_size:
-            raise ValueError(f"it has {self.tokenizer.get_vocab_size()} tokens, the model {vocab_size}")
+            raise ValueError(f"it has {self.tokenizer.get_vocab_size()} tokens, its vocab_size says {vocab_size}")
         self.pad_id, self.bos_id, self.eos_id, self.vocab_size = pad_id, bos_id, eos_id, vocab_size
 
     def encode(self, text: str) -> list[int]:
@@ -152,61 +161,106 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
 
 
-def resolve_tokenizer(name: str) -> Tokenizer:
-    """What `data.tokenizer` names: `bytes`, or a tokenizer.json, this project's (a path or URI) or a Hugging Face one."""
-    if name == "bytes":
-        return ByteTokenizer()
-    fs, path = resolve(name)
-    try:
-        with fs.open_input_stream(path) as stream:
-            text = stream.read().decode()
-        if isinstance(fs, LocalFileSystem) and "type" not in json.loads(text):
-            return pretrained_tokenizer(path)
-        return tokenizer_from_json(text)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-        raise UserError(f"data.tokenizer: {without_secrets(name)} cannot be read: {reason}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.tokenizer: {without_secrets(name)} is not a tokenizer: {error}") from None
-
-
 SPECIAL_TOKENS = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
 }
+"""The usual names of special tokens, by role."""
 
 
-def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
-    """A Hugging Face `tokenizer.json`; a `tokenizer_config.json` beside it, else their usual names, tell its special tokens.
+def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapping[str, int] = {}) -> Tokenizer:
+    """The tokenizer that a user named: `bytes`, or a file, a folder that holds tokenizer.json, or a URI of either.
 
-    A tokenizer without BOS or padding gets EOS for those, as is usual. Raises UserError where it cannot be used.
+    The file is this project's (a checkpoint and a prepared dataset hold it) or Hugging Face's. A Hugging Face file may
+    have a tokenizer_config.json beside it, which names its special tokens.
+    flag: the option that `name` was given for; messages begin with it.
+    special_ids: ids that the caller knows of a Hugging Face tokenizer's special tokens, by role ("pad", "bos", "eos").
+    Raises UserError where nothing usable is there, and for `characters`, which only a caller with a corpus can make.
     """
-    path = Path(path)
+    if name == BYTES:
+        return ByteTokenizer()
+    if name == CHARACTERS:
+        raise UserError(f"{flag}: {CHARACTERS} needs a text to take them from; here, give {BYTES} or a tokenizer.json")
+    shown = without_secrets(name)
     try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-        config_file = path.with_name("tokenizer_config.json")
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        ids = {token["content"]: token["id"] for token in definition["added_tokens"]}
-        vocabulary = definition["model"].get("vocab")
-        ids = (vocabulary if isinstance(vocabulary, dict) else {}) | ids
-        special = {}
-        for role, usual in SPECIAL_TOKENS.items():
-            named = config.get(f"{role}_token")
-            named = named["content"] if isinstance(named, dict) else named
-            special[role] = next((ids[name] for name in (named, *usual) if name in ids), None)
-        if special["eos"] is None:
-            raise UserError(
-                f"{path}: has no end-of-text token: none of {', '.join(SPECIAL_TOKENS['eos'])}, nor one named in {config_file.name}"
-            )
-        special = {f"{role}_id": special["eos"] if i is None else i for role, i in special.items()}
-        size = max(max(ids.values()) + 1, len(vocabulary or ()))  # a Unigram vocabulary is a list
-        return PretrainedTokenizer(definition, **special, vocab_size=size)
+        fs, path = resolve(name)
+        if fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
+            path, shown = f"{path}/tokenizer.json", f"{shown.rstrip('/')}/tokenizer.json"
+        text = _read_text(fs, path)
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or "type" in fields:
+            return tokenizer_from_json(text)
+        try:
+            names = json.loads(_read_text(fs, f"{path.rpartition('/')[0]}/tokenizer_config.json"))
+        except FileNotFoundError:
+            names = {}
+        return hugging_face_tokenizer(fields, names, special_ids)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        raise UserError(f"{flag}: {shown} cannot be read: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a Hugging Face tokenizer.json: {error!r}") from None
+        raise UserError(f"{flag}: {shown} is not a usable tokenizer: {error}") from None
+
+
+def hugging_face_tokenizer(
+    definition: dict[str, Any], names: dict[str, Any], special_ids: Mapping[str, int]
+) -> PretrainedTokenizer:
+    """The tokenizer that a Hugging Face tokenizer.json defines.
+
+    A special token is the token that `special_ids` has, else the token that `names` (what tokenizer_config.json holds)
+    names, else the token with a usual name. A tokenizer without BOS or padding gets EOS in their place, as is usual.
+    Raises ValueError where there is no EOS; ValueError, KeyError, TypeError or AttributeError where it is another file.
+    """
+    if not isinstance(definition.get("model"), dict):
+        raise ValueError("neither this project's tokenizer.json nor a Hugging Face one")
+    vocabulary = definition["model"].get("vocab") or {}
+    if isinstance(vocabulary, list):  # Unigram: each token with its score, in the order of their ids
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    ids = vocabulary | {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
+    special: dict[str, int] = {}
+    for role, usual in SPECIAL_TOKENS.items():
+        named = names.get(f"{role}_token")
+        named = named["content"] if isinstance(named, dict) else named
+        known = [special_ids[role]] if role in special_ids else [ids[t] for t in (named, *usual) if t in ids]
+        special |= {role: known[0]} if known else {}
+    if "eos" not in special:
+        raise ValueError(
+            f"it has no end-of-text token: tokenizer_config.json names no token that it has, "
+            f"and {', '.join(SPECIAL_TOKENS['eos'])} are not in it"
+        )
+    size = max(*ids.values(), *special.values()) + 1
+    pad, bos, eos = (special.get(role, special["eos"]) for role in ("pad", "bos", "eos"))
+    return PretrainedTokenizer(definition, pad, bos, eos, size)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether a model that was trained with one tokenizer may be used with the other: both give a sample the same ids.
+
+    What may differ is `vocab_size`, which may be the model's, and the padding token, which is always masked.
+    """
+    if isinstance(a, PretrainedTokenizer) and isinstance(b, PretrainedTokenizer):
+        one, other = ((t.bos_id, t.eos_id, t.tokenizer.to_str()) for t in (a, b))
+        return one == other
     return a.to_json() == b.to_json()
+
+
+def model_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Tokens that the model's embedding and head hold: `model.vocab_size`, or where that is None, the tokenizer's.
+
+    Raises UserError where the tokenizer has more tokens than the model.
+    """
+    if model.vocab_size is None:
+        return tokenizer.vocab_size
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the tokenizer"
+        )
+    return model.vocab_size
+
+
+def _read_text(fs: pyarrow.fs.FileSystem, path: str) -> str:
+    with fs.open_input_stream(path) as stream:
+        return stream.read().decode()

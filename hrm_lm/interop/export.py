@@ -11,7 +11,7 @@ from typing import Sequence
 
 from hrm_lm.cli import run_command
 from hrm_lm.config import ModelConfig
-from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.hrm import carries_gradient
@@ -56,7 +56,7 @@ def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
     l_carries, _ = carries_gradient(hrm.cycles, backprop_steps_of(hrm, hrm.backprop_warmup_steps, hrm.cycles))
     return require_transformers().HrmTextConfig(
         architectures=["HrmTextForCausalLM"],
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=model_vocab_size(config, tokenizer),
         hidden_size=config.d_model,
         intermediate_size=SwiGLU.hidden_size(config.d_model, config.expansion, multiple=256),
         num_hidden_layers=hrm.h_layers,

@@ -1,7 +1,8 @@
 """Transformers folder -> checkpoint: `python -m hrm_lm.interop.import_ --input DIR --output PATH`.
 
 The folder is one of `HrmTextForCausalLM`, such as the 1 B release downloaded. The checkpoint generates as it is, and
-continues to train: `--config PATH/config.yaml --init_from PATH --set data.tokenizer=PATH/tokenizer.json`.
+continues to train: `--config PATH/config.yaml --init_from PATH --set data.tokenizer=PATH`. A corpus for it is prepared
+with `--tokenizer PATH`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 from hrm_lm.cli import run_command
 from hrm_lm.config import Config, parse_config
-from hrm_lm.data.tokenizer import PretrainedTokenizer
+from hrm_lm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, model_vocab_size, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import from_hrm_text, require_transformers
 from hrm_lm.models.build import build_model
@@ -37,7 +38,7 @@ def import_(source: Path, output: Path) -> None:
         hf_model = transformers.HrmTextForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    model = build_model(config.model, tokenizer.vocab_size)
+    model = build_model(config.model, model_vocab_size(config.model, tokenizer))
     model.load_state_dict(
         from_hrm_text(hf_model.state_dict(), config.model.hrm.h_layers, hf_config.embedding_scale), strict=True
     )
@@ -74,6 +75,7 @@ def config_of(hf_config, source: Path) -> Config:
                 "architecture": "prefix_lm",
                 "d_model": hf_config.hidden_size,
                 "n_heads": hf_config.num_attention_heads,
+                "vocab_size": hf_config.vocab_size,
                 "expansion": hf_config.intermediate_size * 1.5 / hf_config.hidden_size,
                 "max_prompt_len": prompt_len,
                 "max_response_len": hf_config.max_position_embeddings - prompt_len,
@@ -90,22 +92,11 @@ def config_of(hf_config, source: Path) -> Config:
     )
 
 
-def read_tokenizer(source: Path, hf_config) -> PretrainedTokenizer:
-    """tokenizer.json, with the special tokens that the model's config names, else those of the tokenizer's config."""
-    definition = read_json(source / "tokenizer.json")
-    names = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
-    added = {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
-    ids = {}
-    for kind in ("eos", "bos", "pad"):
-        given = getattr(hf_config, f"{kind}_token_id")
-        token = names.get(f"{kind}_token")
-        given = added.get(token["content"] if isinstance(token, dict) else token) if given is None else given
-        ids[kind] = given[0] if isinstance(given, list) else given
-    if ids["eos"] is None:
-        raise UserError(f"{source / 'config.json'}: no eos_token_id, so a response has no end")
-    # A prefix LM starts no response with BOS, and padding is masked: any token will do for these.
-    others = {kind: ids["eos"] if ids[kind] is None else ids[kind] for kind in ("pad", "bos")}
-    return PretrainedTokenizer(definition, others["pad"], others["bos"], ids["eos"], hf_config.vocab_size)
+def read_tokenizer(source: Path, hf_config) -> Tokenizer:
+    """The folder's tokenizer, with the special tokens that the model's config names."""
+    ids = {role: getattr(hf_config, f"{role}_token_id") for role in SPECIAL_TOKENS}
+    ids = {role: i[0] if isinstance(i, list) else i for role, i in ids.items() if i is not None}
+    return resolve_tokenizer(str(source), "--input", ids)
 
 
 def read_json(file: Path) -> dict[str, Any]:

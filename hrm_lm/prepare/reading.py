@@ -1,8 +1,8 @@
-"""Files to pairs of texts: which files, in which parts, and what is wrong with them. No Ray in here.
+"""Files to pairs of texts: which files there are, how they are cut into parts, how a part is read. No Ray in here.
 
-A part is what one task reads and what one shard holds. Reading a part is a pure function of its bytes, so it can be
-read twice, or again after a kill, with the same pairs in the same order. What cannot be read becomes a `Problem` in the
-place where it was, and reading goes on behind it.
+A part is what one task reads and what one shard holds. Reading a part is a pure function of its bytes, so a part can be
+read twice, or again after a kill, and gives the same pairs in the same order. Where something cannot be read, a
+`Problem` takes its place and reading goes on behind it.
 """
 
 import csv
@@ -25,25 +25,32 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 MAX_RECORD = 1 << 20
-"""Bytes of the longest line or pair that is read; a longer one is a fault of its file."""
+"""Bytes of the longest line or pair that is read; a longer line or pair is a fault of its file."""
 BLOCK = 1 << 18
+"""Bytes that are read at once."""
 UNREADABLE = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
+"""What a damaged file raises."""
 STORAGE_SAYS = ("AWS Error", "google::cloud", "Azure")
+"""What the message of a fault of the storage contains."""
 
 
 class Mapping(NamedTuple):
-    """Where a record's prompt and response are."""
+    """Where a record has its prompt and its response."""
 
     prompt: str
     """A field (`question`, `data.question`, `messages.0.content`) or a template (`{question}\\nContext: {context}`)."""
     response: str
     text_prompt_chars: int = 400
+    """Characters of a prompt that is cut out of plain text."""
     text_response_chars: int = 100
-    """Plain text is cut into prompts and continuations of so many characters."""
+    """Characters of the continuation of such a prompt."""
 
 
 class Piece(NamedTuple):
-    """Some of a file: the lines that begin in bytes [start, stop), or the row groups [start, stop); all for stop -1."""
+    """A stretch of a file: the lines that begin in bytes [start, stop), or the row groups [start, stop) of Parquet.
+
+    stop -1: to the end of the file.
+    """
 
     fs: pyarrow.fs.FileSystem
     path: str
@@ -58,33 +65,38 @@ class Pair(NamedTuple):
     prompt: str
     response: str
     position: int
-    """Line, counted from 1 and from the piece's start; row of the file for Parquet."""
+    """The line, counted from 1 at the piece's start; for Parquet the row, counted from 1 at the file's start."""
 
 
 class Problem(NamedTuple):
     reason: str
     position: int
     text: str = ""
-    """What is there, for the report."""
-    count: int = 1
-    """Records lost."""
+    """What the file has there, for the report."""
+    lost: int = 1
+    """How many records are lost."""
 
 
 class End(NamedTuple):
-    """The last item of a piece of lines."""
+    """The last item of a piece that is read by lines."""
 
     lines: int
+    """How many lines begin in the piece."""
 
 
 class Missing(Exception):
-    """A field is not there, or is no text."""
+    """A record lacks a field, or the field is no text."""
 
 
 # --- which files, in which parts ---------------------------------------------------------------------------------
 
 
 def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
-    """Every file of the given files, folders and URIs, whole, with its modification time (ns), in order of path."""
+    """Finds every file of the given files, folders and URIs.
+
+    Returns each file as a whole piece with its modification time (ns); a folder's files come in order of their path.
+    Raises UserError, naming the flag, where a location cannot be read or has no file of a known format.
+    """
     found = {}
     for location in locations:
         fs, path = resolve(location)
@@ -107,11 +119,13 @@ def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
         except OSError as error:
             raise UserError(f"--input {shown}: cannot be read: {' '.join(str(error).split())}") from None
         for i in sorted(infos, key=lambda i: i.path):
-            found[i.path] = (Piece(fs, i.path, *file_format(i.path), i.size), i.mtime_ns or 0)
+            if kind := file_format(i.path):
+                found[i.path] = (Piece(fs, i.path, *kind, i.size), i.mtime_ns or 0)
     return list(found.values())
 
 
 def file_format(path: str) -> tuple[str, str | None] | None:
+    """Format and compression by the name's endings; None where the format is not known."""
     *_, outer, inner = ["", "", *PurePosixPath(path.lower()).suffixes]
     compression = COMPRESSIONS.get(inner)
     form = FORMATS.get(outer if compression else inner)
@@ -119,8 +133,12 @@ def file_format(path: str) -> tuple[str, str | None] | None:
 
 
 def plan_parts(files: list[Piece], part_bytes: int) -> list[list[Piece]]:
-    """Cuts large files that can be cut, and puts small ones together: parts of about `part_bytes`, in the files' order."""
-    parts, size = [[]], 0
+    """Cuts large files where that can be done and puts small files together.
+
+    Returns parts of about `part_bytes`, in the order of the files.
+    """
+    parts: list[list[Piece]] = [[]]
+    size = 0
     for file in files:
         for piece in cut(file, part_bytes):
             if parts[-1] and size + piece.num_bytes > part_bytes:
@@ -132,7 +150,8 @@ def plan_parts(files: list[Piece], part_bytes: int) -> list[list[Piece]]:
 
 
 def cut(file: Piece, part_bytes: int) -> list[Piece]:
-    if file.num_bytes <= part_bytes or file.compression or file.format == "csv":  # CSV has line ends in quotes
+    """Pieces of about `part_bytes`. A compressed file and a CSV file, whose quotes may hold line ends, stay whole."""
+    if file.num_bytes <= part_bytes or file.compression or file.format == "csv":
         return [file]
     if file.format == "parquet":
         try:
@@ -140,7 +159,7 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
                 metadata = pq.ParquetFile(stream).metadata
                 sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
         except UNREADABLE:
-            return [file]  # reading it will say what is wrong
+            return [file]  # whoever reads the file will find what is wrong with it
         pieces, start = [], 0
         for i, size in enumerate(sizes):
             if i + 1 == len(sizes) or sum(sizes[start : i + 2]) > part_bytes:
@@ -156,11 +175,12 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
 
 
 Template = list[tuple[str, tuple[str, ...] | None]]
-"""Literal text, each stretch followed by a field or by nothing; a field is its whole name, then its steps."""
+"""Stretches of literal text, each with the field that follows it, or None. A field is its whole name, then the steps
+of its path."""
 
 
 def parse_mapping(flag: str, spec: str) -> Template:
-    """Raises UserError, naming the flag, for a template that is none."""
+    """The template that a flag's value says. Raises UserError, naming the flag, where the value is not a template."""
     if "{" not in spec:
         return [("", (spec, *spec.split(".")))]
     try:
@@ -175,10 +195,13 @@ def parse_mapping(flag: str, spec: str) -> Template:
 
 
 def fill_template(template: Template, record: Any) -> str:
-    """Raises Missing. A lone field must be text; in a template, numbers are written out."""
-    if len(template) == 1 and not template[0][0]:
-        path = template[0][1]
-        if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, fast
+    """The record's text for a template. A field that stands alone must be text; beside other text, it may be a number.
+
+    Raises Missing where the record does not have a field.
+    """
+    literal, path = template[0]
+    if len(template) == 1 and not literal and path:
+        if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, made fast
             return value
         return look_up(record, path, (str,))
     return "".join(
@@ -187,6 +210,10 @@ def fill_template(template: Template, record: Any) -> str:
 
 
 def look_up(record: Any, path: tuple[str, ...], types: tuple[type, ...]) -> Any:
+    """The value at a path, which is the field with the whole name or else is looked up step by step.
+
+    Raises Missing where there is no value of one of the `types`.
+    """
     name, *steps = path
     value = record
     for step in [name] if isinstance(record, dict) and name in record else steps:
@@ -202,7 +229,7 @@ def look_up(record: Any, path: tuple[str, ...], types: tuple[type, ...]) -> Any:
 
 
 def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
-    """All that is in a piece, in order; pieces of lines have an End."""
+    """Yields what a piece holds, in order. A piece that is read by lines ends with an End."""
     if not piece.num_bytes:
         yield Problem("the file is empty", 0)
         return
@@ -238,12 +265,15 @@ def excerpt(record: Any) -> str:
 
 
 def read_lines(piece: Piece) -> Iterator[tuple[int, str] | Problem | End]:
-    """Lines of UTF-8 with their number, without their end; a line in two pieces is its beginning's."""
+    """Yields each line that begins in the piece, decoded from UTF-8 and without its end, with its number from 1.
+
+    The last line may reach into the next piece. That piece begins with the first line that begins in it.
+    """
     number, rest, skipping = 0, b"", False
-    offset = piece.start  # of `rest` in the file
+    offset = piece.start  # where `rest` begins in the file
     try:
         with open_stream(piece) as stream:
-            read = getattr(stream, "read1", stream.read)  # gzip's read would lose what comes before a fault
+            read = getattr(stream, "read1", stream.read)  # gzip's `read` would lose the text before a fault
             if piece.start:
                 stream.seek(piece.start - 1)
                 while (block := read(BLOCK)) and b"\n" not in block:
@@ -286,14 +316,18 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, str] | Problem | End]:
 
 
 def raise_if_storage(error: Exception, piece: Piece) -> None:
-    """A fault of the storage is none of the file: what could be read tomorrow must not be left out today."""
+    """Raises UserError where the storage failed and not the file.
+
+    A storage that fails today may work tomorrow, so the file's pairs must not be counted as damaged and left out.
+    """
     message = " ".join(str(error).split())
     if getattr(error, "errno", None) or any(name in message for name in STORAGE_SAYS):
         raise UserError(f"{piece.path}: cannot be read: {message}") from None
 
 
 def open_stream(piece: Piece):
-    if piece.compression == "gzip":  # pyarrow's would lose up to a block before where it is truncated
+    """The file of a piece, decompressed."""
+    if piece.compression == "gzip":  # where a file is cut, pyarrow's reader would lose up to a block before the cut
         return gzip.GzipFile(fileobj=piece.fs.open_input_stream(piece.path, compression=None))
     if piece.compression:
         return piece.fs.open_input_stream(piece.path, compression=piece.compression)
@@ -377,7 +411,7 @@ def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int,
 
 
 def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
-    """A document, cut at white space into stretches of prompt and continuation; nothing of it is left out."""
+    """Cuts a document at white space into prompts, each with its continuation. No text of the document is left out."""
     whole = mapping.text_prompt_chars + mapping.text_response_chars
     buffer, first, last = "", 1, 1
     for item in read_lines(piece):
@@ -386,7 +420,7 @@ def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
             continue
         last, line = item
         buffer += line + "\n"
-        while len(buffer) > whole + 2:  # the rest still makes a pair
+        while len(buffer) > whole + 2:  # what then remains still makes a pair
             middle = cut_at_space(buffer, mapping.text_prompt_chars)
             end = middle + cut_at_space(buffer[middle:], mapping.text_response_chars)
             yield Pair(buffer[:middle], buffer[middle:end], first)
@@ -398,7 +432,7 @@ def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
 
 
 def cut_at_space(text: str, limit: int) -> int:
-    """Where to cut `text` so that at most `limit` characters come before, between words if that can be."""
+    """Where to cut `text`: at most `limit` characters come before the cut, which is between words where it can be."""
     if len(text) <= limit:
         return len(text)
     return next((end for end in range(limit, 0, -1) if text[end].isspace()), limit)

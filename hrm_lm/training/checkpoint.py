@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hrm_lm.config import Config, parse_config, read_yaml
-from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer
+from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
@@ -138,7 +138,7 @@ def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
 def load_model(path: str | Path, device: torch.device | None = None) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
     """A checkpoint's model, ready for inference; with averaged weights where there is an average."""
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint.config.model, checkpoint.tokenizer.vocab_size)
+    model = build_model(checkpoint.config.model, model_vocab_size(checkpoint.config.model, checkpoint.tokenizer))
     load_weights(checkpoint, model)
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
 

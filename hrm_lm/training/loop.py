@@ -9,6 +9,7 @@ from hrm_lm.config import Config, parse_config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.splits import Splits
+from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
@@ -31,7 +32,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker.
     """
     splits = load_dataset(config.data, config.model, config.train.seed)
-    state = build_state(config, splits.tokenizer.vocab_size, session.device, session.rank, session.world_size)
+    state = build_state(
+        config, model_vocab_size(config.model, splits.tokenizer), session.device, session.rank, session.world_size
+    )
     progress = restore(state, session, splits)
     patience = config.train.early_stopping_patience
     status = "finished"
@@ -97,7 +100,7 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
     with session.restored() as folder:
         if folder is not None:
             checkpoint = read_checkpoint(folder)
-            if checkpoint.tokenizer.to_json() != splits.tokenizer.to_json():
+            if not same_tokens(checkpoint.tokenizer, splits.tokenizer):
                 raise UserError(f"{folder}: was trained with another tokenizer than the dataset now has")
             if checkpoint.progress.num_train_samples != len(splits.train):
                 raise UserError(
@@ -111,7 +114,7 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
 
         with local_checkpoint(state.config.train.init_from) as folder:
             checkpoint = read_checkpoint(folder)
-            if checkpoint.tokenizer.to_json() != splits.tokenizer.to_json():
+            if not same_tokens(checkpoint.tokenizer, splits.tokenizer):
                 raise UserError(
                     f"train.init_from: {state.config.train.init_from} has another tokenizer than the dataset; "
                     "data.tokenizer names the one to read JSONL with"
