@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from typing import Sequence, get_args
 
-from hrm_lm.cli import run_command
+from hrm_lm.commands.main import run_command
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
 from hrm_lm.prepare.pipeline import Settings, describe, prepare

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from conftest import ROOT, small_config, train_locally
 
-from hrm_lm.inference.evaluate import main as evaluate
-from hrm_lm.inference.generate import main as generate
+from hrm_lm.commands.evaluate import main as evaluate
+from hrm_lm.commands.generate import main as generate
+from hrm_lm.commands.train import main as train
 from hrm_lm.training import storage
-from hrm_lm.training.train import main as train
 
 SMALL = ["--set", "model.d_model=16", "--set", "model.n_heads=2", "--set", "train.batch_size=8"]
 
@@ -23,7 +23,7 @@ def checkpoint(tmp_path):
 
 
 def test_a_dry_run_prints_a_loss_without_starting_ray():
-    code = "import sys; from hrm_lm.training.train import main; main([]); assert 'ray' not in sys.modules"
+    code = "import sys; from hrm_lm.commands.train import main; main([]); assert 'ray' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loss ")

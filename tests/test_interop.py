@@ -6,16 +6,16 @@ import pytest
 import torch
 from conftest import ROOT, small_config, train_locally
 
+from hrm_lm.commands.export import main as export
+from hrm_lm.commands.generate import main as generate_main
+from hrm_lm.commands.import_ import main as import_
 from hrm_lm.config import load_config
 from hrm_lm.data.collate import pad_batch
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, load_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
-from hrm_lm.inference.generate import main as generate_main
 from hrm_lm.interop.export import hf_tokenizer, hrm_text_config
-from hrm_lm.interop.export import main as export
 from hrm_lm.interop.hrm_text import to_hrm_text
-from hrm_lm.interop.import_ import main as import_
 from hrm_lm.models.build import build_model
 from hrm_lm.models.prefix_lm import compact
 from hrm_lm.training.checkpoint import Progress, load_model, save_model
