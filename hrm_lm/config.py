@@ -264,7 +264,7 @@ class RayConfig(Section):
     """Whether a run waits when its workers do not fit the cluster. Otherwise such a run is refused, unless the cluster
     is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
     num_to_keep: Positive = 1
-    """How many checkpoints are kept for their `val_loss`. The last checkpoint is kept besides."""
+    """How many checkpoints of the lowest `val_loss` are kept. The last checkpoint is kept besides."""
 
 
 class Config(Section):

@@ -15,7 +15,7 @@ from hrm_lm.tuning.space import TuneSection
 
 HEAD = """# Configuration reference
 
-<!-- Made by `hrm-lm reference > docs/configuration.md` from the docstrings in hrm_lm/config.py and
+<!-- Made by `python -m hrm_lm.commands reference > docs/configuration.md` from the docstrings in hrm_lm/config.py and
 hrm_lm/tuning/space.py: change those, and make this file anew. -->
 
 A config is a YAML file with the sections `model`, `optim`, `train`, `data` and `ray`. A field that a file leaves out has
@@ -79,16 +79,16 @@ def type_name(kind: Any, limits: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return type_name(inner[0], inner[1].metadata)
     if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in inner)
+        return " or ".join(f"`{choice}`" for choice in inner)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(member) for member in inner)
     if origin is tuple:
-        return "list of " + ", ".join(type_name(member) for member in inner)
+        return f"[{', '.join(type_name(member) for member in inner)}]"
     if origin is dict:
         return "section of sections by name"
     signs = [f"{SIGNS[sign]} {getattr(limit, sign)}" for limit in limits for sign in SIGNS if hasattr(limit, sign)]
-    names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", type(None): "`null`"}
-    return " ".join([names[kind], *signs])
+    names = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
+    return f"{names[kind]} {', '.join(signs)}".rstrip()
 
 
 def plain(value: Any) -> str:
