@@ -113,18 +113,25 @@ def test_a_file_wins_over_its_base_field_by_field_and_a_base_may_have_a_base(tmp
 
 
 def test_a_sweeps_base_may_have_a_base_and_the_sweep_is_written_whole(tmp_path):
-    write(tmp_path / "shared", bottom="train: {steps: 40, val_every: 7}", middle="{base: bottom.yaml, train: {steps: 50}}")
+    write(
+        tmp_path / "shared", bottom="train: {steps: 40, val_every: 7}", middle="{base: bottom.yaml, train: {steps: 50}}"
+    )
     for base in ("shared/middle.yaml", "{base: shared/middle.yaml}"):
         write(tmp_path, sweep=f"{{base: {base}, search_space: {{optim.lr: {{choice: [0.1, 0.2]}}}}}}")
         sweep = Sweep(str(tmp_path / "sweep.yaml"))
         assert (sweep.config.train.steps, sweep.config.train.val_every) == (50, 7)
-        assert sweep.to_dict()["base"]["train"] == {"steps": 50, "val_every": 7} and "base" not in sweep.to_dict()["base"]
+        assert (
+            sweep.to_dict()["base"]["train"] == {"steps": 50, "val_every": 7} and "base" not in sweep.to_dict()["base"]
+        )
 
 
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"top": "base: b.yaml", "b": "base: c.yaml"}, "top.yaml -> {0}/b.yaml -> {0}/c.yaml: cannot be read: No such file"),
+        (
+            {"top": "base: b.yaml", "b": "base: c.yaml"},
+            "top.yaml -> {0}/b.yaml -> {0}/c.yaml: cannot be read: No such file",
+        ),
         ({"top": "base: b.yaml", "b": "base: sub/../top.yaml"}, "/sub/../top.yaml: the bases go round in a circle"),
         ({"top": "base: top.yaml"}, "{0}/top.yaml -> {0}/top.yaml: the bases go round in a circle"),
         ({"top": "base: {train: {steps: 1}}"}, "top.yaml: base must be the path or URI of a config"),

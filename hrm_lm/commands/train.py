@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
     """dry_run: what `--dry_run` is when it is not given. It is 1 for the guide's `python -m hrm_lm.training.train`."""
     parser = argparse.ArgumentParser(prog="hrm-lm train", description="Train an HRM language model on Ray.")
     add_run_flags(
-        parser, config="config file, or its URI (default: the values of configs/default.yaml)", fields="any config field"
+        parser,
+        config="config file, or its URI (default: the values of configs/default.yaml)",
+        fields="any config field",
     )
     parser.add_argument(
         "--dry_run",

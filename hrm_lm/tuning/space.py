@@ -95,7 +95,7 @@ class Sweep:
             raise UserError("\n".join(f"{path}: {line}" for line in explain(error, SweepFile))) from None
         self.path, self.tune = path, file.tune
         self.space = {dotted: _distribution(path, dotted, spec) for dotted, spec in file.search_space.items()}
-        self.layers = with_bases({"base": file.base} if isinstance(file.base, str) else file.base, path)
+        self.layers = with_bases({"base": file.base} if isinstance(file.base, str) else file.base, str(path))
         self.base = merged(self.layers)
         for dotted, value in (overrides or {}).items():
             if not dotted.startswith("tune."):
