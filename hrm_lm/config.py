@@ -8,8 +8,9 @@ points at it. Sections are frozen: a config is a value.
 
 import copy
 import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal, NamedTuple, Sequence, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -194,7 +195,7 @@ class SyntheticConfig(Section):
 
 
 class MixturePart(Section):
-    """A dataset of a mixture. A field that is left out has the value of its namesake in `data`."""
+    """A dataset of a mixture."""
 
     dataset: str
     """The dataset, named as in `data.dataset`."""
@@ -202,9 +203,9 @@ class MixturePart(Section):
     """How often the dataset is drawn from. Its share of the training samples is its weight over the sum of all
     weights."""
     prompt_field: str | None = None
-    """Field of a JSON line that holds the prompt."""
+    """Field of a JSON line that holds the prompt. When it is left out, it is `data.prompt_field`."""
     response_field: str | None = None
-    """Field of a JSON line that holds the response."""
+    """Field of a JSON line that holds the response. When it is left out, it is `data.response_field`."""
 
 
 class DataConfig(Section):
@@ -509,7 +510,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     for item in error.errors():
         # A union reports each member's view at the same place, with the member's name at the path's end.
         names = [part for part in item["loc"] if isinstance(part, str) and part != "[key]"]
-        path, owner, section, values = [], root, root, None
+        path: list[str] = []
+        owner: Any = root
+        section: Any = root
+        values: Any = None
         for name in names:
             if section is None and values is None:
                 break

@@ -4,7 +4,8 @@ Code runs only when the command line names it, or a config of the user's own. Th
 that comes from a URI, are not the user's own, and neither are their bases.
 """
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from hrm_lm.config import Layer, flatten, set_dotted
 from hrm_lm.data.registry import is_function

@@ -197,7 +197,7 @@ def test_the_configuration_reference_is_what_the_code_says():
 
 def test_the_configuration_reference_has_every_field():
     text = reference()
-    known = {path for path in flatten(Config().to_dict())} | {
+    known = set(flatten(Config().to_dict())) | {
         path for path, _ in fields_of(SweepFile.model_fields["tune"].annotation, "tune")
     }
     assert len(known) > 60 and not [path for path in known if f"| `{path}` |" not in text]

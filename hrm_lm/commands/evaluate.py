@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import Sequence
+from collections.abc import Sequence
 
 from hrm_lm.commands.flags import add_checkpoint_flags, add_set, check_cycles
 from hrm_lm.config import parse_set

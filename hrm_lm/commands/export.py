@@ -1,8 +1,8 @@
 """Checkpoint -> Transformers folder: `hrm-lm export --checkpoint PATH --output DIR`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from hrm_lm.interop.export import export
 from hrm_lm.training.storage import local_checkpoint

@@ -5,8 +5,8 @@ It trains on with `hrm-lm train --config PATH/config.yaml --init_from PATH --set
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from hrm_lm.interop.import_ import import_
 

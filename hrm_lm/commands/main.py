@@ -6,7 +6,7 @@ A command is imported only once it is chosen, so that the list of commands comes
 import importlib
 import os
 import sys
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from hrm_lm.errors import RunFailed, UserError
 
@@ -25,12 +25,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command that `argv` names; 2, with the list of commands, where it names none."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or [None]
+    arguments = sys.argv[1:] if argv is None else argv
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name in ("-h", "--help"):
         print(usage())
         return 0
     if name not in COMMANDS:
-        print(usage() if name is None else f"error: there is no command {name!r}\n{usage()}", file=sys.stderr)
+        print(f"error: there is no command {name!r}\n{usage()}" if name else usage(), file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[name][0])
     return run_command(lambda: module.main(rest))

@@ -5,7 +5,8 @@
 import argparse
 import json
 import types
-from typing import Annotated, Any, Iterator, Literal, Sequence, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo

@@ -1,7 +1,7 @@
 """The trainer: `hrm-lm train`, `python -m ray_jobs.train` for submitting, and the guide's `hrm_lm.training.train`."""
 
 import argparse
-from typing import Sequence
+from collections.abc import Sequence
 
 from hrm_lm.commands.flags import add_run_flags, field_help
 from hrm_lm.config import config_of, parse_set, read_layers

@@ -1,8 +1,9 @@
 """Hyperparameter search: `hrm-lm tune --config configs/sweep.yaml`, or `python -m ray_jobs.tune` for submitting."""
 
 import argparse
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Sequence
+from typing import Any
 
 from hrm_lm.commands.flags import add_run_flags
 from hrm_lm.config import Layer, is_own, parse_set, set_dotted

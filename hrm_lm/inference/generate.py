@@ -1,9 +1,10 @@
 """Answers of a checkpoint, and which checkpoint is meant. The command is `hrm_lm.commands.generate`."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
