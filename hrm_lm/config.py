@@ -8,6 +8,7 @@ points at it. Sections are frozen: a config is a value.
 
 import copy
 import difflib
+import posixpath
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -426,7 +427,9 @@ def _beside(place: str, base: str) -> str:
     if "://" not in place:
         return str(Path(place).parent / base)
     uri, mark, options = place.partition("?")
-    return f"{uri.rpartition('/')[0]}/{base}{mark}{options}"
+    scheme, _, path = uri.partition("://")
+    path = posixpath.normpath(f"{path.rpartition('/')[0]}/{base}")  # object storage knows no ".."
+    return f"{scheme}://{path}{mark}{options}"
 
 
 def _identity(place: str) -> str:

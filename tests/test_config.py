@@ -151,7 +151,9 @@ def test_a_base_and_a_config_may_be_a_uri(tmp_path):
     write(tmp_path, base="train: {steps: 5}", top="base: base.yaml")
     write(tmp_path / "here", top=f"base: file://{tmp_path}/base.yaml")
     assert load_config(tmp_path / "here" / "top.yaml").train.steps == 5
+    write(tmp_path / "here", near="base: ../base.yaml")
     assert load_config(f"file://{tmp_path}/top.yaml").train.steps == 5
+    assert load_config(f"file://{tmp_path}/here/near.yaml").train.steps == 5
 
 
 HRM_TEXT = {

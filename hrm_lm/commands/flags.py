@@ -16,10 +16,15 @@ def field_help(dotted: str) -> str:
     return f"{section.model_fields[name].description} [{dotted}]".replace("%", "%%")  # argparse formats with %
 
 
-def add_run_flags(parser: argparse.ArgumentParser, config: str, fields: str, required: bool = False) -> None:
-    """What a command that starts a run or a sweep takes. config: help of --config; fields: what --set reaches."""
+def add_run_flags(
+    parser: argparse.ArgumentParser, config: str, run_name: str, fields: str, required: bool = False
+) -> None:
+    """What a command that starts a run or a sweep takes.
+
+    config, run_name: help of these flags; fields: what --set reaches; required: whether --config must be given.
+    """
     parser.add_argument("--config", metavar="YAML", required=required, help=config)
-    parser.add_argument("--run_name", metavar="NAME", help=field_help("ray.run_name"))
+    parser.add_argument("--run_name", metavar="NAME", help=run_name)
     parser.add_argument("--save_dir", metavar="PATH", help=field_help("ray.storage_path"))
     add_set(parser, fields)
 

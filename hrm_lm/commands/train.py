@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
     add_run_flags(
         parser,
         config="config file, or its URI (default: the values of configs/default.yaml)",
+        run_name=field_help("ray.run_name"),
         fields="any config field",
     )
     parser.add_argument(

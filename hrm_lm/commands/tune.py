@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_run_flags(
         parser,
         config="sweep file, or its URI",
+        run_name="name of the sweep's folder (default: made from the time)",
         fields="a field of the base config or of the tune section (tune.num_samples=4)",
         required=True,
     )
