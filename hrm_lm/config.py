@@ -1,13 +1,17 @@
-"""The configuration: typed sections, YAML files, dotted overrides.
+"""The configuration: typed sections, YAML files with a base, dotted overrides.
 
-The defaults stand here and only here; `configs/default.yaml` spells them out and a test keeps the two equal. Every
-field has a dotted path (`model.hrm.h_cycles`), which is how the command line overrides it, how a sweep names it and
-how an error points at it. Sections are frozen: a config is a value.
+The defaults stand here and only here; `configs/default.yaml` spells them out and a test keeps the two equal. The
+docstring of a field is its only help text: `--help` and `docs/configuration.md` are made from it. Every field has a
+dotted path (`model.hrm.h_cycles`), which is how the command line overrides it, how a sweep names it and how an error
+points at it. Sections are frozen: a config is a value.
 """
 
+import copy
 import difflib
+import posixpath
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,24 +31,30 @@ class Cycles(NamedTuple):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """A part of the config. The docstring below a field is its help text in every command and in the reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class HRMConfig(Section):
     """The H/L recurrence (`hrm_lm.models.hrm.HRMCore`)."""
 
     h_cycles: Count = 2
-    """Slow cycles; 0 builds no core at all: a plain encoder-decoder, or a plain stack of h_layers + l_layers."""
+    """How many slow cycles the core takes. With 0 there is no core: the model is a plain encoder-decoder, or for
+    `prefix_lm` a plain stack of h_layers + l_layers."""
     l_cycles: Positive = 2
-    """Fast applications within each slow cycle."""
+    """How often the fast stack is applied within each slow cycle."""
     h_layers: Positive = 1
+    """Layers of the slow stack."""
     l_layers: Positive = 1
+    """Layers of the fast stack."""
     backprop_steps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
-    """How many applications of a stack carry gradient: the last ones of H first, and at least the last one of L."""
+    """How many applications of a stack carry gradient. The last applications of H come first, and at least the last
+    application of L always counts."""
     backprop_warmup_steps: Count = 0
-    """Optimisation steps over which the window grows from 2 to `backprop_steps`."""
+    """Optimisation steps over which the applications with gradient grow from 2 to `backprop_steps`."""
     deep_supervision: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the mean loss of the earlier H-cycles' outputs."""
+    """Weight of the mean loss of the earlier H-cycles' outputs. With 0 only the last output is trained."""
 
     @property
     def cycles(self) -> Cycles:
@@ -55,31 +65,43 @@ class BridgeConfig(Section):
     """From the core to the decoder (`encoder_decoder` only)."""
 
     type: Literal["cross_attention", "prefix"] = "cross_attention"
+    """How the decoder sees the core's states. With `cross_attention` every decoder block attends to them; with `prefix`
+    they are pooled into a few vectors that stand before the decoder's input."""
     prefix_len: Positive = 8
-    """Vectors that the core's states are pooled into (`prefix` only)."""
+    """How many vectors the core's states are pooled into (`prefix` only)."""
     gate_warmup_steps: Count = 0
-    """Optimisation steps during which the gate is held shut."""
+    """Optimisation steps during which the gate on the bridge is held shut."""
 
 
 class ModelConfig(Section):
+    """The shape of the model."""
+
     architecture: Literal["encoder_decoder", "prefix_lm"] = "encoder_decoder"
-    """`hrm_lm.models.encoder_decoder`, or the published HRM-Text model, `hrm_lm.models.prefix_lm`."""
+    """What the model is made of: an encoder, the HRM core and a decoder, or the published HRM-Text model, which takes
+    prompt and response through the core as a single sequence."""
     d_model: Positive = 64
+    """Width of a token's state. It is a multiple of `n_heads`."""
     n_heads: Positive = 4
+    """Attention heads of each layer."""
     vocab_size: Positive | None = None
-    """Tokens that embedding and head hold. Left out: the tokenizer's."""
+    """How many tokens embedding and head hold. When it is left out, they hold the tokenizer's."""
     encoder_layers: Count = 1
-    """Before the core (`encoder_decoder` only)."""
+    """Layers before the core (`encoder_decoder` only)."""
     decoder_layers: Positive = 1
-    """`encoder_decoder` only."""
+    """Layers after the bridge (`encoder_decoder` only)."""
     expansion: Annotated[float, Field(gt=0)] = 4.0
-    """SwiGLU: the hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32 (`prefix_lm`: 256)."""
+    """How wide a SwiGLU is. Its hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32 (for
+    `prefix_lm`: 256)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of activations that are dropped while training."""
     max_prompt_len: Positive = 512
+    """Tokens of the longest prompt that the model takes."""
     max_response_len: Positive = 128
-    """In tokens; the response's end-of-sequence token counts."""
+    """Tokens of the longest response that the model takes. The end-of-sequence token counts."""
     hrm: HRMConfig = HRMConfig()
+    """The H/L recurrence."""
     bridge: BridgeConfig = BridgeConfig()
+    """What takes the core's states to the decoder (`encoder_decoder` only)."""
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -93,48 +115,68 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
+    """The optimizer and the schedule of its learning rate."""
+
     name: Literal["adamw", "adam_atan2"] = "adamw"
-    """`adam_atan2`: the published HRM-Text recipe's (`hrm_lm.training.optim`)."""
+    """The optimizer. `adam_atan2` is what the published HRM-Text recipe takes (`hrm_lm.training.optim`)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
+    """The learning rate after warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay rates of the averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """`adamw` only: the other has none."""
+    """What keeps `adamw` from a division by zero. `adam_atan2` does not divide and ignores it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Not applied to norms, gates and embeddings."""
+    """Decoupled weight decay. Norms, gates and embeddings do not decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after warm-up."""
     warmup_steps: Count = 20
+    """Optimisation steps over which the learning rate rises from 0 to `lr`."""
     min_lr_ratio: Fraction = 0.1
-    """The floor of the decay, as a share of `lr`."""
+    """Where the learning rate's decay ends, as a share of `lr`."""
 
 
 class TrainConfig(Section):
+    """How long and on which batches a run trains, and how often it validates."""
+
     steps: Positive = 200
+    """Optimisation steps of the run."""
     batch_size: Positive = 64
-    """Samples of one optimisation step, over all workers and accumulation steps."""
+    """Samples of an optimisation step, over all workers and accumulation steps."""
     batch_tokens: Positive | None = None
-    """Instead of `batch_size`: as many samples as fit so many tokens of prompt and response, padding counted."""
+    """Tokens of an optimisation step. When set, it replaces `batch_size`: a batch holds as many samples as fit this many
+    tokens of prompts and responses, padding included. It needs `length_window`."""
     length_window: Count = 0
-    """Samples out of which batches of similar length are made, padded to few sizes; 0: batches are random."""
+    """How many samples are sorted by length at a time, to make batches of similar length with little padding. With 0
+    batches are random."""
     grad_accum_steps: Positive = 1
+    """Into how many parts each worker cuts its share of a batch, to save memory."""
     grad_clip: float = 0.0
-    """Largest global L2 norm of the gradient; off when <= 0."""
+    """Largest global L2 norm of the gradient. With 0 or less the gradient is not clipped."""
     mixed_precision: Literal["none", "bf16", "fp16"] = "none"
+    """Number format of the matrix products. `fp16` needs a CUDA GPU."""
     loader_workers: Count = 0
-    """Processes of each worker that make its batches; 0: a thread, which is enough where samples are ready to take."""
+    """Processes of each worker that make its batches. With 0 a thread makes them, which is enough where samples need no
+    work."""
     compile: bool = False
-    """Compile each transformer block (torch.compile): seconds at the start for speed, on GPUs above all."""
+    """Whether each transformer block is compiled (torch.compile). The start takes some seconds longer and each step is
+    faster, above all on GPUs."""
     val_every: Count = 0
-    """Steps between validations, each with a checkpoint; 0: only at the end."""
+    """Steps between validations, each with a checkpoint. With 0 the run validates only at its end."""
     log_every: Positive = 10
+    """Steps between lines of the log."""
     early_stopping_patience: Count = 0
-    """Validations in a row without a better `val_loss` before the run ends; 0: never."""
+    """How many validations in a row may pass without a better `val_loss` before the run ends. With 0 the run never ends
+    early."""
     sample_h_cycles: tuple[Positive, Positive] | None = None
-    """Least and most H-cycles: each step draws its count. Only such a model is right at other counts than one."""
+    """The least and the most H-cycles that a training step takes; each step draws its count between them. A model
+    trained with a fixed count is right only at that count."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of an average of the weights, which validation, generation and export then use; 0: none."""
+    """Decay of a running average of the weights. Validation, generation and export use the average where there is one.
+    With 0 no average is kept."""
     seed: Count = 0
+    """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None
-    """Checkpoint whose weights a new run starts from."""
+    """Checkpoint, folder or URI, whose weights a new run starts from."""
 
     @model_validator(mode="after")
     def _cycles_ordered(self):
@@ -147,9 +189,11 @@ class SyntheticConfig(Section):
     """Addition questions (`hrm_lm.data.synthetic`)."""
 
     min_digits: Positive = 1
+    """Digits of the shortest summand."""
     max_digits: Annotated[int, Field(ge=1, le=18)] = 2
+    """Digits of the longest summand."""
     num_samples: Annotated[int, Field(ge=2)] = 20_000
-    """At most so many questions; all of them where there are fewer."""
+    """How many questions there are at most. Short summands allow fewer, and then all of them are there."""
 
     @model_validator(mode="after")
     def _digits_ordered(self):
@@ -160,36 +204,48 @@ class SyntheticConfig(Section):
         return self
 
 
-class MixturePart(Section):
-    """A dataset of a mixture. Fields left out are those of `data`."""
+class MixtureMember(Section):
+    """A dataset of a mixture."""
 
     dataset: str
+    """The dataset, named as in `data.dataset`."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Its share of the training samples is this over the sum of all weights."""
+    """How often the dataset is drawn from. Its share of the training samples is its weight over the sum of all
+    weights."""
     prompt_field: str | None = None
+    """Field of a JSON line that holds the prompt. When it is left out, it is `data.prompt_field`."""
     response_field: str | None = None
+    """Field of a JSON line that holds the response. When it is left out, it is `data.response_field`."""
 
 
 class DataConfig(Section):
+    """What a run trains on."""
+
     dataset: str | None = None
-    """`synthetic`, `reasoning_gym:<task>[,option=value...]`, a .jsonl file, a folder with train.jsonl, a prepared dataset
-    (folder or URI), or `module:function`."""
-    mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixturePart] = {}
-    """Instead of `dataset`: several, by names of your own, which `val_loss/<name>` and the like then bear."""
+    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, a .jsonl file, a folder with train.jsonl,
+    a prepared dataset (folder or URI), or `module:function`, which is code of your own."""
+    mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixtureMember] = {}
+    """Several datasets at once, instead of `dataset`. You name each of them, and its own scores bear that name
+    (`val_loss/<name>`)."""
     prompt_field: str = "prompt"
+    """Field of a JSON line that holds the prompt."""
     response_field: str = "response"
+    """Field of a JSON line that holds the response."""
     tokenizer: str | None = None
-    """What text is read with: `bytes`, or a tokenizer.json (a checkpoint's, a prepared dataset's, a Hugging Face one).
-    Left out: the characters that occur; bytes for reasoning_gym; for a mixture its prepared dataset's, else bytes."""
+    """What text is read with: `bytes`, or a tokenizer.json of a checkpoint, of a prepared dataset or of Hugging Face.
+    When it is left out, the vocabulary is the characters of the dataset; `reasoning_gym` takes bytes; a mixture takes
+    the tokenizer of its prepared dataset, or else bytes."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Held-out share where the dataset brings no validation split."""
+    """Share of the samples that is held out where the dataset brings no validation split."""
     val_samples: Annotated[int, Field(ge=1, le=4096)] = 500
-    """Validation samples drawn where the dataset is endless (`reasoning_gym:`)."""
+    """How many validation samples are drawn where the dataset is endless (`reasoning_gym:`)."""
     max_val_samples: Positive | None = 16_384
-    """Most validation samples that a validation reads, spread evenly over what is held out; null: all of them."""
+    """How many validation samples a validation reads at most, spread evenly over what is held out. With null it reads
+    all of them."""
     truncate: bool = False
-    """Cut what is longer than the model takes, instead of refusing it."""
+    """Whether samples longer than the model takes are cut. Otherwise they are refused."""
     synthetic: SyntheticConfig = SyntheticConfig()
+    """The addition questions of `dataset: synthetic`."""
 
     @model_validator(mode="after")
     def _one_or_many(self):
@@ -199,29 +255,45 @@ class DataConfig(Section):
 
 
 class RayConfig(Section):
+    """Where a run takes place and where it is kept."""
+
     num_workers: Positive = 1
+    """Data-parallel workers that share each batch."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Over several workers: the model whole on each, or in parts (`hrm_lm.training.parallel`)."""
+    """How several workers hold the model: each holds all of it (`ddp`), or each holds a part (`fsdp`)."""
     use_gpu: Literal["auto"] | bool = "auto"
+    """Whether each worker trains on a GPU. `auto` means yes where the cluster has GPUs."""
     cpus_per_worker: Literal["auto"] | Positive = "auto"
-    """`auto`: an equal share of the cluster's CPUs when training on CPU, else 1."""
+    """CPUs that each worker reserves. `auto` means an equal share of the cluster's CPUs when training on CPU, and 1
+    otherwise."""
     run_name: str | None = None
+    """Name of the run's folder. A run of that name is resumed where it stopped. When it is left out, the name is made
+    from the time."""
     storage_path: str | None = None
-    """Folder or URI that run folders are created in; see `hrm_lm.training.storage`."""
+    """Folder or URI that run folders are created in. When it is left out, it is `runs/`, and `~/hrm_lm_runs` of the
+    cluster in a submitted job."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures a run recovers from; -1: any number."""
+    """How many failures of workers a run recovers from. With -1 it recovers from any number."""
     wait_for_nodes: bool = False
-    """Wait for workers that do not fit the cluster and whatever growth of it is known."""
+    """Whether a run waits when its workers do not fit the cluster. Otherwise such a run is refused, unless the cluster
+    is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
     num_to_keep: Positive = 1
-    """Checkpoints kept by `val_loss`, beside the last one."""
+    """How many checkpoints of the lowest `val_loss` are kept. The last checkpoint is kept besides."""
 
 
 class Config(Section):
+    """All that decides a run."""
+
     model: ModelConfig = ModelConfig()
+    """The shape of the model."""
     optim: OptimConfig = OptimConfig()
+    """The optimizer and the schedule of its learning rate."""
     train: TrainConfig = TrainConfig()
+    """How long and on which batches a run trains, and how often it validates."""
     data: DataConfig = DataConfig()
+    """What a run trains on."""
     ray: RayConfig = RayConfig()
+    """Where a run takes place and where it is kept."""
 
     @model_validator(mode="after")
     def _core_to_sample(self):
@@ -279,27 +351,133 @@ class Config(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+class Layer(NamedTuple):
+    """A config file's own values, without its base's."""
+
+    source: str
+    """The file's path or URI, for messages."""
+    values: dict[str, Any]
+    own: bool
+    """Whether the file is the user's own. A file of a checkpoint or from a URI may come from a stranger."""
+
+
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """The defaults, under a YAML file, under `overrides` (dotted path -> value).
+    """The defaults, under a YAML file and its bases, under `overrides` (dotted path -> value).
 
     Raises UserError, a line per mistake, naming the file or the dotted path.
     """
-    raw = {} if path is None else read_yaml(path)
-    for dotted, value in (overrides or {}).items():
+    return config_of(read_layers(path) if path else [], overrides or {})
+
+
+def config_of(layers: Sequence[Layer], overrides: dict[str, Any]) -> Config:
+    """The defaults, under `layers` (the last wins), under `overrides`. Raises UserError as `load_config` does."""
+    raw = merged(layers)
+    for dotted, value in overrides.items():
         set_dotted(raw, dotted, value)
-    return parse_config(raw, source=str(path) if path else "config")
+    *bases, source = [layer.source for layer in layers] or ["config"]
+    return parse_config(raw, source=f"{source} (base: {', '.join(reversed(bases))})" if bases else source)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_layers(path: str | Path) -> list[Layer]:
+    """A config file (path or URI) as the last layer; before it its base, that file's base, and so on."""
+    return with_bases(read_yaml(path), str(path))
+
+
+def with_bases(values: dict[str, Any], place: str) -> list[Layer]:
+    """`values`, which stand in the file `place`, as the last layer; before it the layers of the base that they name.
+
+    A base is a URI or a path relative to the file that names it. Raises UserError, naming the files on the way, where a
+    base cannot be read or comes round in a circle.
+    """
+    layers: list[Layer] = []
+    way, seen, own = [_shown(place)], [_identity(place)], True
+    while True:
+        own = own and is_own(place)  # a stranger's file does not make its base the user's own
+        values = dict(values)
+        base = values.pop("base", None)
+        layers.insert(0, Layer(_shown(place), values, own))
+        if base is None:
+            return layers
+        if not isinstance(base, str):
+            raise UserError(f"{' -> '.join(way)}: base must be the path or URI of a config, not {base!r}")
+        place = _beside(place, base)
+        way.append(_shown(place))
+        if _identity(place) in seen:
+            raise UserError(f"{' -> '.join(way)}: the bases go round in a circle")
+        seen.append(_identity(place))
+        values = read_yaml(place, shown=" -> ".join(way))
+
+
+def merged(layers: Iterable[Layer]) -> dict[str, Any]:
+    """One mapping of all layers: sections are merged field by field, and the last layer wins."""
+    raw: dict[str, Any] = {}
+    for layer in layers:
+        _merge(raw, copy.deepcopy(layer.values))
+    return raw
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            _merge(under[key], value)
+        else:
+            under[key] = value
+
+
+def is_own(place: str) -> bool:
+    """Whether a config file is the user's own: it is on this machine, and not in the folder of a checkpoint."""
+    if "://" in place:
+        return False
+    path = Path(place)
+    return not any((file.parent / "trainer_state.json").exists() for file in (path, path.resolve()))
+
+
+def _beside(place: str, base: str) -> str:
+    """A base as seen from the file `place` that names it. The options of a URI hold for its neighbours too."""
+    if "://" in base:
+        return base
+    if "://" not in place:
+        return str(Path(place).parent / base)
+    uri, mark, options = place.partition("?")
+    scheme, _, path = uri.partition("://")
+    path = posixpath.normpath(f"{path.rpartition('/')[0]}/{base}")  # object storage knows no ".."
+    return f"{scheme}://{path}{mark}{options}"
+
+
+def _identity(place: str) -> str:
+    return place if "://" in place else str(Path(place).resolve())
+
+
+def _shown(place: str) -> str:
+    if "://" not in place:
+        return place
+    from hrm_lm.filesystem import without_secrets  # it takes pyarrow, which a local file does not need
+
+    return without_secrets(place)
+
+
+def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
+    """A YAML file (path or URI) that holds a mapping. Raises UserError, naming it as `shown`, where it does not."""
+    shown = shown or _shown(str(path))
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(_read(str(path)))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{shown}: cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw or {}, dict):
-        raise UserError(f"{path}: must be a mapping of sections (model, optim, train, data, ray)")
+        raise UserError(f"{shown}: must be a mapping of sections (model, optim, train, data, ray)")
     return raw or {}
+
+
+def _read(place: str) -> str:
+    if "://" not in place:
+        return Path(place).read_text(encoding="utf-8")
+    from hrm_lm.filesystem import resolve
+
+    fs, path = resolve(place)
+    with fs.open_input_stream(path) as stream:
+        return stream.read().decode("utf-8")
 
 
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
@@ -337,7 +515,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted path -> value."""
     flat = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -347,7 +525,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     for item in error.errors():
         # A union reports each member's view at the same place, with the member's name at the path's end.
         names = [part for part in item["loc"] if isinstance(part, str) and part != "[key]"]
-        path, owner, section, values = [], root, root, None
+        path: list[str] = []
+        owner: Any = root
+        section: Any = root
+        values: Any = None
         for name in names:
             if section is None and values is None:
                 break

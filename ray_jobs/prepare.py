@@ -2,7 +2,7 @@
 
 import sys
 
-from hrm_lm.cli import run_command
+from hrm_lm.commands.main import run_command
 from hrm_lm.commands.prepare import main
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""What one submits: `ray job submit --working-dir . -- python -m ray_jobs.train ...`.
-
-The trainer's command (`hrm_lm.training.train`), except that it trains unless told `--dry_run 1`.
-"""
+"""`hrm-lm train` as a job: `ray job submit --working-dir . -- python -m ray_jobs.train ...`."""
 
 import sys
 
-from hrm_lm.cli import run_command
-from hrm_lm.training.train import main
+from hrm_lm.commands.main import run_command
+from hrm_lm.commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(dry_run=0, program="ray_jobs.train")))
+    sys.exit(run_command(main))

@@ -128,7 +128,7 @@ def in_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def command(in_folder, capsys):
     """Runs a command's main in this process, as a user would; returns exit code, stdout, stderr."""
-    from hrm_lm.cli import run_command
+    from hrm_lm.commands.main import run_command
 
     def run(main, *arguments):
         capsys.readouterr()

@@ -1,17 +1,24 @@
 """The commands, run as a user runs them but in this process; none of these starts Ray."""
 
 import json
+import runpy
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
 from conftest import ROOT, small_config, train_locally
 
-from hrm_lm.inference.evaluate import main as evaluate
-from hrm_lm.inference.generate import main as generate
+from hrm_lm.commands.evaluate import main as evaluate
+from hrm_lm.commands.generate import main as generate
+from hrm_lm.commands.main import COMMANDS
+from hrm_lm.commands.main import main as hrm_lm
+from hrm_lm.commands.train import main as train
+from hrm_lm.commands.tune import main as tune
+from hrm_lm.config import Config
+from hrm_lm.errors import UserError
 from hrm_lm.training import storage
-from hrm_lm.training.train import main as train
 
 SMALL = ["--set", "model.d_model=16", "--set", "model.n_heads=2", "--set", "train.batch_size=8"]
 
@@ -22,11 +29,63 @@ def checkpoint(tmp_path):
     return max((tmp_path / "run").glob("step_*"))
 
 
-def test_a_dry_run_prints_a_loss_without_starting_ray():
-    code = "import sys; from hrm_lm.training.train import main; main([]); assert 'ray' not in sys.modules"
+def test_the_guides_command_is_a_dry_run_without_ray():
+    code = """
+import runpy, sys
+try:
+    runpy.run_module("hrm_lm.training.train", run_name="__main__")
+except SystemExit as exit:
+    assert not exit.code and "ray" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loss ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_hrm_lm_finds_every_command(capsys, name):
+    with pytest.raises(SystemExit) as exit:
+        hrm_lm([name, "--help"])
+    assert exit.value.code == 0 and f"usage: hrm-lm {name}" in capsys.readouterr().out
+
+
+def test_hrm_lm_lists_its_commands_and_refuses_others(capsys):
+    assert hrm_lm(["--help"]) == 0 and set(COMMANDS) <= set(capsys.readouterr().out.split())
+    assert hrm_lm([]) == 2 and set(COMMANDS) <= set(capsys.readouterr().err.split())
+    assert hrm_lm(["trian"]) == 2 and "error: there is no command 'trian'" in capsys.readouterr().err
+
+
+def test_hrm_lm_tells_errors_as_every_command_does(capsys):
+    assert hrm_lm(["train", "--config", "nope.yaml"]) == 2
+    assert capsys.readouterr().err == "error: nope.yaml: cannot be read: No such file or directory\n"
+
+
+def test_the_list_of_commands_needs_no_heavy_import():
+    code = "import sys; from hrm_lm.commands.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    assert "hrm_lm.commands.main" in loaded and not {"torch", "ray", "numpy", "pydantic", "yaml"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["hrm_lm.training.train", "hrm_lm.inference.generate", "hrm_lm.inference.evaluate", "hrm_lm.interop.export",
+     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune"],
+)  # fmt: skip
+def test_the_python_m_forms_still_run(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(module, run_name="__main__")
+    assert exit.value.code == 0 and "usage: hrm-lm" in capsys.readouterr().out
+
+
+def test_the_help_of_train_has_the_fields_docstrings(command):
+    code, out, _ = command(train, "--help")
+    words = " ".join(out.split())
+    for section, name in (("data", "dataset"), ("train", "grad_clip"), ("ray", "run_name"), ("ray", "storage_path")):
+        text = Config.model_fields[section].annotation.model_fields[name].description
+        assert f"{' '.join(text.split())} [{section}.{name}]" in words
+    assert code == 0
 
 
 @pytest.mark.parametrize(
@@ -37,16 +96,16 @@ def test_a_dry_run_prints_a_loss_without_starting_ray():
         (["--set", "oops"], "expected PATH=VALUE"),
         (["--steps", "many"], "train.steps: should be a valid integer"),
         (["--num_workers", "3"], "must be divisible by ray.num_workers"),
-        (["--dry_run", "0"], "no dataset: give --dataset"),
-        (["--dry_run", "0", "--dataset", "missing.jsonl"], "missing.jsonl: cannot be read: No such file"),
+        ([], "no dataset: give --dataset"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl: cannot be read: No such file"),
         (
-            ["--dry_run", "0", "--dataset", "synthetic", "--mixed_precision", "fp16", "--use_gpu", "false"],
+            ["--dataset", "synthetic", "--mixed_precision", "fp16", "--use_gpu", "false"],
             "fp16 needs a CUDA GPU",
         ),
-        (["--mixed_precision", "fp16", "--use_gpu", "false"], "fp16 needs a CUDA GPU"),
-        (["--dry_run", "0", "--dataset", "synthetic", "--init_from", "nowhere"], "no such checkpoint folder"),
-        (["--dry_run", "0", "--dataset", "synthetic", "--run_name", "a/b"], "cannot name a folder"),
-        (["--dry_run", "0", "--dataset", "synthetic", "--save_dir", "s4://x"], "s4://x"),
+        (["--dry_run", "1", "--mixed_precision", "fp16", "--use_gpu", "false"], "fp16 needs a CUDA GPU"),
+        (["--dataset", "synthetic", "--init_from", "nowhere"], "no such checkpoint folder"),
+        (["--dataset", "synthetic", "--run_name", "a/b"], "cannot name a folder"),
+        (["--dataset", "synthetic", "--save_dir", "s4://x"], "s4://x"),
     ],
 )
 def test_bad_input_is_a_message_of_a_line_and_exit_code_2(command, arguments, message):
@@ -77,7 +136,7 @@ def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
         ),
     )
     code, out, err = command(
-        train, "--dry_run", 0, "--dataset", "synthetic", "--steps", 7, "--val_every", 3, "--save_dir", "s", "--mixed_precision",
+        train, "--dataset", "synthetic", "--steps", 7, "--val_every", 3, "--save_dir", "s", "--mixed_precision",
         "bf16", "--grad_clip", 1.5, "--run_name", "n", "--num_workers", 2, "--use_gpu", "true", "--resume", "never",
         "--set", "model.hrm.h_cycles=4",
     )  # fmt: skip
@@ -116,6 +175,42 @@ def test_prompts_of_several_lines_come_from_jsonl_and_the_answers_are_json(comma
     file.write_text('{"prompt": "What is 2 + 2?"}\n"What is 1 + 1?"\n')
     code, _, err = command(generate, "--checkpoint", checkpoint, "--prompts_file", file)
     assert code == 2 and "prompts.jsonl:2: not a JSON object with a field 'prompt'" in err
+
+
+def test_a_line_separator_of_unicode_is_part_of_a_prompt(command, tmp_path):
+    samples = [{"prompt": f"1\u2028+\u0085 2{' ' * i}", "response": "3"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    config = small_config(train__steps=1, data__dataset=str(tmp_path / "pairs.jsonl"))
+    train_locally(config, tmp_path / "run")
+    checkpoint = max((tmp_path / "run").glob("step_*"))
+    (tmp_path / "prompts.txt").write_bytes("1\u2028+\r\n+ 2\u0085\n".encode())
+    ask = lambda *more: command(generate, "--checkpoint", checkpoint, "--max_new_tokens", 3, *more)  # noqa: E731
+    code, out, err = ask("--prompts_file", tmp_path / "prompts.txt")
+    assert code == 0 and out == ask("--prompt", "1\u2028+")[1] + ask("--prompt", "+ 2\u0085")[1], err
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1\u2028+"}\n', encoding="utf-8")
+    code, out, err = ask("--prompts_file", tmp_path / "prompts.jsonl")
+    assert code == 0 and json.loads(out) == ask("--prompt", "1\u2028+")[1].rstrip("\n"), err
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+@pytest.mark.parametrize(
+    "program, more", [(generate, ["--prompt", "1 + 1"]), (evaluate, [])], ids=["generate", "evaluate"]
+)
+def test_a_model_with_a_core_refuses_zero_cycles(command, tmp_path, architecture, program, more):
+    train_locally(small_config(train__steps=1, model__architecture=architecture), tmp_path / "run")
+    checkpoint = max((tmp_path / "run").glob("step_*"))
+    code, out, err = command(program, "--checkpoint", checkpoint, "--h_cycles", 0, *more)
+    assert code == 2 and "--h_cycles must be at least 1, not 0: this model has an HRM core" in err and not out
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+def test_a_model_without_a_core_takes_zero_cycles_and_no_others(command, tmp_path, architecture):
+    config = small_config(train__steps=1, model__architecture=architecture, model__hrm__h_cycles=0)
+    train_locally(config, tmp_path / "run")
+    ask = ["--checkpoint", max((tmp_path / "run").glob("step_*")), "--prompt", "1 + 1", "--h_cycles"]
+    assert command(generate, *ask, 0)[0] == 0
+    code, _, err = command(generate, *ask, 1)
+    assert code == 2 and "it has no HRM core to cycle" in err
 
 
 def test_sampling_is_repeatable_and_top_1_is_greedy(command, checkpoint):
@@ -166,13 +261,83 @@ def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, 
     assert code == 0 and json.loads(out)["val_loss"] > 0, err
 
 
-def test_evaluate_runs_no_code_that_a_checkpoint_names(command, checkpoint):
+# --- code that a stranger's config names ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strangers(checkpoint, monkeypatch):
+    """A checkpoint whose config names the dataset `strangers_module:build`; `strangers.ran` says whether it was called."""
+    module = types.ModuleType("strangers_module")
+    module.ran = False
+
+    def build(config, seed):
+        module.ran = True
+        raise UserError("the stranger's code has run")
+
+    module.build, module.checkpoint = build, checkpoint
+    monkeypatch.setitem(sys.modules, "strangers_module", module)
     file = checkpoint / "config.yaml"
     file.write_text(file.read_text().replace("dataset: synthetic", "dataset: strangers_module:build"))
-    code, _, err = command(evaluate, "--checkpoint", checkpoint)
-    assert code == 2 and "the checkpoint's dataset is code, strangers_module:build" in err
-    code, _, err = command(evaluate, "--checkpoint", checkpoint, "--dataset", "strangers_module:build")
-    assert code == 2 and "no module 'strangers_module'" in err
+    return module
+
+
+CODE = "strangers_module:build"
+
+
+def test_evaluate_runs_no_code_that_a_checkpoint_names(command, strangers):
+    code, _, err = command(evaluate, "--checkpoint", strangers.checkpoint)
+    assert (
+        code == 2 and f"data.dataset is code, {CODE}" in err and f"give --dataset {CODE}" in err and not strangers.ran
+    )
+    for flags in (["--dataset", CODE], ["--set", f"data.dataset={CODE}"]):
+        code, _, err = command(evaluate, "--checkpoint", strangers.checkpoint, *flags)
+        assert code == 2 and strangers.ran
+        strangers.ran = False
+
+
+def test_train_runs_no_code_that_a_checkpoints_config_names(command, strangers, tmp_path):
+    config = strangers.checkpoint / "config.yaml"
+    (tmp_path / "link.yaml").symlink_to(config)
+    (tmp_path / "mine.yaml").write_text(f"{{base: {config}, train: {{steps: 2}}}}")
+    (tmp_path / "code.yaml").write_text(f"data: {{dataset: {CODE}}}")
+    (tmp_path / "above.yaml").write_text(f"{{base: {config}, data: {{dataset: {CODE}}}}}")
+    for place in (config, tmp_path / "link.yaml", tmp_path / "mine.yaml", f"file://{tmp_path}/code.yaml"):
+        code, _, err = command(train, "--config", place)
+        assert code == 2 and f"data.dataset is code, {CODE}" in err and not strangers.ran, place
+        assert f"give --dataset {CODE} to run it" in err
+    for arguments in (["--config", config, "--dataset", CODE], ["--config", tmp_path / "code.yaml"],
+                      ["--config", tmp_path / "above.yaml"], ["--config", config, "--set", f"data.dataset={CODE}"]):  # fmt: skip
+        strangers.ran = False
+        code, _, err = command(train, *arguments)
+        assert code == 2 and strangers.ran, err
+
+
+def test_a_strangers_config_cannot_make_its_base_the_users_own(command, strangers, tmp_path):
+    (tmp_path / "code.yaml").write_text(f"data: {{dataset: {CODE}}}")
+    (strangers.checkpoint / "config.yaml").write_text(f"base: {tmp_path / 'code.yaml'}")
+    code, _, err = command(train, "--config", strangers.checkpoint / "config.yaml")
+    assert code == 2 and f"data.dataset is code, {CODE}" in err and not strangers.ran
+
+
+def test_code_in_a_mixture_of_a_stranger_is_named_by_its_path(command, strangers):
+    mixture = f"data: {{mixture: {{sums: {{dataset: synthetic}}, more: {{dataset: '{CODE}'}}}}}}"
+    (strangers.checkpoint / "config.yaml").write_text(mixture)
+    code, _, err = command(train, "--config", strangers.checkpoint / "config.yaml")
+    flag = f"--set data.mixture.more.dataset={CODE}"
+    assert code == 2 and f"give {flag} to run it" in err and not strangers.ran
+    command(train, "--config", strangers.checkpoint / "config.yaml", *flag.split())
+    assert strangers.ran
+
+
+def test_tune_runs_no_code_that_a_base_in_a_checkpoint_or_a_sweep_from_a_uri_names(command, strangers, tmp_path):
+    space = "search_space: {optim.lr: {choice: [0.1, 0.2]}}, tune: {scheduler: fifo}"
+    (tmp_path / "sweep.yaml").write_text(f"{{base: {strangers.checkpoint}/config.yaml, {space}}}")
+    code, _, err = command(tune, "--config", tmp_path / "sweep.yaml")
+    assert code == 2 and f"data.dataset is code, {CODE}" in err and not strangers.ran
+    options = f"search_space: {{data.dataset: {{choice: [synthetic, '{CODE}']}}}}, tune: {{scheduler: fifo}}"
+    (tmp_path / "sweep.yaml").write_text(f"{{base: {{data: {{dataset: synthetic}}}}, {options}}}")
+    code, _, err = command(tune, "--config", f"file://{tmp_path}/sweep.yaml")
+    assert code == 2 and f"data.dataset is code, {CODE}" in err and not strangers.ran
 
 
 # --- storage and cluster -----------------------------------------------------------------------------------------

@@ -1,24 +1,30 @@
+"""The config: its files and their bases, its mistakes, its help texts."""
+
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
-from hrm_lm.config import Config, flatten, load_config, parse_set
+from hrm_lm.commands.reference import fields_of, reference
+from hrm_lm.config import Config, Section, flatten, load_config, parse_set
 from hrm_lm.errors import UserError
+from hrm_lm.tuning.space import Sweep, SweepFile
 
 
 def test_default_yaml_spells_out_the_defaults():
     assert load_config(ROOT / "configs" / "default.yaml") == Config()
-    import yaml
-
     written = flatten(yaml.safe_load((ROOT / "configs" / "default.yaml").read_text()))
     assert written.keys() == flatten(Config().to_dict()).keys()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_shipped_config_is_valid(file):
-    if not file.name.startswith("sweep"):
-        load_config(file)
+    Sweep(str(file)) if file.name.startswith("sweep") else load_config(file)
+
+
+def test_a_batch_size_that_the_default_workers_divide_may_be_odd():
+    assert load_config(overrides=parse_set(["train.batch_size=63"])).micro_batch_size == 63
 
 
 def test_a_config_survives_yaml(tmp_path):
@@ -39,7 +45,6 @@ def test_a_config_survives_yaml(tmp_path):
             "model.hrm.backprop_steps: should be 'all' or should be greater than or equal to 2",
         ),
         ("model.d_model=63", "model.d_model (63) must be divisible by model.n_heads (4)"),
-        ("train.batch_size=63", None),
         (
             "train.grad_accum_steps=5",
             "train.batch_size (64) must be divisible by ray.num_workers * train.grad_accum_steps (1 * 5)",
@@ -59,9 +64,6 @@ def test_a_config_survives_yaml(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_path(assignment, message):
-    if message is None:
-        load_config(overrides=parse_set([assignment]))
-        return
     with pytest.raises(UserError) as error:
         load_config(overrides=parse_set([assignment]))
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
@@ -86,3 +88,118 @@ def test_an_unusable_file_is_named(tmp_path: Path, text, message):
 
 def test_scientific_notation_without_a_dot_is_a_number():
     assert load_config(overrides=parse_set(["optim.lr=1e-3"])).optim.lr == 1e-3
+
+
+# --- base --------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_file_wins_over_its_base_field_by_field_and_a_base_may_have_a_base(tmp_path):
+    write(
+        tmp_path / "shared",
+        bottom="{model: {d_model: 32, hrm: {h_cycles: 3, l_cycles: 3}}, optim: {lr: 0.1, betas: [0.5, 0.5]}}",
+        middle="{base: bottom.yaml, model: {hrm: {h_cycles: 4}}, optim: {betas: [0.6, 0.7]}}",
+    )
+    write(tmp_path, top="{base: shared/middle.yaml, optim: {lr: 0.2}}")
+    config = load_config(tmp_path / "top.yaml", {"model.hrm.l_layers": 2})
+    assert (config.model.d_model, config.model.hrm.h_cycles, config.model.hrm.l_cycles) == (32, 4, 3)
+    assert (config.optim.lr, config.optim.betas, config.model.hrm.l_layers) == (0.2, (0.6, 0.7), 2)
+    assert "base" not in yaml.safe_load(config.to_yaml())
+
+
+def test_a_sweeps_base_may_have_a_base_and_the_sweep_is_written_whole(tmp_path):
+    write(
+        tmp_path / "shared", bottom="train: {steps: 40, val_every: 7}", middle="{base: bottom.yaml, train: {steps: 50}}"
+    )
+    for base in ("shared/middle.yaml", "{base: shared/middle.yaml}"):
+        write(tmp_path, sweep=f"{{base: {base}, search_space: {{optim.lr: {{choice: [0.1, 0.2]}}}}}}")
+        sweep = Sweep(str(tmp_path / "sweep.yaml"))
+        assert (sweep.config.train.steps, sweep.config.train.val_every) == (50, 7)
+        assert (
+            sweep.to_dict()["base"]["train"] == {"steps": 50, "val_every": 7} and "base" not in sweep.to_dict()["base"]
+        )
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {"top": "base: b.yaml", "b": "base: c.yaml"},
+            "top.yaml -> {0}/b.yaml -> {0}/c.yaml: cannot be read: No such file",
+        ),
+        ({"top": "base: b.yaml", "b": "base: sub/../top.yaml"}, "/sub/../top.yaml: the bases go round in a circle"),
+        ({"top": "base: top.yaml"}, "{0}/top.yaml -> {0}/top.yaml: the bases go round in a circle"),
+        ({"top": "base: {train: {steps: 1}}"}, "top.yaml: base must be the path or URI of a config"),
+        ({"top": "base: b.yaml", "b": "modle: {}"}, "top.yaml (base: {0}/b.yaml): modle: no such field"),
+        ({"top": "base: s4://a/b.yaml"}, "s4://a/b.yaml"),
+    ],
+)
+def test_a_base_that_cannot_be_taken_is_told_with_the_files_on_the_way(tmp_path, files, message):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, **files)
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "top.yaml")
+    assert message.format(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_base_and_a_config_may_be_a_uri(tmp_path):
+    write(tmp_path, base="train: {steps: 5}", top="base: base.yaml")
+    write(tmp_path / "here", top=f"base: file://{tmp_path}/base.yaml")
+    assert load_config(tmp_path / "here" / "top.yaml").train.steps == 5
+    write(tmp_path / "here", near="base: ../base.yaml")
+    assert load_config(f"file://{tmp_path}/top.yaml").train.steps == 5
+    assert load_config(f"file://{tmp_path}/here/near.yaml").train.steps == 5
+
+
+HRM_TEXT = {
+    "model.architecture": "prefix_lm", "model.max_prompt_len": 2048, "model.max_response_len": 2048,
+    "model.hrm.l_cycles": 3, "model.hrm.backprop_steps": 5, "model.hrm.backprop_warmup_steps": 40000,
+    "optim.name": "adam_atan2", "optim.schedule": "constant", "optim.warmup_steps": 2000, "train.steps": 200000,
+    "train.batch_size": 512, "train.mixed_precision": "bf16", "train.compile": True, "train.ema_decay": 0.9999,
+    "train.val_every": 2000, "train.log_every": 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "size, d_model, n_heads, layers, lr, parallel",
+    [("b", 1024, 8, 6, 3e-4, "ddp"), ("l", 1280, 10, 12, 2.5e-4, "fsdp"), ("xl", 1536, 12, 16, 2.2e-4, "fsdp")],
+)
+def test_the_hrm_text_presets_differ_in_size_and_share_the_recipe(size, d_model, n_heads, layers, lr, parallel):
+    sizes = {"model.d_model": d_model, "model.n_heads": n_heads, "optim.lr": lr, "ray.parallel": parallel}
+    sizes |= {"model.hrm.h_layers": layers, "model.hrm.l_layers": layers}
+    assert load_config(ROOT / "configs" / f"hrm_text_{size}.yaml") == load_config(overrides=HRM_TEXT | sizes)
+
+
+# --- help texts --------------------------------------------------------------------------------------------------
+
+
+def test_every_field_has_a_help_text():
+    def sections(of: type[Section]) -> list[type[Section]]:
+        return [of, *(kind for cls in of.__subclasses__() for kind in sections(cls))]
+
+    missing = [
+        f"{section.__name__}.{name}"
+        for section in sections(Section)[1:]
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert not missing
+
+
+def test_the_configuration_reference_is_what_the_code_says():
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference(), (
+        "run: python -m hrm_lm.commands reference > docs/configuration.md"
+    )
+
+
+def test_the_configuration_reference_has_every_field():
+    text = reference()
+    known = set(flatten(Config().to_dict())) | {
+        path for path, _ in fields_of(SweepFile.model_fields["tune"].annotation, "tune")
+    }
+    assert len(known) > 60 and not [path for path in known if f"| `{path}` |" not in text]

@@ -6,12 +6,12 @@ import pyarrow.fs
 import pytest
 from conftest import small_config
 
+from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.data.prepared.cache import cache_folder
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.inference.generate import main as generate
 from hrm_lm.training.driver import run
 
 

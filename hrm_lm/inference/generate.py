@@ -1,21 +1,16 @@
-"""Ask a checkpoint: `python -m hrm_lm.inference.generate --prompt "What is 12 + 7?"` prints the answer alone."""
+"""Answers of a checkpoint, and which checkpoint is meant. The command is `hrm_lm.commands.generate`."""
 
-import argparse
-import json
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
-import torch
-
-from hrm_lm.cli import run_command
+from hrm_lm.config import Cycles, HRMConfig
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.config import Cycles, HRMConfig
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
-from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
@@ -69,88 +64,22 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
         yield folder
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or URI")
-    which.add_argument("--run_name", help="take this run's or sweep's best checkpoint (default: the newest run's)")
-    parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs are in (default: runs/)")
-    parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
-    parser.add_argument("--l_cycles", type=int, help="L-cycles (default: as trained)")
+def chosen_cycles(trained: HRMConfig, h_cycles: int | None, l_cycles: int | None) -> Cycles:
+    """The counts given, and the trained counts in place of None.
 
-
-def check_cycles(args: argparse.Namespace) -> None:
-    if args.h_cycles is not None and args.h_cycles < 0:
-        raise UserError(f"--h_cycles must be at least 0, not {args.h_cycles}")
-    if args.l_cycles is not None and args.l_cycles < 1:
-        raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")
-
-
-def chosen_cycles(args: argparse.Namespace, trained: HRMConfig) -> Cycles:
-    """The counts given, and the trained ones for those left out. Raises UserError for a model without a core."""
-    if args.h_cycles and not trained.h_cycles:
+    Raises UserError for a count that the model cannot take: a model with a core takes at least 1 H-cycle, a model without
+    a core takes none.
+    """
+    if h_cycles and not trained.h_cycles:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    given = {"h": args.h_cycles, "l": args.l_cycles}
-    return trained.cycles._replace(**{level: count for level, count in given.items() if count is not None})
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hrm_lm.inference.generate",
-        description="Answer prompts; the answers, a line each, are all that goes to standard output.",
-    )
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; repeatable")
-    parser.add_argument(
-        "--prompts_file",
-        metavar="FILE",
-        help="more prompts, a line each; of a .jsonl file the field `prompt` of each, and answers are then JSON strings",
-    )
-    add_checkpoint_flags(parser)
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the model's max_response_len)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--top_k", type=int, help="sample from the likeliest so many tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--dataset", help="accepted for the guide's sake: the checkpoint brings its tokenizer")
-    args = parser.parse_args(argv)
-    check_cycles(args)
-    if args.temperature < 0:
-        raise UserError(f"--temperature must be at least 0, not {args.temperature}")
-    for name in ("max_new_tokens", "top_k"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-
-    prompts, as_json = list(args.prompt), bool(args.prompts_file) and args.prompts_file.endswith(".jsonl")
-    if args.prompts_file:
-        prompts += read_prompts(args.prompts_file, as_json)
-    if not prompts:
-        raise UserError('nothing to answer: give --prompt "What is 12 + 7?" or --prompts_file FILE')
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
-        model, tokenizer, _ = load_model(folder, device)
-    options = EvalOptions(cycles=chosen_cycles(args, model.config.hrm))
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
-    for answer in generate(model, tokenizer, prompts, options, **sampling):
-        print(json.dumps(answer, ensure_ascii=False) if as_json else answer)
-    return 0
-
-
-def read_prompts(file: str, as_json: bool) -> list[str]:
-    """The lines that are not blank; `as_json`: the field `prompt` of each."""
-    try:
-        lines = enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1)
-        texts = {number: line for number, line in lines if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file: {file} cannot be read: {error}") from None
-    if not as_json:
-        return list(texts.values())
-    prompts = []
-    for number, line in texts.items():
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--prompts_file: {file}:{number}: not a JSON object with a field 'prompt'") from None
-    return prompts
+    if h_cycles == 0 and trained.h_cycles:
+        raise UserError("--h_cycles must be at least 1, not 0: this model has an HRM core, and it answers through it")
+    h, l = trained.cycles
+    return Cycles(h if h_cycles is None else h_cycles, l if l_cycles is None else l_cycles)
 
 
 if __name__ == "__main__":
+    from hrm_lm.commands.generate import main
+    from hrm_lm.commands.main import run_command
+
     sys.exit(run_command(main))

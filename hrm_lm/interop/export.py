@@ -1,15 +1,12 @@
-"""Checkpoint -> Transformers folder: `python -m hrm_lm.interop.export --checkpoint PATH --output DIR`.
+"""Checkpoint -> Transformers folder. The command is `hrm_lm.commands.export`.
 
 `AutoModelForCausalLM.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load it, with no remote code.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Sequence
 
-from hrm_lm.cli import run_command
 from hrm_lm.config import ModelConfig
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
@@ -18,7 +15,6 @@ from hrm_lm.models.hrm import carries_gradient
 from hrm_lm.models.layers import SwiGLU
 from hrm_lm.training.checkpoint import Checkpoint, load_model
 from hrm_lm.training.step import backprop_steps_of
-from hrm_lm.training.storage import local_checkpoint
 
 
 def export(checkpoint_path: Path, output: Path) -> None:
@@ -162,16 +158,8 @@ print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hrm_lm.interop.export", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or URI")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to be made")
-    args = parser.parse_args(argv)
-    with local_checkpoint(args.checkpoint) as folder:
-        export(folder, Path(args.output))
-    print(args.output)
-    return 0
-
-
 if __name__ == "__main__":
+    from hrm_lm.commands.export import main
+    from hrm_lm.commands.main import run_command
+
     sys.exit(run_command(main))

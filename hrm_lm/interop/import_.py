@@ -1,20 +1,13 @@
-"""Transformers folder -> checkpoint: `python -m hrm_lm.interop.import_ --input DIR --output PATH`.
+"""Transformers folder -> checkpoint. The command is `hrm_lm.commands.import_`."""
 
-The folder is one of `HrmTextForCausalLM`, such as the 1 B release downloaded. The checkpoint generates as it is, and
-continues to train: `--config PATH/config.yaml --init_from PATH --set data.tokenizer=PATH`. A corpus for it is prepared
-with `--tokenizer PATH`.
-"""
-
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 
-from hrm_lm.cli import run_command
 from hrm_lm.config import Config, parse_config
 from hrm_lm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, model_vocab_size, resolve_tokenizer
 from hrm_lm.errors import UserError
@@ -108,15 +101,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON: {error}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hrm_lm.interop.import_", description=__doc__)
-    parser.add_argument("--input", required=True, metavar="DIR", help="folder that Transformers' save_pretrained wrote")
-    parser.add_argument("--output", required=True, metavar="PATH", help="checkpoint folder to be made")
-    args = parser.parse_args(argv)
-    import_(Path(args.input), Path(args.output))
-    print(args.output)
-    return 0
-
-
 if __name__ == "__main__":
+    from hrm_lm.commands.import_ import main
+    from hrm_lm.commands.main import run_command
+
     sys.exit(run_command(main))

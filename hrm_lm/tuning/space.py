@@ -1,6 +1,6 @@
 """A sweep file: a base config, a search space over its dotted paths, and how to search.
 
-base: default.yaml            # beside this file; or the fields themselves
+base: default.yaml            # a config beside this file; or the fields themselves
 search_space:
   optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
   model.hrm.h_cycles: {choice: [1, 2, 4]}
@@ -8,12 +8,23 @@ tune: {num_samples: 16, scheduler: asha}
 """
 
 import copy
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from hrm_lm.config import Config, Count, Positive, Section, explain, flatten, parse_config, read_yaml, set_dotted
+from hrm_lm.config import (
+    Config,
+    Count,
+    Positive,
+    Section,
+    explain,
+    flatten,
+    merged,
+    parse_config,
+    read_yaml,
+    set_dotted,
+    with_bases,
+)
 from hrm_lm.errors import UserError
 
 # distribution -> how many numbers it takes; None: any number of any values
@@ -24,33 +35,50 @@ PERTURBED = ("optim.lr", "optim.weight_decay", "train.grad_clip")
 
 
 class TuneSection(Section):
+    """How a sweep searches (`hrm_lm.tuning`)."""
+
     num_samples: Positive = 16
-    """Draws from the space; each is repeated for every point of its grids."""
+    """How many points are drawn from the space. Each of them is repeated for every point of the grids."""
     max_concurrent_trials: Count = 0
-    """0: as many as the cluster has room for."""
+    """How many trials run at a time. With 0 it is as many as the cluster has room for."""
     metric: str = "val_loss"
+    """The validation score that trials are compared by."""
     mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest `metric` is best."""
     scheduler: Literal["asha", "fifo", "pbt", "hyperband"] = "asha"
+    """What stops poor trials early. `fifo` stops no trial; `pbt` gives poor trials the weights of good trials."""
     search: Literal["random", "optuna"] = "random"
+    """What draws the points. `optuna` learns from the trials that have ended, and needs the extra `optuna`."""
     seed: Count = 0
+    """Seed of the draws."""
     grace_steps: Positive | None = None
-    """Steps a trial gets before it may be stopped, or perturbed; None: an eighth of `train.steps`."""
+    """Steps that a trial gets before it may be stopped or changed. When it is left out, it is an eighth of `train.steps`,
+    and at least `train.val_every`."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
-    """One of so many trials goes on at each rung."""
+    """Out of how many trials a single trial goes on at each rung (`asha` and `hyperband`)."""
     workers_per_trial: Positive = 1
-    """1: the trial trains in its own process; more: a TorchTrainer."""
+    """Data-parallel workers of a trial. With 1 the trial trains in its own process; with more it starts a
+    TorchTrainer."""
     cpus_per_worker: Positive = 1
+    """CPUs that each worker of a trial reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """May be a fraction; None: one where the cluster has GPUs."""
+    """GPUs that each worker of a trial reserves. A fraction lets trials share a GPU. When it is left out, it is 1 where
+    the cluster has GPUs, and 0 otherwise."""
     max_failures: Count = 1
-    """Times that a trial is restarted from its last checkpoint after it crashed."""
+    """How often a trial that crashed is restarted from its last checkpoint."""
     time_budget_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which the sweep ends. When it is left out, there is no limit."""
 
 
 class SweepFile(Section):
+    """A sweep file."""
+
     base: str | dict[str, Any] = {}
+    """The config that trials start from: the path of a file, relative to the sweep file, or the fields themselves."""
     search_space: dict[str, dict[str, list[Any]]] = Field(min_length=1)
+    """What is searched: dotted path -> distribution -> its numbers or options."""
     tune: TuneSection = TuneSection()
+    """How the sweep searches."""
 
 
 class Sweep:
@@ -67,11 +95,8 @@ class Sweep:
             raise UserError("\n".join(f"{path}: {line}" for line in explain(error, SweepFile))) from None
         self.path, self.tune = path, file.tune
         self.space = {dotted: _distribution(path, dotted, spec) for dotted, spec in file.search_space.items()}
-        if isinstance(file.base, str):
-            base_path = Path(path).parent / file.base
-            self.base = read_yaml(base_path)
-        else:
-            self.base = copy.deepcopy(file.base)
+        self.layers = with_bases({"base": file.base} if isinstance(file.base, str) else file.base, str(path))
+        self.base = merged(self.layers)
         for dotted, value in (overrides or {}).items():
             if not dotted.startswith("tune."):
                 set_dotted(self.base, dotted, value)

@@ -1,0 +1,55 @@
+"""Flags that several commands share."""
+
+import argparse
+from typing import Any
+
+from hrm_lm.config import Config
+from hrm_lm.errors import UserError
+
+
+def field_help(dotted: str) -> str:
+    """The help text of a config's field: its docstring."""
+    section: Any = Config
+    *sections, name = dotted.split(".")
+    for inner in sections:
+        section = section.model_fields[inner].annotation
+    return f"{section.model_fields[name].description} [{dotted}]".replace("%", "%%")  # argparse formats with %
+
+
+def add_run_flags(
+    parser: argparse.ArgumentParser, config: str, run_name: str, fields: str, required: bool = False
+) -> None:
+    """What a command that starts a run or a sweep takes.
+
+    config, run_name: help of these flags; fields: what --set reaches; required: whether --config must be given.
+    """
+    parser.add_argument("--config", metavar="YAML", required=required, help=config)
+    parser.add_argument("--run_name", metavar="NAME", help=run_name)
+    parser.add_argument("--save_dir", metavar="PATH", help=field_help("ray.storage_path"))
+    add_set(parser, fields)
+
+
+def add_set(parser: argparse.ArgumentParser, fields: str) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help=f"{fields} by its dotted path, such as model.hrm.h_cycles=4; may be given several times",
+    )
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or URI")
+    which.add_argument("--run_name", help="take this run's or sweep's best checkpoint (default: the newest run's)")
+    parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs are in (default: runs/)")
+    parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
+    parser.add_argument("--l_cycles", type=int, help="L-cycles (default: as trained)")
+
+
+def check_cycles(args: argparse.Namespace) -> None:
+    if args.h_cycles is not None and args.h_cycles < 0:
+        raise UserError(f"--h_cycles must be at least 0, not {args.h_cycles}")
+    if args.l_cycles is not None and args.l_cycles < 1:
+        raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")

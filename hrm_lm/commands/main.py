@@ -1,0 +1,58 @@
+"""`hrm-lm NAME ...`: finds the command, and tells errors to the user with the right exit code.
+
+A command is imported only once it is chosen, so that the list of commands comes at once.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from hrm_lm.errors import RunFailed, UserError
+
+COMMANDS = {
+    "train": ("hrm_lm.commands.train", "train a model, or go on with a run"),
+    "tune": ("hrm_lm.commands.tune", "search a config's fields with Ray Tune"),
+    "prepare": ("hrm_lm.commands.prepare", "tokenize a corpus into a dataset for the trainer"),
+    "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
+    "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on held-out samples"),
+    "export": ("hrm_lm.commands.export", "turn a checkpoint into a Transformers folder"),
+    "import": ("hrm_lm.commands.import_", "turn a Transformers folder into a checkpoint"),
+    "reference": ("hrm_lm.commands.reference", "print the reference of all config fields, in Markdown"),
+}
+"""name -> the module with its `main(argv)`, and what it does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command that `argv` names; 2, with the list of commands, where it names none."""
+    arguments = sys.argv[1:] if argv is None else argv
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}\n{usage()}" if name else usage(), file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    return run_command(lambda: module.main(rest))
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: hrm-lm COMMAND ...", "", *lines, "", "hrm-lm COMMAND --help tells a command's flags"])
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """The exit code of a command: 2 for bad input, 1 for a failed run, 130 for Ctrl-C; a traceback is a bug."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "the same command, for a run with the same --run_name, goes on from what was saved"
+        print(f"interrupted; {message}", file=sys.__stderr__, flush=True)
+        os._exit(130)  # at once: threads of Ray may still wait for what was interrupted
