@@ -24,7 +24,7 @@ class FlatSplit(Split):
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Sequence[int] | np.ndarray,
         dtype: np.dtype,
         open_shard: Callable[[int], Shard],
         limits: Limits | None = None,
@@ -38,6 +38,16 @@ class FlatSplit(Split):
         if home not in self._shards:
             self._shards[home] = self.open_shard(home)
         return self._shards[home]
+
+    @staticmethod
+    def merged(splits: Sequence[Split]) -> FlatSplit | None:
+        """The samples of several flat splits as those of one; None where the splits are not flat, or not alike."""
+        flat = [split for split in splits if isinstance(split, FlatSplit)]
+        if len(flat) < len(splits) or len({(split.dtype, split.limits) for split in flat}) > 1:
+            return None
+        owners = [(split, home) for split in flat for home in range(len(split.starts) - 1)]
+        counts = np.concatenate([np.diff(split.starts) for split in flat])
+        return FlatSplit(counts, flat[0].dtype, lambda home: owners[home][0]._shard(owners[home][1]), flat[0].limits)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hrm_lm.data.flat import FlatSplit
 from hrm_lm.data.order import Seed
 from hrm_lm.data.splits import Prompt, Ragged, Sample, Split, Splits
 from hrm_lm.errors import UserError
@@ -28,6 +29,11 @@ class Concatenation(Split):
     def starts(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self.members)])
 
+    @cached_property
+    def _flat(self) -> FlatSplit | None:
+        """Where all members are flat: their samples in a single split, whose batches need no sorting by member."""
+        return FlatSplit.merged(self.members)
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -40,12 +46,16 @@ class Concatenation(Split):
         return self.members[home].place(i - int(self.starts[home]))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
+        if self._flat is not None:
+            return self._flat.lengths(indices)
         lengths = np.empty((len(indices), 2), dtype=np.int64)
         for member, start, here in self._by_member(indices):
             lengths[here] = member.lengths(indices[here] - start)
         return lengths
 
     def ragged(self, indices: np.ndarray) -> Ragged:
+        if self._flat is not None:
+            return self._flat.ragged(indices)
         groups = self._by_member(indices)
         pieces = [member.ragged(indices[here] - start) for member, start, here in groups]
         if len(pieces) == 1:
