@@ -134,11 +134,11 @@ def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Toke
     return _rows(samples, tokens, starts, len(lengths), width, round_up)
 
 
-def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
-    """All samples end to end in one row."""
+def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: int | None = None) -> TokenRows:
+    """All samples end to end in one row. width: of that row; None: as wide as the samples are long together."""
     lengths = samples.prompt_lens + samples.label_lens - 1
-    total = int(lengths.sum())
-    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, int(padded_length(total)) if round_up else total, round_up)
+    width = width or int(padded_length(lengths.sum()) if round_up else lengths.sum())
+    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up)
 
 
 def _rows(

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, Cycles, ModelConfig
-from hrm_lm.data.collate import IGNORE, AnyBatch, SpecialTokens
+from hrm_lm.data.collate import AnyBatch, SpecialTokens
 from hrm_lm.data.splits import Ragged
+from hrm_lm.models.layers import Head
 
 Precision = Literal["none", "bf16", "fp16"]
 
@@ -49,8 +49,9 @@ class Prediction(NamedTuple):
 
     losses: Tensor
     """float32: cross-entropy of each label, 0 where it is IGNORE."""
-    right: Tensor
-    """bool: whether the label is the likeliest token; False where it is IGNORE."""
+    right: Tensor | None
+    """bool: whether the label is the likeliest token; False where it is IGNORE. None while training, which has no use
+    for it."""
 
 
 class LanguageModel(Protocol):
@@ -83,10 +84,6 @@ class LanguageModel(Protocol):
         """Follows schedules of the model's own, as of optimisation step `step`."""
 
 
-def predict(head: nn.Linear, states: Tensor, labels: Tensor) -> Prediction:
-    """states: (..., C), where `labels` (...) are predicted. The loss is computed in float32."""
-    logits = head(states)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view_as(labels)
-    return Prediction(losses, logits.argmax(-1) == labels)
+def predict(head: Head, states: Tensor, labels: Tensor) -> Prediction:
+    """states: (..., C), where `labels` (...) are predicted."""
+    return Prediction(head.losses(states, labels), None if torch.is_grad_enabled() else head.right(states, labels))

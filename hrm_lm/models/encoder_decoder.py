@@ -14,7 +14,7 @@ from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
 from hrm_lm.data.collate import Batch, pad
 from hrm_lm.models.contract import Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Block, CrossAttention, KVCache, ScaledEmbedding, Stack, linear, rms_norm, rotary
+from hrm_lm.models.layers import Block, CrossAttention, KVCache, Head, ScaledEmbedding, Stack, rms_norm, rotary
 
 
 class Bridge(nn.Module):
@@ -72,7 +72,7 @@ class HRMEncoderDecoder(nn.Module):
         cross = config.bridge.type == "cross_attention"
         self.decoder = nn.ModuleList(Block(*sizes, cross=cross) for _ in range(config.decoder_layers))
         self.norm = rms_norm(C)
-        self.head = linear(C, vocab_size)
+        self.head = Head(C, vocab_size)
 
     collate = staticmethod(pad)
 

@@ -1,8 +1,11 @@
 """Transformer parts: rotary positions, attention with a key-value cache, SwiGLU, the pre-norm block.
 
-Chosen: pre-norm with RMSNorm, rotary positions (no learned ones), SwiGLU, no biases, attention through
-`scaled_dot_product_attention`, fused qkv and gate-up projections. Weights are drawn from a truncated LeCun normal
-(variance 1 / fan_in).
+Chosen: pre-norm with RMSNorm, rotary positions (no learned positions), SwiGLU, no biases, fused qkv and gate-up
+projections. Attention goes through `scaled_dot_product_attention`, or through flex attention where the mask is a
+BlockMask. Weights are drawn from a truncated LeCun normal (variance 1 / fan_in).
+
+Under autocast the residual stream has autocast's dtype from the embedding on. Statistics of norms, angles of rotary
+positions and losses are computed in float32, whatever the stream's dtype.
 
 A block comes in two kinds: this project's, and with `hrm_text` the published one (arXiv 2605.20613), whose norms have
 no parameters, whose attention has a sigmoid gate on its output, and whose SwiGLU is rounded up to a multiple of 256.
@@ -11,12 +14,19 @@ Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from hrm_lm.data.collate import IGNORE
 
 Rotary = tuple[Tensor, Tensor]
+Mask = Tensor | BlockMask | None
+"""What may be seen: bool, broadcastable to (B, H, T, keys), True where a key may be; or the same as blocks."""
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -25,8 +35,16 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
     return layer
 
 
-def rms_norm(d_model: int, hrm_text: bool = False) -> nn.RMSNorm:
-    return nn.RMSNorm(d_model, eps=1e-6, elementwise_affine=not hrm_text)
+class RMSNorm(nn.RMSNorm):
+    """Keeps the stream's dtype: PyTorch's own has no fused kernel for a float32 weight on a stream in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def rms_norm(d_model: int, hrm_text: bool = False) -> RMSNorm:
+    return RMSNorm(d_model, eps=1e-6, elementwise_affine=not hrm_text)
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
@@ -44,7 +62,9 @@ class ScaledEmbedding(nn.Embedding):
         self.scale = math.sqrt(d_model)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) * self.scale
+        x = super().forward(ids) * self.scale
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Rotary:
@@ -86,6 +106,19 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
+@cache
+def compiled_flex_attention():
+    """Uncompiled, flex attention would hold all scores in memory."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool = False, dropout: float = 0.0) -> Tensor:
+    """q: (B, H, T, D); k, v: (B, H, keys, D). Returns (B, H, T, D). There is no dropout where the mask is a BlockMask."""
+    if isinstance(mask, BlockMask):
+        return compiled_flex_attention()(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention; `gated`: each element of its output is scaled by a sigmoid of the input."""
 
@@ -96,9 +129,9 @@ class SelfAttention(nn.Module):
         self.out = linear(d_model, d_model)
 
     def forward(
-        self, x: Tensor, rope: Rotary, mask: Tensor | None = None, causal: bool = False, cache: KVCache | None = None
+        self, x: Tensor, rope: Rotary, mask: Mask = None, causal: bool = False, cache: KVCache | None = None
     ) -> Tensor:
-        """x: (B, T, C); mask: bool, broadcastable to (B, H, T, keys), True where a key may be seen."""
+        """x: (B, T, C). Returns the same shape."""
         B, T, C = x.shape
         parts = self.qkv(x).view(B, T, -1, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
         *gate, q, k, v = parts.unbind()  # each (B, H, T, D)
@@ -106,9 +139,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
             causal = causal and T > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
-        )
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         if gate:
             y = torch.sigmoid(gate[0]) * y
         return self.out(y.transpose(1, 2).reshape(B, T, C))
@@ -132,9 +163,7 @@ class CrossAttention(nn.Module):
         """x: (B, T, C); mask: bool, broadcastable to (B, H, T, S)."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q, *keys_values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        y = attend(q, *keys_values, mask, dropout=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -154,6 +183,48 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * up)
+
+
+class Head(nn.Linear):
+    """States to logits of the next token, or to losses of labels. Logits are made so many at a time that their float32
+    copies stay small: of a vocabulary of 65,536, those of 16,384 labels would take 4 GiB, and their gradients as much.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int):
+        super().__init__(d_model, vocab_size, bias=False)
+        lecun_normal_(self.weight, d_model)
+        self.label_losses = label_losses
+
+    def losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """states: (..., C), where `labels` (...) are predicted. Returns their cross-entropy (...), float32, 0 at IGNORE."""
+        rows, targets = states.flatten(0, -2), labels.flatten()
+        pieces = -(-rows.shape[0] * self.out_features // LOGITS_AT_ONCE)
+        if pieces == 1:
+            return self.label_losses(rows, self.weight, targets).view_as(labels)
+        size = -(-len(targets) // pieces)
+        losses = [
+            checkpoint(self.label_losses, some, self.weight, those, use_reentrant=False)
+            for some, those in zip(rows.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(losses).view_as(labels)
+
+    def right(self, states: Tensor, labels: Tensor) -> Tensor:
+        """(...) bool: whether the label is the likeliest token."""
+        rows, targets = states.flatten(0, -2), labels.flatten()
+        size = max(LOGITS_AT_ONCE // self.out_features, 1)
+        pieces = [
+            self(some).argmax(-1) == those for some, those in zip(rows.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(pieces).view_as(labels)
+
+
+LOGITS_AT_ONCE = 1 << 28
+"""Logits that are held at a time while losses are computed: 1 GiB in float32."""
+
+
+def label_losses(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(N, C), (V, C) and (N,) -> (N,) float32."""
+    return F.cross_entropy(F.linear(states, weight).float(), labels, ignore_index=IGNORE, reduction="none")
 
 
 class Block(nn.Module):
@@ -183,7 +254,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: Rotary,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         causal: bool = False,
         cache: KVCache | None = None,
         memory: tuple[tuple[Tensor, Tensor], Tensor | None, Tensor] | None = None,
@@ -215,7 +286,7 @@ class Stack(nn.Module):
         self.norm = rms_norm(d_model, hrm_text)
 
     def forward(
-        self, x: Tensor, rope: Rotary, mask: Tensor | None = None, caches: list[KVCache] | None = None
+        self, x: Tensor, rope: Rotary, mask: Mask = None, caches: list[KVCache] | None = None
     ) -> Tensor:
         """caches: one for each block."""
         for i, block in enumerate(self.blocks):

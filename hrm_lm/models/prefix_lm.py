@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from hrm_lm.config import Cycles, ModelConfig
 from hrm_lm.data.collate import TokenRows, join
 from hrm_lm.models.contract import Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import KVCache, Rotary, ScaledEmbedding, Stack, lecun_normal_, linear, rotary
+from hrm_lm.models.layers import Head, KVCache, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
 
 
 @dataclass
@@ -50,7 +51,7 @@ class HRMPrefixLM(nn.Module):
             lecun_normal_(self.core.z_l0, fan_in=1)
         else:
             self.stack = Stack(hrm.h_layers + hrm.l_layers, *sizes, hrm_text=True)
-        self.head = linear(C, vocab_size)
+        self.head = Head(C, vocab_size)
 
     collate = staticmethod(join)
 
@@ -61,7 +62,7 @@ class HRMPrefixLM(nn.Module):
         self,
         ids: Tensor,
         rope: Rotary,
-        mask: Tensor,
+        mask: Mask,
         cycles: Cycles,
         backprop_steps: int | None = None,
         caches: list[list[KVCache]] | None = None,
@@ -78,7 +79,7 @@ class HRMPrefixLM(nn.Module):
 
     def states(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
         """What the head reads, (M, C), aligned with `batch.labels`, for each prediction that is due."""
-        rope, mask = rotary(batch.positions, self.head_dim), visible_keys(batch)
+        rope, mask = rotary(batch.positions, self.head_dim), self._mask(batch)
         states = self._states(batch.ids, rope, mask, cycles, backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
             states = states[-1:]
@@ -113,8 +114,51 @@ class HRMPrefixLM(nn.Module):
         decoding.lengths = decoding.lengths + 1
         return self.head(states[-1][:, -1])
 
+    def _mask(self, batch: TokenRows) -> Mask:
+        """As blocks where that is faster: on CUDA, for rows of some length. Flex attention has no dropout."""
+        drops = self.training and self.config.dropout
+        return visible_blocks(batch) if batch.ids.is_cuda and batch.ids.shape[1] >= FLEX_FROM and not drops else visible_keys(batch)
+
+
+FLEX_FROM = 512
+"""Tokens of a row from which on flex attention is faster than a dense mask (benchmarks/gpu.py)."""
+BLOCK = 128
+
 
 def visible_keys(batch: TokenRows) -> Tensor:
     """(R, 1, T, T): True where a key may be seen."""
     keys = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     return ((batch.sees_from[..., None] <= keys) & (keys <= batch.sees_to[..., None])).unsqueeze(1)
+
+
+def visible_blocks(batch: TokenRows) -> BlockMask:
+    """The same as blocks of BLOCK by BLOCK: those that are seen in part are masked, those that are seen whole are not.
+
+    Each token sees a range of keys, so each row of blocks does, too: from the least first key to the greatest last key.
+    """
+    R, T = batch.ids.shape
+    blocks = -(-T // BLOCK)
+
+    def by_block(values: Tensor, fill: int) -> Tensor:  # (R, T) -> (R, blocks, BLOCK)
+        return torch.nn.functional.pad(values, (0, blocks * BLOCK - T), value=fill).view(R, blocks, BLOCK)
+
+    low, high = by_block(batch.sees_from, T - 1), by_block(batch.sees_to, 0)
+    key_block = torch.arange(blocks, device=batch.ids.device)
+    seen = (low.amin(-1, keepdim=True) // BLOCK <= key_block) & (key_block <= high.amax(-1, keepdim=True) // BLOCK)
+    low, high = by_block(batch.sees_from, 0), by_block(batch.sees_to, T)
+    whole = (low.amax(-1, keepdim=True) <= key_block * BLOCK) & (high.amin(-1, keepdim=True) >= (key_block + 1) * BLOCK - 1)
+    whole &= seen
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, blocks, blocks) bool -> how many are chosen in each row, and which, those first."""
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    sees_from, sees_to = batch.sees_from, batch.sees_to
+
+    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (sees_from[b, q] <= k) & (k <= sees_to[b, q])
+
+    return BlockMask.from_kv_blocks(
+        *listed(seen & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=may_see, seq_lengths=(T, T)
+    )
