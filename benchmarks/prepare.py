@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm_lm.cluster.start import init_ray
 from hrm_lm.data.tokenizer import pretrained_tokenizer
 from hrm_lm.prepare.pipeline import CHUNK, Settings, prepare
-from hrm_lm.training.driver import init_ray
 
 WORDS_EACH = (30, 10)  # of prompt and response, on average
 

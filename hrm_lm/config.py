@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import one_line, read_text, reason, resolve, without_secrets
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -116,6 +117,8 @@ class TrainConfig(Section):
     """Compile each transformer block (torch.compile): seconds at the start for speed, on GPUs above all."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint; 0: only at the end."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints that come without a validation; 0: checkpoints come with validations only."""
     log_every: Positive = 10
     early_stopping_patience: Count = 0
     """Validations in a row without a better `val_loss` before the run ends; 0: never."""
@@ -196,7 +199,7 @@ class RayConfig(Section):
     """`auto`: an equal share of the cluster's CPUs when training on CPU, else 1."""
     run_name: str | None = None
     storage_path: str | None = None
-    """Folder or URI that run folders are created in; see `hrm_lm.training.storage`."""
+    """Folder or URI that run folders are created in; see `hrm_lm.cluster.run_folder`."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures a run recovers from; -1: any number."""
     wait_for_nodes: bool = False
@@ -276,18 +279,20 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     raw = {} if path is None else read_yaml(path)
     for dotted, value in (overrides or {}).items():
         set_dotted(raw, dotted, value)
-    return parse_config(raw, source=str(path) if path else "config")
+    return parse_config(raw, source=without_secrets(str(path)) if path else "config")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, which may be a path or a URI."""
+    name = without_secrets(str(path))
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(read_text(*resolve(str(path))))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{name}: cannot be read: {reason(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name}: not valid YAML: {one_line(error)}") from None
     if not isinstance(raw or {}, dict):
-        raise UserError(f"{path}: must be a mapping of sections (model, optim, train, data, ray)")
+        raise UserError(f"{name}: must be a mapping of sections (model, optim, train, data, ray)")
     return raw or {}
 
 

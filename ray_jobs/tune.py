@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import Sequence
 
 from hrm_lm.cli import run_command
+from hrm_lm.cluster.run_folder import RunFolder, default_storage
 from hrm_lm.config import parse_set
-from hrm_lm.training.storage import RunFolder, default_storage
 from hrm_lm.tuning.space import Sweep
 from hrm_lm.tuning.sweep import run_sweep, summary
 

@@ -72,7 +72,7 @@ def cluster(tmp_path_factory):
     """Two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
 
-    from hrm_lm.training.driver import init_ray
+    from hrm_lm.cluster.start import init_ray
 
     os.environ["HRM_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the workers' too
     init_ray(num_cpus=2)

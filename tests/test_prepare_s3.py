@@ -6,11 +6,11 @@ import pyarrow.fs
 import pytest
 from conftest import small_config
 
+from hrm_lm.cluster.run import run
 from hrm_lm.data.prepared import cache_folder
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import main as generate
-from hrm_lm.training.driver import run
 from ray_jobs.prepare import main as prepare
 
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from conftest import ROOT, small_config, train_locally
 
+from hrm_lm.cluster.capacity import plan_workers
+from hrm_lm.cluster.run import run
+from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.checkpoint import load_model
-from hrm_lm.training.driver import plan_workers, run
-from hrm_lm.training.storage import RunFolder
 
 
 def weights(result):

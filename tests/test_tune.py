@@ -13,10 +13,10 @@ import yaml
 from conftest import ROOT, small_config
 from test_ray import wait_until
 
+from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.inference.generate import main as generate
-from hrm_lm.training.storage import RunFolder
 from hrm_lm.tuning.space import Sweep, point
 from hrm_lm.tuning.sweep import run_sweep
 

@@ -10,12 +10,13 @@ from typing import Any, Iterator, Sequence
 import torch
 
 from hrm_lm.cli import run_command
+from hrm_lm.cluster.run_folder import JOB_STORAGE, RunFolder, default_storage, newest_run
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import local_copy
 from hrm_lm.inference.decoding import generate_ids
 from hrm_lm.models.build import LanguageModel
 from hrm_lm.training.checkpoint import load_model
-from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
 def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -40,7 +41,7 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str],
 def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: str | None) -> Iterator[Path]:
     """The checkpoint named, else the best one of the run named, else of the newest run; says which on stderr."""
     if checkpoint:
-        with local_checkpoint(checkpoint) as folder:
+        with local_copy(checkpoint) as folder:
             yield folder
         return
     # A job's runs live in a place of their own; both are looked at.
@@ -58,7 +59,7 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
     else:
         best = f"{run.path}/best_checkpoint"  # a sweep's
         print(f"using {best}", file=sys.stderr)
-    with local_checkpoint(best, run.fs) as folder:
+    with local_copy(best, run.fs) as folder:
         yield folder
 
 

@@ -13,12 +13,12 @@ from hrm_lm.cli import run_command
 from hrm_lm.config import ModelConfig
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import local_copy
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.hrm import gradient_window
 from hrm_lm.models.layers import SwiGLU
 from hrm_lm.training.checkpoint import Checkpoint, load_model
 from hrm_lm.training.step import backprop_window
-from hrm_lm.training.storage import local_checkpoint
 
 
 def export(checkpoint_path: Path, output: Path) -> None:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or URI")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to be made")
     args = parser.parse_args(argv)
-    with local_checkpoint(args.checkpoint) as folder:
+    with local_copy(args.checkpoint) as folder:
         export(folder, Path(args.output))
     print(args.output)
     return 0

@@ -252,7 +252,7 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
 
     strict: the first fault of the input is an error. Given again, it finishes what a kill left. Raises UserError.
     """
-    from hrm_lm.training.driver import started_ray  # it needs PyTorch, which the tasks do without
+    from hrm_lm.cluster.start import started_ray  # it needs PyTorch, which the tasks do without
 
     for flag in ("prompt_field", "response_field"):
         parse_mapping(f"--{flag}", getattr(settings, flag))

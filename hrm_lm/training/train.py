@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 1, program: str = "hr
         print(f"loss {dry_run_loss(config):.4f}")
         return 0
 
-    from hrm_lm.training.driver import run
+    from hrm_lm.cluster.run import run
 
     result = run(config, args.resume)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.items() if name.startswith("val_"))

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from hrm_lm.config import Config, Count, Positive, Section, explain, flatten, parse_config, read_yaml, set_dotted
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import beside, without_secrets
 
 # distribution -> how many numbers it takes; None: any number of any values
 DISTRIBUTIONS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "choice": None, "grid": None}
@@ -56,27 +57,26 @@ class SweepFile(Section):
 class Sweep:
     """A sweep file, read and checked."""
 
-    def __init__(self, path: str, overrides: dict[str, Any] | None = None):
-        raw = read_yaml(path)
+    def __init__(self, path: str | Path, overrides: dict[str, Any] | None = None):
+        raw, name = read_yaml(path), without_secrets(str(path))
         for dotted, value in (overrides or {}).items():
             if dotted.startswith("tune."):
                 set_dotted(raw, dotted, value)
         try:
             file = SweepFile.model_validate(raw)
         except ValidationError as error:
-            raise UserError("\n".join(f"{path}: {line}" for line in explain(error, SweepFile))) from None
-        self.path, self.tune = path, file.tune
-        self.space = {dotted: _distribution(path, dotted, spec) for dotted, spec in file.search_space.items()}
+            raise UserError("\n".join(f"{name}: {line}" for line in explain(error, SweepFile))) from None
+        self.path, self.tune = name, file.tune
+        self.space = {dotted: _distribution(name, dotted, spec) for dotted, spec in file.search_space.items()}
         if isinstance(file.base, str):
-            base_path = Path(path).parent / file.base
-            self.base = read_yaml(base_path)
+            self.base = read_yaml(beside(str(path), file.base))
         else:
             self.base = copy.deepcopy(file.base)
         for dotted, value in (overrides or {}).items():
             if not dotted.startswith("tune."):
                 set_dotted(self.base, dotted, value)
         set_dotted(self.base, "ray.num_workers", self.tune.workers_per_trial)
-        self.config = parse_config(self.base, source=f"{path}: base")
+        self.config = parse_config(self.base, source=f"{name}: base")
         self._check()
 
     def _check(self) -> None:
