@@ -7,6 +7,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 import torch
 
@@ -78,6 +79,24 @@ def cluster(tmp_path_factory):
     init_ray(num_cpus=2)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """`bucket(path)` is the URI of a path in an empty bucket; `bucket.fs` its file system."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("HRM_LM_CACHE", str(tmp_path / "cache"))
+    host, port = server.get_host_and_port()
+
+    def uri(path):
+        return f"s3://key:secret@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
+
+    uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
+    uri.fs.create_dir("bucket")
+    yield uri
+    server.stop()
 
 
 @pytest.fixture

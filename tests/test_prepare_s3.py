@@ -14,24 +14,6 @@ from hrm_lm.inference.generate import main as generate
 from ray_jobs.prepare import main as prepare
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """`bucket(path)` is the URI of a path in an empty bucket; `bucket.fs` its file system."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    monkeypatch.setenv("HRM_LM_CACHE", str(tmp_path / "cache"))
-    host, port = server.get_host_and_port()
-
-    def uri(path):
-        return f"s3://key:secret@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
-
-    uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
-    uri.fs.create_dir("bucket")
-    yield uri
-    server.stop()
-
-
 def test_input_dataset_and_checkpoints_live_in_object_storage(cluster, command, bucket, tmp_path):
     for name in ("a", "b"):
         with bucket.fs.open_output_stream(f"bucket/in/{name}.jsonl.gz") as file:  # pyarrow compresses it for its name

@@ -91,13 +91,9 @@ def best_trial(trials: list[Trial], sweep: Sweep) -> Trial | None:
     return choose(good, key=lambda trial: trial.score, default=None)
 
 
-def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial | None:
-    """Writes trials.csv, report.html and, of the best trial, best.yaml and best_checkpoint/; returns that trial."""
-    from hrm_lm.tuning.report import render
-
-    best = best_trial(trials, sweep)
+def write_results(trials: list[Trial], best: Trial | None, sweep: Sweep, folder: RunFolder) -> None:
+    """Writes trials.csv and, of the best trial, best.yaml and best_checkpoint/."""
     folder.write("trials.csv", trials_csv(trials, sweep))
-    folder.write("report.html", render(trials, best, sweep, folder.name))
     if best is not None:
         config = point(sweep.base, best.params)
         folder.write("best.yaml", config.to_yaml())
@@ -112,7 +108,6 @@ def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial
                 source_filesystem=best.checkpoint.filesystem,
                 destination_filesystem=folder.fs,
             )
-    return best
 
 
 def trials_csv(trials: list[Trial], sweep: Sweep) -> str:

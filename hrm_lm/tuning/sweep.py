@@ -41,6 +41,8 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         raise UserError(f"no sweep {folder.name!r} in {folder.storage_uri} to resume")
     say(f"sweep {folder.name!r} in {folder.uri}")
 
+    from hrm_lm.tuning.report import render
+
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed sweep can forget
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -48,7 +50,9 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         folder.write("sweep.yaml", written)
         results = build_tuner(sweep, folder, resume).fit()
         trials = read_trials(results, sweep)
-        best = write_results(trials, sweep, folder)
+        best = best_trial(trials, sweep)
+        folder.write("report.html", render(trials, best, sweep, folder.name))
+        write_results(trials, best, sweep, folder)
     unfinished = [trial for trial in trials if trial.status == "unfinished"]
     if unfinished and not tune_config.time_budget_s:
         raise KeyboardInterrupt(
