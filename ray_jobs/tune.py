@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Sequence
 
 from hrm_lm.cli import run_command
-from hrm_lm.cluster.run_folder import RunFolder, default_storage
+from hrm_lm.cluster.run_folder import RunFolder, default_storage, outliving
 from hrm_lm.config import parse_set
 from hrm_lm.tuning.space import Sweep
 from hrm_lm.tuning.sweep import run_sweep, summary
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--resume needs --run_name")
     sweep = Sweep(args.config, parse_set(args.set))
     name = args.run_name or f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = RunFolder(args.save_dir or sweep.config.ray.storage_path or default_storage(), name)
+    location = args.save_dir or sweep.config.ray.storage_path
+    folder = RunFolder(outliving(location, "--save_dir") if location else default_storage(), name)
     print(summary(run_sweep(sweep, folder, args.resume), sweep, folder))
     return 0
 

@@ -1,4 +1,4 @@
-"""Who may import whom: Ray stays in its wing, imports do not run in circles, the library does not know what is submitted."""
+"""Who may import whom: Ray stays in its wing, imports run in no circle, the library knows no job scripts."""
 
 import ast
 import subprocess

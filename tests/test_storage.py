@@ -1,4 +1,4 @@
-"""Run folders: names for users, locks, what a submitted job's folders become, and object storage without its downloads."""
+"""Run folders: names for users, locks, what a submitted job's folders become, object storage."""
 
 import errno
 import fcntl

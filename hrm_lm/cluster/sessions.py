@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
@@ -69,14 +68,13 @@ class RayTrainSession:
             self.display = ray_private.progress_bar if display == "bar" else "lines"
         # Ray gives each worker a scratch folder; the config's relative paths mean the driver's.
         self._scratch = os.getcwd() if os.getcwd() != driver_folder else None
-        self.event_folder, self._copy_events = None, None
+        self.event_folder: Path | None = None
+        self._run_folder = run_folder
         if self.rank == 0 and run_folder:
             fs, path = run_folder
-            if isinstance(fs, pyarrow.fs.LocalFileSystem):
-                self.event_folder = Path(path)
-            else:
-                self.event_folder = Path(tempfile.mkdtemp(prefix="events_", dir=self._scratch)).absolute()
-                self._copy_events = partial(copy_events, self.event_folder, fs, path)
+            # TensorBoard files grow in place, which object storage cannot do; there they are copied again and again.
+            local = isinstance(fs, pyarrow.fs.LocalFileSystem)
+            self.event_folder = Path(path if local else tempfile.mkdtemp(prefix="events_", dir=self._scratch))
         enter(driver_folder)
         self._start_from = start_from
 
@@ -96,24 +94,18 @@ class RayTrainSession:
             checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
-        if self._copy_events:
-            self._copy_events()
+        self.copy_events()
 
-    def close(self) -> None:
-        """Brings the last of the TensorBoard files to storage."""
-        if self._copy_events:
-            self._copy_events()
-            shutil.rmtree(self.event_folder, ignore_errors=True)
-
-
-def copy_events(folder: Path, fs: pyarrow.fs.FileSystem, path: str) -> None:
-    """Copies TensorBoard files to storage. A failure is only told: curves are not worth a run."""
-    try:
-        pyarrow.fs.copy_files(
-            str(folder), path, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=fs
-        )
-    except OSError as error:
-        say(f"{shown(fs, path)}: TensorBoard files could not be copied there: {reason(error)}")
+    def copy_events(self) -> None:
+        """Copies TensorBoard files to object storage. A failure is only told: curves are not worth a run."""
+        if self.event_folder is None or self._run_folder is None or str(self.event_folder) == self._run_folder[1]:
+            return
+        fs, path = self._run_folder
+        here = pyarrow.fs.LocalFileSystem()
+        try:
+            pyarrow.fs.copy_files(str(self.event_folder), path, source_filesystem=here, destination_filesystem=fs)
+        except OSError as error:
+            say(f"{shown(fs, path)}: TensorBoard files could not be copied there: {reason(error)}")
 
 
 class TuneSession:
@@ -122,11 +114,13 @@ class TuneSession:
     metric: what the sweep ranks trials by. start_from: the checkpoint to continue from.
     """
 
-    rank, world_size, event_folder = 0, 1, None  # Tune writes the event files
+    rank, world_size = 0, 1
     display: Display = "none"
+    event_folder: Path | None = None  # Tune writes the event files
 
     def __init__(self, metric: str, start_from: ray.tune.Checkpoint | None):
-        self.metric, self._start_from, self.last_report = metric, start_from, {}
+        self.metric, self._start_from = metric, start_from
+        self.last_report: dict[str, Any] = {}
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         use_assigned_cpus(self.device)
 
@@ -139,6 +133,7 @@ class TuneSession:
         return Path(tempfile.mkdtemp(prefix="checkpoint_"))
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        assert checkpoint, "a worker alone writes the whole checkpoint"
         self.last_report = scored(metrics, "val_loss", self.metric)
         try:
             ray.tune.report(self.last_report, checkpoint=ray.tune.Checkpoint.from_directory(checkpoint))

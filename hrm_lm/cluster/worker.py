@@ -14,4 +14,4 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     try:
         return train(config, session)
     finally:
-        session.close()
+        session.copy_events()  # what was written after the last report

@@ -40,9 +40,11 @@ from hrm_lm.training.step import TrainState
 FORMAT_VERSION = 1
 
 # Changing one of these changes the model's shape or the order of samples: no run goes on across that.
-FIXED = ("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window")
-FIXED += ("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers")
-FIXED += ("model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.bridge.type", "model.bridge.prefix_len")
+FIXED = (
+    *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window"),
+    *("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers"),
+    *("model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.bridge.type", "model.bridge.prefix_len"),
+)
 
 
 @dataclass
@@ -107,8 +109,8 @@ def _save_description(path: Path, config: Config, tokenizer: Tokenizer, progress
 def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, for_resume: bool = False) -> Checkpoint:
     """Reads what a checkpoint says of itself, and of its tensors the headers, from a local folder or from storage.
 
-    fs: the file system that `path` is in. for_resume: the optimizer's state must be there, too. Raises UserError, naming
-    the file and the reason, where the folder is torn or not a checkpoint.
+    fs: the file system that `path` is in. for_resume: the optimizer's state must be there, too. Raises UserError,
+    naming the file and the reason, where the folder is torn or not a checkpoint.
     """
     if fs is None:
         fs, path = pyarrow.fs.LocalFileSystem(), Path(path).absolute()

@@ -28,7 +28,8 @@ class MetricsLog:
         # After a resume, what an earlier attempt wrote beyond its last checkpoint is hidden.
         self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10) if folder else None
         self.lines = display == "lines"
-        self.bar, self.shown = (display(steps) if callable(display) else None), {}
+        self.bar = display(steps) if callable(display) else None
+        self.shown: dict[str, float] = {}
         if self.bar:
             self.bar.update(first_step)
 

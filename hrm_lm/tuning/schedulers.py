@@ -15,6 +15,8 @@ from hrm_lm.tuning.space import PERTURBED, Sweep
 class JudgesValidations:
     """Mixed into a scheduler: lets a trial go on, unjudged, from a report without the metric."""
 
+    _metric: str
+
     def on_trial_result(self, tune_controller, trial, result) -> str:
         if math.isnan(result[self._metric]):
             return schedulers.TrialScheduler.CONTINUE
