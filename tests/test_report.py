@@ -5,8 +5,11 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas
+import pyarrow.fs
 import pytest
 import yaml
+from conftest import small_config, train_locally
 
 from hrm_lm.tuning.progress import SweepProgress
 from hrm_lm.tuning.report import render
@@ -80,25 +83,42 @@ def test_a_log_has_a_line_for_each_event(shown):
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_without_a_validation_are_no_results(sweep):
-    import pandas
+def reported(step, val_loss=math.nan):
+    return {"step": step, "val_loss": val_loss, "val_exact_match": val_loss, "seconds": step / 10, "tokens": step}
 
-    def reported(step, val_loss=math.nan):
-        return {"step": step, "val_loss": val_loss, "val_exact_match": val_loss, "seconds": step / 10, "tokens": step}
 
-    rows = [reported(5), reported(10, 0.5), reported(15)]
-    result = SimpleNamespace(
-        config={"optim.lr": 0.1, "model.hrm.h_cycles": 1}, error=None, metrics=rows[-1],
-        metrics_dataframe=pandas.DataFrame(rows), best_checkpoints=[("between", rows[2]), ("validated", rows[1])],
+def tunes_result(folder, rows, **kept):
+    """What Tune tells of a trial; `kept`: names of its checkpoints, each with its row."""
+    fs = pyarrow.fs.LocalFileSystem()
+    checkpoints = [(SimpleNamespace(path=f"{folder}/{name}", filesystem=fs), row) for name, row in kept.items()]
+    return SimpleNamespace(
+        config={"optim.lr": 0.1, "model.hrm.h_cycles": 1}, error=None, metrics=rows[-1], path=str(folder), filesystem=fs,
+        metrics_dataframe=pandas.DataFrame(rows), best_checkpoints=checkpoints,
     )  # fmt: skip
-    without = SimpleNamespace(**vars(result) | {"metrics_dataframe": pandas.DataFrame(rows[:1])})
-    found, unvalidated = read_trials([result, without], sweep)
-    assert (found.score, found.best_step, found.checkpoint, found.steps) == (0.5, 10, "validated", 15)
+
+
+def test_checkpoints_without_a_validation_are_no_results(sweep, tmp_path):
+    rows = [reported(5), reported(10, 0.5), reported(15)]
+    (tmp_path / "validated").mkdir()
+    results = [tunes_result(tmp_path, rows, between=rows[2], validated=rows[1]), tunes_result(tmp_path, rows[:1])]
+    found, unvalidated = read_trials(results, sweep)
+    assert (found.score, found.best_step, found.steps) == (0.5, 10, 15) and found.checkpoint.path.endswith("validated")
     assert [row["step"] for row in found.history] == [10] and found.seconds == 1.5
     assert unvalidated.score is None and unvalidated.checkpoint is None
     assert best_trial([found, unvalidated], sweep) is found
     assert "nan" not in trials_csv([found, unvalidated], sweep)
     assert "nan" not in str(cells(render([found, unvalidated], found, sweep, "s"), 1))
+
+
+def test_the_best_checkpoint_is_found_where_tune_noted_another_that_is_gone(sweep, tmp_path):
+    run = train_locally(small_config(train__steps=2, train__val_every=1), tmp_path / "run")
+    for step in (1, 2):
+        (run.folder / f"step_00000{step}").rename(run.folder / f"checkpoint_00010{step}")
+    rows = [reported(1, 0.5), reported(2, 0.75)]
+    (trial,) = read_trials([tunes_result(run.folder, rows, checkpoint_000000=rows[0])], sweep)
+    assert trial.checkpoint.path.endswith("checkpoint_000101")
+    (trial,) = read_trials([tunes_result(tmp_path / "empty", rows, checkpoint_000000=rows[0])], sweep)
+    assert trial.checkpoint is None and trial.score == 0.5
 
 
 # --- the report --------------------------------------------------------------------------------------------------

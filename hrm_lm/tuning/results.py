@@ -3,12 +3,15 @@
 import csv
 import io
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs
 
 from hrm_lm.cluster.run_folder import RunFolder
+from hrm_lm.errors import UserError
+from hrm_lm.training.checkpoint import read_checkpoint
 from hrm_lm.tuning.space import Sweep, point
 
 CURVES = ("val_loss", "val_exact_match", "loss")
@@ -71,7 +74,25 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
         kept = [pair for pair in result.best_checkpoints or [] if not math.isnan(pair[1][metric])]
         if kept:
             trial.checkpoint = choose(kept, key=lambda pair: pair[1][metric])[0]
+            if not is_there(trial.checkpoint):  # of a killed sweep: Tune noted it before another took its place
+                trial.checkpoint = saved_at(trial.best_step, result)
     return trial
+
+
+def is_there(checkpoint) -> bool:
+    return checkpoint.filesystem.get_file_info(checkpoint.path).type != pyarrow.fs.FileType.NotFound
+
+
+def saved_at(step: int, result):
+    """The checkpoint of this step in a trial's folder, whether Tune knows of it or not; None where there is none."""
+    from ray.tune import Checkpoint
+
+    for info in result.filesystem.get_file_info(pyarrow.fs.FileSelector(result.path, allow_not_found=True)):
+        if info.base_name.startswith("checkpoint_"):
+            with suppress(UserError):  # torn
+                if read_checkpoint(info.path, result.filesystem).progress.step == step:
+                    return Checkpoint(info.path, result.filesystem)
+    return None
 
 
 def _status(result, last: dict[str, Any], sweep: Sweep) -> str:
