@@ -95,6 +95,7 @@ def bucket(monkeypatch, tmp_path):
 
     uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
     uri.fs.create_dir("bucket")
+    uri.fs.delete_dir_contents("bucket")  # moto keeps what an earlier server of this process held
     yield uri
     server.stop()
 

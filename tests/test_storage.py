@@ -9,7 +9,7 @@ import pytest
 from conftest import small_config, train_locally
 
 from hrm_lm.cluster import run_folder
-from hrm_lm.cluster.run import checked_dataset, run
+from hrm_lm.cluster.run import check_resume, checked_dataset, run
 from hrm_lm.cluster.run_folder import RunFolder, outliving
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
@@ -144,3 +144,5 @@ def test_a_run_in_object_storage_has_curves_and_uris_and_is_resumed_without_a_do
     monkeypatch.setattr(pyarrow.fs, "copy_files", lambda *_, **__: pytest.fail("a checkpoint was downloaded"))
     assert run(small_config(**options, train__init_from=bucket("first"))) == result
     assert "already at step 6 of 6" in capsys.readouterr().err
+    check_resume(small_config(**options, train__init_from=bucket("other")), RunFolder(bucket("runs"), "r"), "auto")
+    assert "  train.init_from: s3://bucket/first -> s3://bucket/other\n" in capsys.readouterr().err

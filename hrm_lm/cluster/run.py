@@ -20,7 +20,7 @@ from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.config import Config
 from hrm_lm.data.registry import BUILT_IN, Splits, load_dataset
 from hrm_lm.errors import RunFailed, UserError
-from hrm_lm.filesystem import resolve
+from hrm_lm.filesystem import resolve, without_secrets
 from hrm_lm.training.checkpoint import Progress, differences, obstacles, read_checkpoint
 
 if TYPE_CHECKING:
@@ -85,15 +85,21 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
     _, last = folder.checkpoints()
     saved = read_checkpoint(last, folder.fs, for_resume=True)
     if refused := obstacles(saved.config, config):
-        what = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in refused.items())
+        what = ", ".join(f"{key} ({_change(*values)})" for key, values in refused.items())
         raise UserError(
             f"run {folder.name!r} cannot be resumed with another model shape or sample order: {what}\n"
             "give another --run_name, or --init_from its checkpoint to take only the weights"
         )
     say(f"resuming from step {saved.progress.step}")
-    for key, (old, new) in differences(saved.config, config).items():
-        say(f"  {key}: {old} -> {new}")
+    for key, values in differences(saved.config, config).items():
+        say(f"  {key}: {_change(*values)}")
     return saved.progress
+
+
+def _change(old: Any, new: Any) -> str:
+    """A field's two values for the user, who may have put keys into a URI."""
+    old, new = (without_secrets(value) if isinstance(value, str) else value for value in (old, new))
+    return f"{old} -> {new}"
 
 
 def fit(config: Config, folder: RunFolder, scaling: "ScalingConfig") -> dict[str, Any]:
