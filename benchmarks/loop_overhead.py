@@ -14,14 +14,15 @@ import time
 from contextlib import nullcontext
 
 import ray
+from pyarrow.fs import LocalFileSystem
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from hrm_lm.cluster.sessions import RayTrainSession
 from hrm_lm.config import load_config, parse_config, parse_set
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.training.loop import train
-from hrm_lm.training.session import RayTrainSession
 from hrm_lm.training.step import Stats, build_state, train_step
 
 
@@ -37,7 +38,7 @@ class FreshSession(RayTrainSession):
 
 def rounds(loop_config: dict) -> list[tuple[float, float]]:
     config = parse_config(loop_config["config"])
-    session = FreshSession(os.getcwd(), "lines", loop_config["event_folder"])
+    session = FreshSession(os.getcwd(), "lines", (LocalFileSystem(), loop_config["event_folder"]))
     splits = load_dataset(config.data, config.model, config.train.seed)
     ready = list(prefetch(train_batches(splits, config.train, 0, 0, 1), session.device))
 

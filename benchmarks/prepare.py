@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm_lm.cluster.start import init_ray
 from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.prepare.pipeline import prepare
 from hrm_lm.prepare.tasks import ENCODED_TOGETHER, Settings
-from hrm_lm.training.driver import init_ray
 
 WORDS_EACH = (30, 10)  # of prompt and response, on average
 

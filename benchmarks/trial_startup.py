@@ -16,8 +16,8 @@ import time
 
 import ray
 
-from hrm_lm.training.driver import init_ray
-from hrm_lm.training.storage import RunFolder
+from hrm_lm.cluster.run_folder import RunFolder
+from hrm_lm.cluster.start import init_ray
 from hrm_lm.tuning import sweep as sweeps
 from hrm_lm.tuning.space import Sweep
 

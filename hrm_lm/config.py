@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import resolve, without_secrets
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -162,6 +163,8 @@ class TrainConfig(Section):
     faster, above all on GPUs."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint. With 0 the run validates only at its end."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints that come without a validation. With 0 checkpoints come with validations only."""
     log_every: Positive = 10
     """Steps between lines of the log."""
     early_stopping_patience: Count = 0
@@ -451,7 +454,6 @@ def _identity(place: str) -> str:
 def _shown(place: str) -> str:
     if "://" not in place:
         return place
-    from hrm_lm.filesystem import without_secrets  # it takes pyarrow, which a local file does not need
 
     return without_secrets(place)
 
@@ -473,7 +475,6 @@ def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
 def _read(place: str) -> str:
     if "://" not in place:
         return Path(place).read_text(encoding="utf-8")
-    from hrm_lm.filesystem import resolve
 
     fs, path = resolve(place)
     with fs.open_input_stream(path) as stream:

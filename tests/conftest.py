@@ -110,12 +110,31 @@ def cluster(tmp_path_factory):
     """Two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
 
-    from hrm_lm.training.driver import init_ray
+    from hrm_lm.cluster.start import init_ray
 
     os.environ["HRM_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the workers' too
     init_ray(num_cpus=2)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """`bucket(path)` is the URI of a path in an empty bucket; `bucket.fs` its file system."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("HRM_LM_CACHE", str(tmp_path / "cache"))
+    host, port = server.get_host_and_port()
+
+    def uri(path):
+        return f"s3://key:secret@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
+
+    uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
+    uri.fs.create_dir("bucket")
+    uri.fs.delete_dir_contents("bucket")  # moto keeps what an earlier server of this process held
+    yield uri
+    server.stop()
 
 
 @pytest.fixture

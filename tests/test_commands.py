@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, small_config, train_locally
 
+from hrm_lm.cluster import run_folder
 from hrm_lm.commands.evaluate import main as evaluate
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.main import COMMANDS
@@ -18,7 +19,6 @@ from hrm_lm.commands.train import main as train
 from hrm_lm.commands.tune import main as tune
 from hrm_lm.config import Config
 from hrm_lm.errors import UserError
-from hrm_lm.training import storage
 
 SMALL = ["--set", "model.d_model=16", "--set", "model.n_heads=2", "--set", "train.batch_size=8"]
 
@@ -115,7 +115,7 @@ def test_bad_input_is_a_message_of_a_line_and_exit_code_2(command, arguments, me
 
 
 def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
-    from hrm_lm.training import driver
+    from hrm_lm.cluster import run as driver
 
     seen = []
     monkeypatch.setattr(
@@ -344,9 +344,9 @@ def test_tune_runs_no_code_that_a_base_in_a_checkpoint_or_a_sweep_from_a_uri_nam
 
 
 def test_the_default_storage_outlives_a_job(in_folder, monkeypatch):
-    assert storage.default_storage() == str(in_folder / "runs")
+    assert run_folder.default_storage() == str(in_folder / "runs")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert storage.default_storage() == str(storage.JOB_STORAGE)
+    assert run_folder.default_storage() == str(run_folder.JOB_STORAGE)
 
 
 def test_cluster_yaml_passes_rays_validator_and_scales_from_zero():

@@ -147,7 +147,12 @@ def test_validation_reads_at_most_so_many_samples_spread_over_all(tmp_path):
 
 
 def batches(number, seed, first=0):
-    return list(islice(global_batches(Samples([Sample([5], [6])] * 10, TOKENIZER), TrainConfig(batch_size=4, seed=seed), first), number))
+    return list(
+        islice(
+            global_batches(Samples([Sample([5], [6])] * 10, TOKENIZER), TrainConfig(batch_size=4, seed=seed), first),
+            number,
+        )
+    )
 
 
 def test_every_epoch_visits_each_sample_once_also_across_batch_borders():

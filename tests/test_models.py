@@ -58,7 +58,11 @@ def test_a_sample_gets_the_same_losses_alone_and_beside_longer_ones(kind):
 def test_samples_packed_into_a_row_get_the_losses_and_gradients_they_get_in_rows_of_their_own():
     model, some = build(model__architecture="prefix_lm"), samples((3, 2), (9, 7), (1, 0), (5, 4))
     results = []
-    for batch in (batch_of(model, *some), pack(Ragged.of(some), SimpleTokenizer), pack(Ragged.of(some), SimpleTokenizer, True)):
+    for batch in (
+        batch_of(model, *some),
+        pack(Ragged.of(some), SimpleTokenizer),
+        pack(Ragged.of(some), SimpleTokenizer, True),
+    ):
         model.zero_grad()
         each = losses(model, batch)
         each.sum().backward()

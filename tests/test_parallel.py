@@ -163,7 +163,7 @@ def test_a_sharded_checkpoint_with_a_part_missing_or_torn_is_refused(runs, tmp_p
         file.unlink()
         if damage == "torn":
             file.write_bytes(copy[: len(copy) // 2])
-        with pytest.raises(UserError, match="/c/model: "):
+        with pytest.raises(UserError, match="/c/model[:/]"):
             load_model(tmp_path / "c")
         file.write_bytes(copy)
     load_model(tmp_path / "c")

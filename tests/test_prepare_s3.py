@@ -6,31 +6,13 @@ import pyarrow.fs
 import pytest
 from conftest import small_config
 
+from hrm_lm.cluster.run import run
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.data.prepared.cache import cache_folder
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.training.driver import run
-
-
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """`bucket(path)` is the URI of a path in an empty bucket; `bucket.fs` its file system."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    monkeypatch.setenv("HRM_LM_CACHE", str(tmp_path / "cache"))
-    host, port = server.get_host_and_port()
-
-    def uri(path):
-        return f"s3://key:secret@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
-
-    uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
-    uri.fs.create_dir("bucket")
-    yield uri
-    server.stop()
 
 
 def test_input_dataset_and_checkpoints_live_in_object_storage(cluster, command, bucket, tmp_path):

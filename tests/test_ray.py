@@ -16,10 +16,11 @@ import pytest
 import torch
 from conftest import ROOT, small_config, train_locally
 
+from hrm_lm.cluster.capacity import plan_workers
+from hrm_lm.cluster.run import run
+from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.checkpoint import load_model
-from hrm_lm.training.driver import plan_workers, run
-from hrm_lm.training.storage import RunFolder
 
 
 def weights(result):
@@ -52,6 +53,17 @@ def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(
     for steps in (6, 9):
         alone = train_locally(small_config(**options | {"train__steps": steps}), in_folder / "alone")
     assert result["step"] == 9 and result["val_loss"] == pytest.approx(alone.reports[-1]["val_loss"], rel=1e-5)
+
+
+def test_checkpoints_between_validations_leave_the_best_one_where_it_is(cluster, in_folder):
+    options = {"train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100}
+    overfits = {"optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8}
+    result = run(small_config(**options, **overfits, ray__run_name="r"))
+    kept, last = RunFolder("runs", "r").checkpoints()
+    assert [metrics["step"] for _, metrics in kept] == [20, 60] and last == result["last_checkpoint"]
+    assert result["best_step"] == 20 and Path(result["best_checkpoint"]).name == "checkpoint_00000020"
+    alone = train_locally(small_config(**options, **overfits), in_folder / "alone").reports
+    assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone if "val_loss" in m), rel=1e-5)
 
 
 PID_DATA = """

@@ -13,14 +13,15 @@ import yaml
 from conftest import ROOT, small_config
 from test_ray import wait_until
 
+from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
-from hrm_lm.training.storage import RunFolder
 from hrm_lm.tuning.space import Sweep, point
 from hrm_lm.tuning.sweep import run_sweep
 
-BASE = small_config(train__steps=20, train__val_every=5, train__log_every=5).to_dict()
+# Trials also save checkpoints between validations, which none of this may take for results.
+BASE = small_config(train__steps=20, train__val_every=5, train__checkpoint_every=3, train__log_every=5).to_dict()
 
 
 def sweep_file(folder: Path, space: dict, base=BASE, **tune) -> str:
@@ -217,7 +218,7 @@ def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_fold
 
 
 def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_folder):
-    base = {**BASE, "train": {**BASE["train"], "steps": 200, "val_every": 10}}
+    base = {**BASE, "train": {**BASE["train"], "steps": 200, "val_every": 10, "checkpoint_every": 0}}
     file = sweep_file(in_folder, {"optim.lr": {"loguniform": [1e-3, 1e-2]}}, base=base, num_samples=3, scheduler="fifo")
     command = [sys.executable, "-m", "ray_jobs.tune", "--config", file, "--run_name", "s"]
     driver = subprocess.Popen(

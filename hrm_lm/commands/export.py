@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hrm_lm.filesystem import local_copy
 from hrm_lm.interop.export import export
-from hrm_lm.training.storage import local_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or URI")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to be made")
     args = parser.parse_args(argv)
-    with local_checkpoint(args.checkpoint) as folder:
+    with local_copy(args.checkpoint) as folder:
         export(folder, Path(args.output))
     print(args.output)
     return 0

@@ -5,9 +5,11 @@ Give the output to the trainer as `--dataset`. The work is in `hrm_lm.prepare.pi
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Sequence, get_args
+from typing import get_args
 
+from hrm_lm.cluster.run_folder import outliving
 from hrm_lm.commands.help import field_docs
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
@@ -43,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.train_tokenizer not in (None, "bpe"):
         raise UserError(f"--train_tokenizer {settings.train_tokenizer}: only bpe can be trained")
 
-    report = prepare(settings, args["input"], args["output"], args["strict"])
+    output = outliving(args["output"], "--output")
+    report = prepare(settings, args["input"], output, args["strict"])
     if report["dropped"]:
         print(f"left out: {describe(report['dropped'])}", file=sys.stderr)
     print(
-        f"{report['train']:,} training and {report['val']:,} validation pairs in {without_secrets(args['output'])}; "
+        f"{report['train']:,} training and {report['val']:,} validation pairs in {without_secrets(output)}; "
         f"{report['duplicates']:,} duplicates, {sum(drop['count'] for drop in report['dropped'].values()):,} left out (report.json)"
     )
     return 0

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
         print(f"loss {dry_run_loss(config):.4f}")
         return 0
 
-    from hrm_lm.training.driver import run
+    from hrm_lm.cluster.run import run
     from hrm_lm.trust import refuse_strangers_code
 
     refuse_strangers_code(config.to_dict(), layers, overrides)

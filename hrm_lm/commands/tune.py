@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from hrm_lm.cluster.run_folder import RunFolder, default_storage, outliving
 from hrm_lm.commands.flags import add_run_flags
 from hrm_lm.config import Layer, is_own, parse_set, set_dotted
-from hrm_lm.training.storage import RunFolder, default_storage
 from hrm_lm.trust import refuse_strangers_code
 from hrm_lm.tuning.space import Sweep
 from hrm_lm.tuning.sweep import run_sweep, summary
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = Sweep(args.config, overrides)
     check_code(sweep, overrides)
     name = args.run_name or f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = RunFolder(args.save_dir or sweep.config.ray.storage_path or default_storage(), name)
+    location = args.save_dir or sweep.config.ray.storage_path
+    folder = RunFolder(outliving(location, "--save_dir") if location else default_storage(), name)
     print(summary(run_sweep(sweep, folder, args.resume), sweep, folder))
     return 0
 

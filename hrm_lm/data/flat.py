@@ -72,7 +72,9 @@ class FlatSplit(Split):
         else:
             starts = bounds[:, :2]
             runs = zip(here, (size * np.concatenate([starts, starts + lengths + [0, 1]], axis=1)).tolist(), strict=True)
-            parts = [part for home, (a, c, b, d) in runs for part in (shards[home].tokens[a:b], shards[home].tokens[c:d])]
+            parts = [
+                part for home, (a, c, b, d) in runs for part in (shards[home].tokens[a:b], shards[home].tokens[c:d])
+            ]
         return Ragged(np.frombuffer(b"".join(parts), self.dtype), lengths[:, 0], lengths[:, 1], ends)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:

@@ -20,7 +20,10 @@ def epochs(start: int, stop: int, num_samples: int, seed: Seed) -> np.ndarray:
     places = np.arange(start, stop)
     epoch_of = places // num_samples
     return np.concatenate(
-        [permuted(places[epoch_of == epoch] % num_samples, num_samples, seed, int(epoch)) for epoch in np.unique(epoch_of)]
+        [
+            permuted(places[epoch_of == epoch] % num_samples, num_samples, seed, int(epoch))
+            for epoch in np.unique(epoch_of)
+        ]
     )
 
 

@@ -81,7 +81,9 @@ def named_dataset(config: DataConfig, seed: int) -> Splits:
 def load_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
     """The data sets of `config.mixture`, all read with one tokenizer: `config.tokenizer`, a prepared member's, or bytes."""
     if config.tokenizer == CHARACTERS:
-        raise UserError("data.tokenizer: characters are those of a single data set; a mixture takes bytes or a tokenizer.json")
+        raise UserError(
+            "data.tokenizer: characters are those of a single data set; a mixture takes bytes or a tokenizer.json"
+        )
     mixture = dict(sorted(config.mixture.items()))  # whatever the order they are written in
     ready = next((member.dataset for member in mixture.values() if is_prepared(member.dataset)), None)
     tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")

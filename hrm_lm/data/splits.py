@@ -241,7 +241,9 @@ def as_sample(item: Any, tokenizer: Tokenizer, place: str) -> Sample:
     try:
         fields = (item["prompt"], item["response"]) if isinstance(item, Mapping) else tuple(item)
     except KeyError as error:
-        raise UserError(f"{place}: a sample needs the field {error.args[0]!r}; it has {', '.join(map(repr, item))}") from None
+        raise UserError(
+            f"{place}: a sample needs the field {error.args[0]!r}; it has {', '.join(map(repr, item))}"
+        ) from None
     except TypeError:
         fields = ()
     if len(fields) == 2:

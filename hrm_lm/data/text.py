@@ -10,7 +10,16 @@ import numpy as np
 from hrm_lm.config import DataConfig
 from hrm_lm.data.flat import FlatSplit, Shard
 from hrm_lm.data.splits import (
-    Limits, Prompt, Ragged, Sample, Split, Splits, Subset, key, refuse_empty_prompts, too_long
+    Limits,
+    Prompt,
+    Ragged,
+    Sample,
+    Split,
+    Splits,
+    Subset,
+    key,
+    refuse_empty_prompts,
+    too_long,
 )  # fmt: skip
 from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, Tokenizer, resolve_tokenizer
 

@@ -7,8 +7,9 @@ compares two tokenizers by how they read text.
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import pyarrow.fs
 

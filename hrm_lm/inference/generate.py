@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hrm_lm.cluster.run_folder import JOB_STORAGE, RunFolder, default_storage, newest_run
 from hrm_lm.config import Cycles, HRMConfig
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import local_copy, without_secrets
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
-from hrm_lm.training.storage import JOB_STORAGE, RunFolder, default_storage, local_checkpoint, newest_run
 
 
 def generate(
@@ -42,7 +43,7 @@ def generate(
 def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: str | None) -> Iterator[Path]:
     """The checkpoint named, else the best one of the run named, else of the newest run; says which on stderr."""
     if checkpoint:
-        with local_checkpoint(checkpoint) as folder:
+        with local_copy(checkpoint) as folder:
             yield folder
         return
     # A job's runs live in a place of their own; both are looked at.
@@ -51,16 +52,16 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
         runs = [RunFolder(location, run_name) for location in locations]
         run = next((run for run in runs if run.has_checkpoints() or run.exists("best_checkpoint")), None)
         if run is None:
-            raise UserError(f"no run {run_name!r} with a checkpoint in {' or '.join(locations)}")
+            raise UserError(f"no run {run_name!r} with a checkpoint in {' or '.join(map(without_secrets, locations))}")
     else:
         run = newest_run(locations)
     if run.has_checkpoints():
         (best, metrics), *_ = run.checkpoints()[0]
-        print(f"using {best} (val_loss {metrics['val_loss']:.4f})", file=sys.stderr)
+        print(f"using {run.uri_of(best)} (val_loss {metrics['val_loss']:.4f})", file=sys.stderr)
     else:
         best = f"{run.path}/best_checkpoint"  # a sweep's
-        print(f"using {best}", file=sys.stderr)
-    with local_checkpoint(best, run.fs) as folder:
+        print(f"using {run.uri_of(best)}", file=sys.stderr)
+    with local_copy(best, run.fs) as folder:
         yield folder
 
 

@@ -14,7 +14,7 @@ from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
 from hrm_lm.data.collate import Batch, pad
 from hrm_lm.models.contract import Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Block, CrossAttention, KVCache, Head, ScaledEmbedding, Stack, rms_norm, rotary
+from hrm_lm.models.layers import Block, CrossAttention, Head, KVCache, ScaledEmbedding, Stack, rms_norm, rotary
 
 
 class Bridge(nn.Module):
@@ -79,9 +79,7 @@ class HRMEncoderDecoder(nn.Module):
     def set_step(self, step: int) -> None:
         self.bridge.set_step(step)
 
-    def encode(
-        self, ids: Tensor, mask: Tensor, cycles: Cycles, backprop_steps: int | None = None
-    ) -> list[Tensor]:
+    def encode(self, ids: Tensor, mask: Tensor, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
         """ids, mask: (B, S). Returns the core's state after each H-cycle, each (B, S, C)."""
         rope = rotary(torch.arange(ids.shape[1], device=ids.device), self.head_dim)
         keys = mask[:, None, None, :].bool()

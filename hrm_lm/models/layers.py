@@ -285,9 +285,7 @@ class Stack(nn.Module):
         )
         self.norm = rms_norm(d_model, hrm_text)
 
-    def forward(
-        self, x: Tensor, rope: Rotary, mask: Mask = None, caches: list[KVCache] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotary, mask: Mask = None, caches: list[KVCache] | None = None) -> Tensor:
         """caches: one for each block."""
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache=caches[i] if caches else None)

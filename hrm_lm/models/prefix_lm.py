@@ -117,7 +117,11 @@ class HRMPrefixLM(nn.Module):
     def _mask(self, batch: TokenRows) -> Mask:
         """As blocks where that is faster: on CUDA, for rows of some length. Flex attention has no dropout."""
         drops = self.training and self.config.dropout
-        return visible_blocks(batch) if batch.ids.is_cuda and batch.ids.shape[1] >= FLEX_FROM and not drops else visible_keys(batch)
+        return (
+            visible_blocks(batch)
+            if batch.ids.is_cuda and batch.ids.shape[1] >= FLEX_FROM and not drops
+            else visible_keys(batch)
+        )
 
 
 FLEX_FROM = 512
@@ -146,7 +150,9 @@ def visible_blocks(batch: TokenRows) -> BlockMask:
     key_block = torch.arange(blocks, device=batch.ids.device)
     seen = (low.amin(-1, keepdim=True) // BLOCK <= key_block) & (key_block <= high.amax(-1, keepdim=True) // BLOCK)
     low, high = by_block(batch.sees_from, 0), by_block(batch.sees_to, T)
-    whole = (low.amax(-1, keepdim=True) <= key_block * BLOCK) & (high.amin(-1, keepdim=True) >= (key_block + 1) * BLOCK - 1)
+    whole = (low.amax(-1, keepdim=True) <= key_block * BLOCK) & (
+        high.amin(-1, keepdim=True) >= (key_block + 1) * BLOCK - 1
+    )
     whole &= seen
 
     def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
@@ -47,7 +48,7 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     strict: the first fault of the input is an error. After a kill, the same call finishes what is left.
     Raises UserError where the input, the output or the settings cannot be used.
     """
-    from hrm_lm.training.driver import started_ray  # this needs PyTorch; the tasks, which import this file, do not
+    from hrm_lm.cluster.start import started_ray  # it needs PyTorch; the tasks, which import this file, do not
 
     for flag in ("prompt_field", "response_field"):
         parse_mapping(f"--{flag}", getattr(settings, flag))

@@ -9,9 +9,10 @@ import csv
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from string import Formatter
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.fs

@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow.fs

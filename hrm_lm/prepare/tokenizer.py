@@ -1,8 +1,9 @@
 """The tokenizer of a preparation: the tokenizer that the user names, or a new one that is made of the corpus."""
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Iterator
+from typing import Any
 
 from hrm_lm.data.prepared.format import TOKENIZER, write_file
 from hrm_lm.data.tokenizer import (

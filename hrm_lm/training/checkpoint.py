@@ -13,26 +13,39 @@ Hugging Face format). Both kinds load into any number of workers, sharded or not
 """
 
 import json
+import math
+import struct
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import pyarrow.fs
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hrm_lm.config import Config, parse_config, read_yaml
-from hrm_lm.data.tokenizer import Tokenizer, load_tokenizer, model_vocab_size
+from hrm_lm.config import Config, flatten, parse_config
+from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import one_line, read_text, reason, shown
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1
+
+# Changing one of these changes the model's shape or the order of samples: no run goes on across that.
+FIXED = (
+    *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window"),
+    *("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers"),
+    *("model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.bridge.type", "model.bridge.prefix_len"),
+)
 
 
 @dataclass
@@ -94,25 +107,66 @@ def _save_description(path: Path, config: Config, tokenizer: Tokenizer, progress
     (path / "trainer_state.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Raises UserError, naming the file and the reason, where the directory is torn or not a checkpoint."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint folder")
-    for name in ("trainer_state.json", "config.yaml", "tokenizer.json", "model.safetensors"):
-        if not (path / name).is_file() and not (path / name).with_suffix("").is_dir():
-            raise UserError(f"{path}: not a whole checkpoint: {name} is missing")
-    state_file = path / "trainer_state.json"
+def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, for_resume: bool = False) -> Checkpoint:
+    """Reads what a checkpoint says of itself, and of its tensors the headers, from a local folder or from storage.
+
+    fs: the file system that `path` is in. for_resume: the optimizer's state must be there, too. Raises UserError,
+    naming the file and the reason, where the folder is torn or not a checkpoint.
+    """
+    if fs is None:
+        fs, path = pyarrow.fs.LocalFileSystem(), Path(path).absolute()
+    name = shown(fs, str(path))
+    if fs.get_file_info(str(path)).type != pyarrow.fs.FileType.Directory:
+        raise UserError(f"{name}: no such checkpoint folder")
+
+    def text(file: str) -> str:
+        try:
+            return read_text(fs, f"{path}/{file}")
+        except FileNotFoundError:
+            raise UserError(f"{name}: not a whole checkpoint: {file} is missing") from None
+        except OSError as error:
+            raise UserError(f"{name}/{file}: cannot be read: {reason(error)}") from None
+
     try:
-        fields = json.loads(state_file.read_text(encoding="utf-8"))
+        fields = json.loads(text("trainer_state.json"))
         version, scaler = fields.pop("format_version"), fields.pop("scaler")
         if version != FORMAT_VERSION:
-            raise UserError(f"{state_file}: format version {version}, this program reads {FORMAT_VERSION}")
+            raise UserError(f"{name}/trainer_state.json: format version {version}, this program reads {FORMAT_VERSION}")
         progress = Progress(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{state_file}: torn or foreign: {error!r}") from None
-    config = parse_config(read_yaml(path / "config.yaml"), source=str(path / "config.yaml"))
-    return Checkpoint(path, config, load_tokenizer(path / "tokenizer.json"), progress, scaler)
+        raise UserError(f"{name}/trainer_state.json: torn or foreign: {error!r}") from None
+    try:
+        raw = yaml.safe_load(text("config.yaml"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}/config.yaml: torn or foreign: {one_line(error)}") from None
+    config = parse_config(raw or {}, source=f"{name}/config.yaml")
+    try:
+        tokenizer = tokenizer_from_json(text("tokenizer.json"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}/tokenizer.json: torn or foreign: {error}") from None
+    for kind in ["model"] + ["average"] * bool(config.train.ema_decay) + ["optimizer"] * for_resume:
+        files = _tensor_files(fs, f"{path}/{kind}")
+        if not files:
+            raise UserError(f"{name}: not a whole checkpoint: {kind}.safetensors is missing")
+        _check_tensors(fs, files, f"{name}/{kind}")
+    return Checkpoint(Path(path), config, tokenizer, progress, scaler)
+
+
+def differences(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (saved value, present value) of all fields that differ, without those that say where to run."""
+    before, after = flatten(saved.to_dict()), flatten(now.to_dict())
+    paths = [path for path in before | after if not path.startswith("ray.")]
+    return {path: (before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)}
+
+
+def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """The differences across which a run that was saved under `saved` cannot go on under `now`; empty where it may."""
+    return {
+        path: values
+        for path, values in differences(saved, now).items()
+        # Zero H-cycles mean that there is no core: another shape.
+        if path.startswith(FIXED) or (path == "model.hrm.h_cycles" and 0 in values)
+    }
 
 
 def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
@@ -187,9 +241,6 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
     reader = HuggingFaceStorageReader(str(path))
     try:
         saved = reader.read_metadata().state_dict_metadata
-        for name, parts in saved.items():
-            if sum(part.sizes.numel() for part in parts.chunks) != parts.size.numel():
-                raise UserError(f"{path}: not whole: a part of {name} is missing")
         _check_fit(own, {name: parts.size for name, parts in saved.items()}, path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -215,3 +266,51 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file.parent}: not a whole checkpoint: {file.name} is missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: torn or foreign: {error}") from None
+
+
+def _tensor_files(fs: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
+    """The files that `_save` made of `path`."""
+    folder, file = fs.get_file_info([path, f"{path}.safetensors"])
+    if folder.type != pyarrow.fs.FileType.Directory:
+        return [file] if file.is_file else []
+    return [part for part in fs.get_file_info(pyarrow.fs.FileSelector(path)) if part.extension == "safetensors"]
+
+
+def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], name: str) -> None:
+    """Checks from the headers alone that the files of one set of tensors are not cut and that no part is missing."""
+    sizes: dict[str, int] = {}  # elements of each tensor that there are
+    ends: dict[str, list[int]] = {}  # and its shape, as far as the parts reach
+    for file in files:
+        try:
+            header = _read_header(fs, file)
+            sharding = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+            for tensor, entry in header.items():
+                shape = entry["shape"]
+                offsets = sharding[tensor]["saved_offsets"] if sharding else [0] * len(shape)
+                sizes[tensor] = sizes.get(tensor, 0) + math.prod(shape)
+                reach = [offset + length for offset, length in zip(offsets, shape)]
+                ends[tensor] = [max(pair) for pair in zip(ends.get(tensor, reach), reach)]
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise UserError(f"{shown(fs, file.path)}: torn or foreign: {error}") from None
+        except OSError as error:
+            raise UserError(f"{shown(fs, file.path)}: cannot be read: {reason(error)}") from None
+    for tensor, size in sizes.items():
+        if size != math.prod(ends[tensor]):
+            raise UserError(f"{name}: not whole: a part of {tensor} is missing")
+
+
+def _read_header(fs: pyarrow.fs.FileSystem, info: pyarrow.fs.FileInfo) -> dict[str, Any]:
+    """The header of a .safetensors file; raises ValueError where the file's size is not what the header says.
+
+    Format: 8 bytes with the header's length, the header as JSON, the tensors' bytes.
+    """
+    with fs.open_input_file(info.path) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > info.size - 8:
+            raise ValueError(f"the file is cut in its header, at {info.size} bytes")
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    size = 8 + length + max(ends, default=0)
+    if info.size != size:
+        raise ValueError(f"the file has {info.size} bytes, its header says {size}")
+    return header

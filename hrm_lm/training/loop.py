@@ -1,29 +1,24 @@
-"""The life of a run on one worker: build, restore, {batch, step, maybe log, maybe validate and save}, done."""
+"""The life of a run on one worker: build, restore, {batch, step, maybe log, maybe validate, maybe save}, done."""
 
 import math
 import time
 from contextlib import nullcontext
 from typing import Any
 
-from hrm_lm.config import Config, parse_config
+from hrm_lm.config import Config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import local_copy, without_secrets
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
-from hrm_lm.training.session import RayTrainSession, Session
+from hrm_lm.training.session import Session
 from hrm_lm.training.step import Stats, TrainState, build_state, learning_rate, train_step
 from hrm_lm.training.validation import validate
-
-
-def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """What `TorchTrainer` runs on every worker. loop_config: `config` (as a dict) and RayTrainSession's arguments."""
-    session = {key: value for key, value in loop_config.items() if key != "config"}
-    return train(parse_config(loop_config["config"]), RayTrainSession(**session))
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
@@ -52,8 +47,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             train_step(state, micro_batches, stats)
 
             last = state.step == config.train.steps
-            validating = last or (config.train.val_every and state.step % config.train.val_every == 0)
-            if not (validating or state.step % config.train.log_every == 0):
+            validating = last or is_due(config.train.val_every, state.step)
+            saving = validating or is_due(config.train.checkpoint_every, state.step)
+            if not (saving or is_due(config.train.log_every, state.step)):
                 continue
             interval = stats.read()
             now = time.perf_counter()
@@ -84,11 +80,13 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])
                 log.write(state.step, val)
-                save(state, progress, splits, session, metrics | val)
-                if patience and progress.stale_validations >= patience and not last:
-                    status = "early_stopped"
-                    break
+                metrics |= val
+            if saving:
+                save(state, progress, splits, session, metrics)
                 clock = time.perf_counter()
+            if patience and progress.stale_validations >= patience and not last:
+                status = "early_stopped"
+                break
     finally:
         batches.close()
         log.close()
@@ -99,7 +97,7 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
     """Continues from the session's checkpoint, or starts from `train.init_from`'s weights, or from nothing."""
     with session.restored() as folder:
         if folder is not None:
-            checkpoint = read_checkpoint(folder)
+            checkpoint = read_checkpoint(folder, for_resume=True)
             if not same_tokens(checkpoint.tokenizer, splits.tokenizer):
                 raise UserError(f"{folder}: was trained with another tokenizer than the dataset now has")
             if checkpoint.progress.num_train_samples != len(splits.train):
@@ -110,13 +108,12 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
             load_state(checkpoint, state)
             return checkpoint.progress
     if state.config.train.init_from:
-        from hrm_lm.training.storage import local_checkpoint
-
-        with local_checkpoint(state.config.train.init_from) as folder:
+        with local_copy(state.config.train.init_from) as folder:
             checkpoint = read_checkpoint(folder)
             if not same_tokens(checkpoint.tokenizer, splits.tokenizer):
+                source = without_secrets(state.config.train.init_from)
                 raise UserError(
-                    f"train.init_from: {state.config.train.init_from} has another tokenizer than the dataset; "
+                    f"train.init_from: {source} has another tokenizer than the dataset; "
                     "data.tokenizer names the one to read JSONL with"
                 )
             load_weights(checkpoint, state.model)
@@ -127,11 +124,16 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
 
 def save(state: TrainState, progress: Progress, splits: Splits, session: Session, metrics: dict[str, float]) -> None:
     """Reports a checkpoint, written by rank 0, or by all where each has a part; Ray uploads it as training goes on."""
-    folder = None
+    folder, progress.step = None, state.step
     if session.rank == 0 or is_sharded(state.model):
         folder = session.new_folder()
         save_checkpoint(folder, state, progress, splits.tokenizer)
     session.report(metrics | {"step": state.step, "seconds": progress.seconds, "tokens": progress.tokens}, folder)
+
+
+def is_due(interval: int, step: int) -> bool:
+    """Whether what happens every `interval` steps happens at `step`; an interval of 0 means never."""
+    return interval > 0 and step % interval == 0
 
 
 def divergence(config: Config, step: int) -> str:

@@ -1,11 +1,24 @@
 """Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from tensorboardX import SummaryWriter
 
-Display = Literal["bar", "lines", "none"]
+
+class ProgressBar(Protocol):
+    """As tqdm's."""
+
+    def update(self, steps: int) -> object: ...
+
+    def set_description(self, text: str) -> object: ...
+
+    def close(self) -> object: ...
+
+
+Display = Literal["lines", "none"] | Callable[[int], ProgressBar]
+"""Lines on standard output, nothing, or the progress bar that a function makes for the number of a run's steps."""
 
 
 class MetricsLog:
@@ -16,11 +29,9 @@ class MetricsLog:
         # After a resume, what an earlier attempt wrote beyond its last checkpoint is hidden.
         self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10) if folder else None
         self.lines = display == "lines"
-        self.bar = None
-        if display == "bar":
-            from ray.experimental.tqdm_ray import tqdm  # drawn by the driver, wherever the worker is
-
-            self.bar, self.shown = tqdm(desc="training", total=steps, unit="step"), {}
+        self.bar = display(steps) if callable(display) else None
+        self.shown: dict[str, float] = {}
+        if self.bar:
             self.bar.update(first_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

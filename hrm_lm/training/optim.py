@@ -1,8 +1,8 @@
 """What the published HRM-Text recipe (arXiv 2605.20613) has beside AdamW: Adam-atan2, and an average of the weights."""
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn

@@ -5,8 +5,8 @@ gathers a block's weights when they are due: in bf16 where `train.mixed_precisio
 float32. A block is gathered once for all its applications in a pass, and given up at the pass's end.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Iterator
 
 import torch
 from torch import nn

@@ -93,9 +93,7 @@ def predicted(model: LanguageModel, batches: Iterable[list[AnyBatch]], options: 
     return sums
 
 
-def answered(
-    model: LanguageModel, splits: Splits, options: EvalOptions, rank: int, world_size: int
-) -> list[float]:
+def answered(model: LanguageModel, splits: Splits, options: EvalOptions, rank: int, world_size: int) -> list[float]:
     """What the task's verifier says of this worker's share of greedy answers, and how many they are."""
     mine = np.arange(rank, len(splits.val), world_size)
     most = -(-len(splits.val) // world_size)

@@ -1,5 +1,6 @@
 """A sweep on the terminal: a live table of its trials, or a line per event in a log."""
 
+import math
 from typing import Any
 
 from ray.tune import Callback
@@ -24,19 +25,21 @@ class SweepProgress(Callback):
         self._event(trial, "  ".join(f"{self._name(p)} {_short(trial.config[p])}" for p in self.params))
 
     def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
-        row, value = self._row(trial), result.get(self.metric)
+        row, value = self._row(trial), result.get(self.metric, math.nan)
         if result.get("error"):
             row["state"] = result["status"]
             self._event(trial, f"{result['status']}: {result['error']}")
             return
-        row |= {"step": result.get("step"), "last": value, "match": result.get("val_exact_match")}
+        row["step"] = result["step"]
+        if math.isnan(value):  # a checkpoint between validations
+            self._event(trial, f"step {row['step']}  checkpoint saved")
+            return
+        row |= {"last": value, "match": result["val_exact_match"]}
         sign = 1 if self.mode == "min" else -1
-        if value is not None and (self.best is None or sign * value < sign * self.best[0]):
+        if self.best is None or sign * value < sign * self.best[0]:
             self.best = (value, row["number"])
-        text = f"step {row['step']}  {self.metric} {_short(value)}"
-        self._event(
-            trial, f"{text}  (best so far: {_short(self.best[0])}, trial {self.best[1]})" if self.best else text
-        )
+        best = f"best so far: {_short(self.best[0])}, trial {self.best[1]}"
+        self._event(trial, f"step {row['step']}  {self.metric} {_short(value)}  ({best})")
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         row = self._row(trial)

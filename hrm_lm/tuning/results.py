@@ -2,12 +2,16 @@
 
 import csv
 import io
+import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs
 
-from hrm_lm.training.storage import RunFolder
+from hrm_lm.cluster.run_folder import RunFolder
+from hrm_lm.errors import UserError
+from hrm_lm.training.checkpoint import read_checkpoint
 from hrm_lm.tuning.space import Sweep, point
 
 CURVES = ("val_loss", "val_exact_match", "loss")
@@ -40,17 +44,19 @@ def read_trials(results, sweep: Sweep) -> list[Trial]:
 
 def _read_trial(number: int, result, sweep: Sweep) -> Trial:
     params = {dotted: result.config[dotted] for dotted in sweep.space} if result.config else {}
-    frame, last = result.metrics_dataframe, result.metrics or {}
+    frame, last, metric = result.metrics_dataframe, result.metrics or {}, sweep.tune.metric
     history: dict[int, dict[str, float]] = {}
     for row in frame.to_dict("records") if frame is not None else []:
         # Where a trial went on from a checkpoint, what it repeated replaces what was there.
         if isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid") or "seconds" not in row:
             continue
         history[int(row["step"])] = {
-            name: row[name] for name in {"step", "seconds", "tokens", sweep.tune.metric, *CURVES} if name in row
+            name: row[name] for name in {"step", "seconds", "tokens", metric, *CURVES} if name in row
         }
     rows = [history[step] for step in sorted(history)]
-    trial = Trial(number, params, _status(result, last, sweep), history=rows)
+    # Checkpoints that were saved between validations are reported, too.
+    validated = [row for row in rows if not math.isnan(row[metric])]
+    trial = Trial(number, params, _status(result, last, sweep), history=validated)
     trial.steps = max([int(last.get("step", 0)), *history])
     if trial.status == "failed":
         lines = [line for line in str(result.error).strip().splitlines() if line.strip()]
@@ -58,15 +64,35 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
     else:
         trial.error = str(last.get("error") or "")
     if rows:
-        choose = min if sweep.tune.mode == "min" else max
-        best = choose(rows, key=lambda row: row[sweep.tune.metric])
-        trial.best_step, trial.score = int(best["step"]), best[sweep.tune.metric]
-        trial.val_loss, trial.val_exact_match = best["val_loss"], best["val_exact_match"]
         trial.seconds = rows[-1]["seconds"]
         trial.tokens_per_s = rows[-1]["tokens"] / rows[-1]["seconds"] if rows[-1]["seconds"] else None
-        if result.best_checkpoints:
-            trial.checkpoint = choose(result.best_checkpoints, key=lambda pair: pair[1][sweep.tune.metric])[0]
+    if validated:
+        choose = min if sweep.tune.mode == "min" else max
+        best = choose(validated, key=lambda row: row[metric])
+        trial.best_step, trial.score = int(best["step"]), best[metric]
+        trial.val_loss, trial.val_exact_match = best["val_loss"], best["val_exact_match"]
+        kept = [pair for pair in result.best_checkpoints or [] if not math.isnan(pair[1][metric])]
+        if kept:
+            trial.checkpoint = choose(kept, key=lambda pair: pair[1][metric])[0]
+            if not is_there(trial.checkpoint):  # of a killed sweep: Tune noted it before another took its place
+                trial.checkpoint = saved_at(trial.best_step, result)
     return trial
+
+
+def is_there(checkpoint) -> bool:
+    return checkpoint.filesystem.get_file_info(checkpoint.path).type != pyarrow.fs.FileType.NotFound
+
+
+def saved_at(step: int, result):
+    """The checkpoint of this step in a trial's folder, whether Tune knows of it or not; None where there is none."""
+    from ray.tune import Checkpoint
+
+    for info in result.filesystem.get_file_info(pyarrow.fs.FileSelector(result.path, allow_not_found=True)):
+        if info.base_name.startswith("checkpoint_"):
+            with suppress(UserError):  # torn
+                if read_checkpoint(info.path, result.filesystem).progress.step == step:
+                    return Checkpoint(info.path, result.filesystem)
+    return None
 
 
 def _status(result, last: dict[str, Any], sweep: Sweep) -> str:
@@ -86,13 +112,9 @@ def best_trial(trials: list[Trial], sweep: Sweep) -> Trial | None:
     return choose(good, key=lambda trial: trial.score, default=None)
 
 
-def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial | None:
-    """Writes trials.csv, report.html and, of the best trial, best.yaml and best_checkpoint/; returns that trial."""
-    from hrm_lm.tuning.report import render
-
-    best = best_trial(trials, sweep)
+def write_results(trials: list[Trial], best: Trial | None, sweep: Sweep, folder: RunFolder) -> None:
+    """Writes trials.csv and, of the best trial, best.yaml and best_checkpoint/."""
     folder.write("trials.csv", trials_csv(trials, sweep))
-    folder.write("report.html", render(trials, best, sweep, folder.name))
     if best is not None:
         config = point(sweep.base, best.params)
         folder.write("best.yaml", config.to_yaml())
@@ -107,7 +129,6 @@ def write_results(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> Trial
                 source_filesystem=best.checkpoint.filesystem,
                 destination_filesystem=folder.fs,
             )
-    return best
 
 
 def trials_csv(trials: list[Trial], sweep: Sweep) -> str:

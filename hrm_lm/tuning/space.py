@@ -8,6 +8,7 @@ tune: {num_samples: 16, scheduler: asha}
 """
 
 import copy
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -26,6 +27,7 @@ from hrm_lm.config import (
     with_bases,
 )
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import without_secrets
 
 # distribution -> how many numbers it takes; None: any number of any values
 DISTRIBUTIONS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "choice": None, "grid": None}
@@ -84,24 +86,24 @@ class SweepFile(Section):
 class Sweep:
     """A sweep file, read and checked."""
 
-    def __init__(self, path: str, overrides: dict[str, Any] | None = None):
-        raw = read_yaml(path)
+    def __init__(self, path: str | Path, overrides: dict[str, Any] | None = None):
+        raw, name = read_yaml(path), without_secrets(str(path))
         for dotted, value in (overrides or {}).items():
             if dotted.startswith("tune."):
                 set_dotted(raw, dotted, value)
         try:
             file = SweepFile.model_validate(raw)
         except ValidationError as error:
-            raise UserError("\n".join(f"{path}: {line}" for line in explain(error, SweepFile))) from None
-        self.path, self.tune = path, file.tune
-        self.space = {dotted: _distribution(path, dotted, spec) for dotted, spec in file.search_space.items()}
+            raise UserError("\n".join(f"{name}: {line}" for line in explain(error, SweepFile))) from None
+        self.path, self.tune = name, file.tune
+        self.space = {dotted: _distribution(name, dotted, spec) for dotted, spec in file.search_space.items()}
         self.layers = with_bases({"base": file.base} if isinstance(file.base, str) else file.base, str(path))
         self.base = merged(self.layers)
         for dotted, value in (overrides or {}).items():
             if not dotted.startswith("tune."):
                 set_dotted(self.base, dotted, value)
         set_dotted(self.base, "ray.num_workers", self.tune.workers_per_trial)
-        self.config = parse_config(self.base, source=f"{path}: base")
+        self.config = parse_config(self.base, source=f"{name}: base")
         self._check()
 
     def _check(self) -> None:

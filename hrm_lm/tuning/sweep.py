@@ -4,20 +4,18 @@
 """
 
 import os
-import random
 import sys
 from typing import Any
 
-import numpy as np
 import yaml
 
-from hrm_lm.data.registry import load_dataset
+from hrm_lm.cluster.run import checked_dataset
+from hrm_lm.cluster.run_folder import RunFolder
+from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.errors import RunFailed, UserError
-from hrm_lm.training.driver import say, started_ray
-from hrm_lm.training.storage import RunFolder
 from hrm_lm.training.validation import metric_names
 from hrm_lm.tuning.results import Trial, best_trial, read_trials, write_results
-from hrm_lm.tuning.space import PERTURBED, Sweep
+from hrm_lm.tuning.space import Sweep
 
 EXPERIMENT = "trials"
 """Tune's folder within the sweep's."""
@@ -26,22 +24,24 @@ EXPERIMENT = "trials"
 def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     """Searches and writes the results. Raises RunFailed where no trial succeeded, KeyboardInterrupt after Ctrl-C."""
     config, tune_config = sweep.config, sweep.tune
-    splits = load_dataset(config.data, config.model, config.train.seed)
+    splits = checked_dataset(config)
     if tune_config.metric not in (reported := metric_names(splits)):
         raise UserError(f"tune.metric: trials report no {tune_config.metric!r}, but {', '.join(reported)}")
     written = yaml.safe_dump(sweep.to_dict(), sort_keys=False)
     if folder.exists("sweep.yaml"):
         if not resume:
             raise UserError(
-                f"sweep {folder.name!r} is already in {folder.path}; --resume continues it, --run_name makes another"
+                f"sweep {folder.name!r} is already in {folder.uri}; --resume continues it, --run_name makes another"
             )
         if folder.read("sweep.yaml") != written:
             raise UserError(
                 f"sweep {folder.name!r} was started with another sweep file; --resume takes the one it was started with"
             )
     elif resume:
-        raise UserError(f"no sweep {folder.name!r} in {folder.storage} to resume")
-    say(f"sweep {folder.name!r} in {folder.path}")
+        raise UserError(f"no sweep {folder.name!r} in {folder.storage_uri} to resume")
+    say(f"sweep {folder.name!r} in {folder.uri}")
+
+    from hrm_lm.tuning.report import render
 
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed sweep can forget
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -50,7 +50,9 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         folder.write("sweep.yaml", written)
         results = build_tuner(sweep, folder, resume).fit()
         trials = read_trials(results, sweep)
-        best = write_results(trials, sweep, folder)
+        best = best_trial(trials, sweep)
+        folder.write("report.html", render(trials, best, sweep, folder.name))
+        write_results(trials, best, sweep, folder)
     unfinished = [trial for trial in trials if trial.status == "unfinished"]
     if unfinished and not tune_config.time_budget_s:
         raise KeyboardInterrupt(
@@ -58,7 +60,7 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         )
     if best is None:
         raise RunFailed(
-            f"no trial succeeded; {folder.path}/trials.csv has each one's error, the first: {trials[0].error}"
+            f"no trial succeeded; {folder.uri}/trials.csv has each one's error, the first: {trials[0].error}"
         )
     return trials
 
@@ -69,20 +71,21 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
     from ray import tune
 
     from hrm_lm.tuning.progress import SweepProgress
-    from hrm_lm.tuning.trial import run_trial
+    from hrm_lm.tuning.schedulers import scheduler
+    from hrm_lm.tuning.trial import TrialSetup, run_trial
 
     options, space = sweep.tune, sweep.param_space()
     resources = trial_resources(sweep)
     in_process, reuse_actors = trial_kind(sweep)
-    setup = {
-        "base": sweep.base,
-        "driver_folder": os.getcwd(),
-        "workers": options.workers_per_trial,
-        "in_process": in_process,
-        "resources": resources,
-        "metric": options.metric,
-        "mode": options.mode,
-    }
+    setup = TrialSetup(
+        base=sweep.base,
+        metric=options.metric,
+        mode=options.mode,
+        driver_folder=os.getcwd(),
+        in_process=in_process,
+        workers=options.workers_per_trial,
+        resources=resources,
+    )
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
         # A TorchTrainer brings its workers' own; one byte, because Tune takes no empty request.
@@ -156,28 +159,6 @@ def trial_kind(sweep: Sweep) -> tuple[bool, bool]:
     return alone, alone
 
 
-def scheduler(sweep: Sweep):
-    from ray.tune import schedulers
-
-    options, steps = sweep.tune, sweep.config.train.steps
-    if options.scheduler == "asha":
-        return schedulers.ASHAScheduler(
-            time_attr="step", max_t=steps, grace_period=sweep.grace_steps, reduction_factor=options.reduction_factor
-        )
-    if options.scheduler == "hyperband":
-        return schedulers.HyperBandScheduler(time_attr="step", max_t=steps, reduction_factor=options.reduction_factor)
-    if options.scheduler == "pbt":
-        random.seed(options.seed)  # it draws from the global generators
-        np.random.seed(options.seed)
-        space = sweep.param_space()
-        return schedulers.PopulationBasedTraining(
-            time_attr="step",
-            perturbation_interval=sweep.grace_steps,
-            hyperparam_mutations={dotted: space[dotted] for dotted in PERTURBED if dotted in space},
-        )
-    return schedulers.FIFOScheduler()
-
-
 def search_algorithm(sweep: Sweep, at_once: int):
     from ray.tune.search import BasicVariantGenerator
 
@@ -198,8 +179,8 @@ def summary(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> str:
     return (
         f"best of {len(trials)} trials: trial {best.number}, {sweep.tune.metric} {best.score:.4f} at step {best.best_step}\n"
         f"{values}\n"
-        f"report: {folder.path}/report.html\n"
-        f"train with it: python -m ray_jobs.train --config {folder.path}/best.yaml"
+        f"report: {folder.uri}/report.html\n"
+        f"train with it: python -m ray_jobs.train --config {folder.uri}/best.yaml"
     )
 
 

@@ -9,67 +9,43 @@ import logging
 import shutil
 import tempfile
 import threading
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
-from typing import Any, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyarrow.fs
-import ray
 import ray.train
 import ray.tune
-import torch
-from ray.train._internal.session import get_session
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
 from ray.util.queue import Empty, Queue
 
+from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.sessions import TuneSession, enter, scored
+from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
 from hrm_lm.errors import UserError
-from hrm_lm.training.checkpoint import read_checkpoint
-from hrm_lm.training.loop import train, train_loop_per_worker
-from hrm_lm.training.session import enter, use_assigned_cpus
+from hrm_lm.training.checkpoint import obstacles, read_checkpoint
+from hrm_lm.training.loop import train
 from hrm_lm.tuning.space import point
 
 WORST_LOSS = 1e9
 """What a trial that diverged or was impossible reports: finite, so that schedulers can take quantiles."""
 
 
-class TuneSession:
-    """A trial of one worker, seen from the loop."""
+@dataclass(frozen=True, kw_only=True)
+class TrialSetup:
+    """What a sweep hands each of its trials."""
 
-    rank, world_size, display, event_folder = 0, 1, "none", None  # Tune writes the event files
-
-    def __init__(self, config: Config):
-        self.config, self.metrics = config, {}
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        use_assigned_cpus(self.device)
-
-    @contextmanager
-    def restored(self) -> Iterator[Path | None]:
-        checkpoint = ray.tune.get_checkpoint() or orphan(self.config)
-        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-            yield Path(folder) if folder else None
-
-    def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix="checkpoint_"))
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        self.metrics = metrics
-        try:
-            ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(checkpoint))
-        finally:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-class OutdatedRestore:
-    """Mixed into the class that Tune makes of `run_trial`: what Tune last noted of a killed sweep's trial may be gone.
-
-    A newer checkpoint took its place, and `orphan` finds that.
-    """
-
-    def restore(self, checkpoint) -> None:
-        with suppress(ValueError):  # Tune's for a checkpoint that is not there
-            super().restore(checkpoint)
+    base: dict[str, Any]
+    """The fields that the trial's values are put into."""
+    metric: str
+    mode: Literal["min", "max"]
+    driver_folder: str
+    """Where the command was given: relative paths mean that folder."""
+    in_process: bool
+    """Whether the trial trains in Tune's own process; otherwise it launches a TorchTrainer."""
+    workers: int
+    resources: dict[str, float]
+    """Of each worker."""
 
 
 class QueueCallback(ray.train.UserCallback):
@@ -82,35 +58,36 @@ class QueueCallback(ray.train.UserCallback):
         self.queue.put((metrics[0], checkpoint))
 
 
-def run_trial(params: dict[str, Any], setup: dict[str, Any]) -> None:
-    """What Tune runs. params: dotted path -> value; setup: what `build_tuner` gives every trial."""
+@ray_private.tolerates_outdated_restore
+def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
+    """What Tune runs. params: dotted path -> value."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for each checkpoint is no news
-    enter(setup["driver_folder"])
+    enter(setup.driver_folder)
     try:
-        config = point(setup["base"], params)
+        config = point(setup.base, params)
     except UserError as error:
         ray.tune.report(failed("invalid", 0, str(error), setup))
         return
-    if setup["in_process"]:
-        session = TuneSession(config)
-        outcome, last = train(config, session), session.metrics
+    start_from = ray.tune.get_checkpoint() or orphan(config)
+    if setup.in_process:
+        session = TuneSession(setup.metric, start_from)
+        outcome, last = train(config, session), session.last_report
     else:
-        outcome, last = train_with_workers(config, setup)
+        outcome, last = train_with_workers(config, setup, start_from)
     if outcome["status"] == "diverged":
         ray.tune.report(failed("diverged", outcome["step"], outcome["error"], setup))
     elif last:
         ray.tune.report(last | {"status": outcome["status"]})
 
 
-run_trial.__mixins__ = (OutdatedRestore,)
+def failed(status: str, step: int, error: str, setup: TrialSetup) -> dict[str, Any]:
+    worst = WORST_LOSS if setup.mode == "min" else -WORST_LOSS
+    return {"step": step, "val_loss": WORST_LOSS, setup.metric: worst, "status": status, "error": error}
 
 
-def failed(status: str, step: int, error: str, setup: dict[str, Any]) -> dict[str, Any]:
-    worst = WORST_LOSS if setup["mode"] == "min" else -WORST_LOSS
-    return {"step": step, "val_loss": WORST_LOSS, setup["metric"]: worst, "status": status, "error": error}
-
-
-def train_with_workers(config: Config, setup: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def train_with_workers(
+    config: Config, setup: TrialSetup, start_from: ray.tune.Checkpoint | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs a TorchTrainer beside this thread, which hands its reports to Tune. Returns outcome and last metrics."""
     queue = Queue(maxsize=1, actor_options={"num_cpus": 0})  # so that no checkpoint is gone before Tune has its copy
     scratch = tempfile.mkdtemp(prefix="workers_", dir=ray.tune.get_context().get_trial_dir())
@@ -118,22 +95,21 @@ def train_with_workers(config: Config, setup: dict[str, Any]) -> tuple[dict[str,
         train_loop_per_worker,
         train_loop_config={
             "config": config.to_dict(),
-            "driver_folder": setup["driver_folder"],
+            "driver_folder": setup.driver_folder,
             "display": "none",
-            "event_folder": None,
-            "start_from": ray.tune.get_checkpoint() or orphan(config),
+            "start_from": start_from,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=setup["workers"],
-            use_gpu="GPU" in setup["resources"],
-            resources_per_worker=setup["resources"],
+            num_workers=setup.workers,
+            use_gpu="GPU" in setup.resources,
+            resources_per_worker=setup.resources,
         ),
         run_config=ray.train.RunConfig(
             name="workers",
             storage_path=scratch,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=4),
             callbacks=[QueueCallback(queue)],
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=ray_private.quiet_logging(),
         ),
     )
     ended: list[Any] = []
@@ -149,9 +125,10 @@ def train_with_workers(config: Config, setup: dict[str, Any]) -> tuple[dict[str,
     try:
         while not (ended and queue.empty()):
             try:
-                metrics, checkpoint = queue.get(timeout=0.2)
+                reported, checkpoint = queue.get(timeout=0.2)
             except Empty:
                 continue
+            metrics = scored(reported, setup.metric)
             # As Tune's own class; Ray Train's is another, though it holds the same.
             ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint(checkpoint.path, checkpoint.filesystem))
     finally:
@@ -162,20 +139,17 @@ def train_with_workers(config: Config, setup: dict[str, Any]) -> tuple[dict[str,
 
 
 def orphan(config: Config) -> ray.tune.Checkpoint | None:
-    """This trial's newest checkpoint in storage that Tune does not know of.
+    """This trial's newest whole checkpoint in storage that it can go on from, for where Tune knows of none.
 
     Tune notes what it knows about once a second; what a killed sweep saved after its last note is found here.
     """
-    storage = get_session().storage
-    fs, folder = storage.storage_filesystem, storage.trial_fs_path
+    fs, folder = ray_private.trial_folder()
     infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
     for path in sorted((i.path for i in infos if i.base_name.startswith("checkpoint_")), reverse=True):
-        checkpoint = ray.tune.Checkpoint(path, fs)
         try:
-            with checkpoint.as_directory() as local:
-                theirs = read_checkpoint(local).config
+            saved = read_checkpoint(path, fs, for_resume=True)
         except UserError:  # torn: the upload was cut
             continue
-        if theirs.model == config.model and theirs.optim == config.optim and theirs.train == config.train:
-            return checkpoint
+        if not obstacles(saved.config, config):
+            return ray.tune.Checkpoint(path, fs)
     return None

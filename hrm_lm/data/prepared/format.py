@@ -1,10 +1,10 @@
 """The prepared dataset on disk: token ids, opened and not loaded. `ray_jobs.prepare` writes it.
 
-    meta.json           what is there: format version, counts, lengths, shards, each file's size and SHA-256; written last
-    tokenizer.json
-    train-00000.bin     token ids, sample after sample: prompt, BOS, response, EOS
-    train-00000.idx     int64: where each prompt and each response ends in the .bin, after a leading 0
-    val-00000.bin ...
+meta.json           what is there: format version, counts, lengths, shards, each file's size and SHA-256; written last
+tokenizer.json
+train-00000.bin     token ids, sample after sample: prompt, BOS, response, EOS
+train-00000.idx     int64: where each prompt and each response ends in the .bin, after a leading 0
+val-00000.bin ...
 """
 
 import numpy as np

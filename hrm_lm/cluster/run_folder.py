@@ -4,21 +4,23 @@ The default is `runs/` beside where the command was given. Under `ray job submit
 there it is `~/hrm_lm_runs` of the cluster, which outlives the job.
 """
 
+import errno
 import fcntl
-import json
 import logging
+import math
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Iterator
+from typing import IO, Any
 
 import pyarrow.fs
 
+from hrm_lm.cluster.ray_private import SNAPSHOT
+from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import resolve
+from hrm_lm.filesystem import read_text, reason, resolve, without_secrets
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of a run's checkpoints: its presence says that there are some."""
 JOB_STORAGE = Path("~/hrm_lm_runs").expanduser()
 
 
@@ -30,6 +32,19 @@ def default_storage() -> str:
     return str(JOB_STORAGE if in_ray_job() else Path("runs").absolute())
 
 
+def outliving(location: str, flag: str) -> str:
+    """Where to write what the user wants in `location`, so that it is there when a submitted job is over.
+
+    A relative folder would be in the job's temporary copy of the working directory. It goes under the default storage
+    instead, and the user is told. flag: the command's flag that gave it.
+    """
+    if not in_ray_job() or "://" in location or Path(location).expanduser().is_absolute():
+        return location
+    path = os.path.normpath(JOB_STORAGE / location)
+    say(f"{flag} {location} would vanish with this job's temporary working directory; writing to {path}")
+    return path
+
+
 class RunFolder:
     """A run's folder in storage. `location`: the storage's folder or URI."""
 
@@ -39,7 +54,15 @@ class RunFolder:
         self.name = name
         self.fs, self.storage = resolve(location)
         self.path = f"{self.storage}/{name}"
+        """Within `fs`; for users there is `uri`."""
         self.is_local = isinstance(self.fs, pyarrow.fs.LocalFileSystem)
+        self.storage_uri = self.storage if self.is_local else without_secrets(location).rstrip("/")
+        self.uri = f"{self.storage_uri}/{name}"
+        """What a user reads and pastes: the path, or a URI without keys and options."""
+
+    def uri_of(self, path: str) -> str:
+        """What a user reads of a path below this folder, a checkpoint's for example."""
+        return self.uri + path.removeprefix(self.path)
 
     def exists(self, file: str) -> bool:
         return self.fs.get_file_info(f"{self.path}/{file}").type != pyarrow.fs.FileType.NotFound
@@ -48,29 +71,35 @@ class RunFolder:
         return self.exists(SNAPSHOT)
 
     def read(self, file: str) -> str:
-        with self.fs.open_input_stream(f"{self.path}/{file}") as stream:
-            return stream.read().decode()
+        return read_text(self.fs, f"{self.path}/{file}")
 
     def write(self, file: str, text: str) -> None:
         try:
             self.fs.create_dir(self.path, recursive=True)
-            with self.fs.open_output_stream(f"{self.path}/{file}") as stream:
+            with self.fs.open_output_stream(f"{self.path}/{file}", compression=None) as stream:
                 stream.write(text.encode())
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error}") from None
+            raise UserError(f"{self.uri}: cannot be written: {reason(error)}") from None
 
     def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
-        """The kept checkpoints with their metrics, best `val_loss` first, and the last one; each a full path."""
+        """The kept checkpoints with their metrics, best `val_loss` first, and the last one; each a path within `fs`.
+
+        A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others.
+        """
         from ray.train import Result
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would explain at length that it found some
         try:
             result = Result.from_path(self.path, storage_filesystem=self.fs)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path}: its list of checkpoints cannot be read: {error}") from None
+            raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {error}") from None
         kept = [(checkpoint.path, metrics) for checkpoint, metrics in result.best_checkpoints]
-        kept.sort(key=lambda item: item[1]["val_loss"])
-        return kept, result.checkpoint.path if result.checkpoint else None
+
+        def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float]:
+            val_loss, step = item[1]["val_loss"], item[1]["step"]
+            return (True, -step) if math.isnan(val_loss) else (False, val_loss)
+
+        return sorted(kept, key=rank), result.checkpoint.path if result.checkpoint else None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -80,17 +109,25 @@ class RunFolder:
             return
         self.write(".lock", "") if not self.exists(".lock") else None
         with open(f"{self.path}/.lock", "r+") as file:
-            _lock_or_refuse(file, self.name)
+            _lock_or_refuse(file, self)
             yield
 
 
-def _lock_or_refuse(file: IO[str], name: str) -> None:
+def _lock_or_refuse(file: IO[str], folder: RunFolder) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(
-            f"run {name!r} is being trained by process {file.read().strip() or '?'}; wait for it, or give another --run_name"
-        ) from None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            holder = file.read().strip() or "?"
+            message = (
+                f"run {folder.name!r} is being trained by process {holder}; wait for it, or give another --run_name"
+            )
+        else:
+            message = (
+                f"{folder.uri}: the run's folder cannot be locked against a second run: {reason(error)}\n"
+                "give --save_dir a folder on a file system with file locks, or a URI"
+            )
+        raise UserError(message) from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -108,25 +145,6 @@ def newest_run(locations: list[str]) -> RunFolder:
             if snapshot.type == pyarrow.fs.FileType.File and snapshot.mtime_ns > newest_time:
                 newest, newest_time = RunFolder(location, info.base_name), snapshot.mtime_ns
     if newest is None:
-        raise UserError(f"no run with a checkpoint in {' or '.join(locations)}; train one, or give --checkpoint")
+        places = " or ".join(map(without_secrets, locations))
+        raise UserError(f"no run with a checkpoint in {places}; train one, or give --checkpoint")
     return newest
-
-
-@contextmanager
-def local_checkpoint(location: str, fs: pyarrow.fs.FileSystem | None = None) -> Iterator[Path]:
-    """A checkpoint's folder or URI as a local folder, downloaded for the time being where it is not."""
-    if fs is None:
-        fs, location = resolve(location)
-    if isinstance(fs, pyarrow.fs.LocalFileSystem):
-        yield Path(location)
-        return
-    if fs.get_file_info(location).type != pyarrow.fs.FileType.Directory:
-        raise UserError(f"{location}: no such checkpoint folder")
-    import ray.train
-
-    with ray.train.Checkpoint(location, fs).as_directory() as folder:
-        yield Path(folder)
-
-
-def dump_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,57 @@
+"""All that this project uses of Ray without Ray's promise to keep it. Look here first when Ray is updated."""
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+import pyarrow.fs
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of a run's checkpoints. Looking for the file tells whether there are any without loading Ray."""
+
+
+def quiet_logging():
+    """Ray Train's LoggingConfig that shows warnings only: this class has no public place to import it from."""
+    from ray.train.v2.api.config import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING")
+
+
+def quiet_reports() -> None:
+    """Silences a worker's line for each report. Ray 2.60 names that logger by its file, so LoggingConfig misses it."""
+    from ray.train.v2._internal.execution import context
+
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)
+
+
+def progress_bar(steps: int) -> Any:
+    """A progress bar that the driver draws, wherever the worker is: no public API does that."""
+    from ray.experimental.tqdm_ray import tqdm
+
+    return tqdm(desc="training", total=steps, unit="step")
+
+
+def trial_folder() -> tuple[pyarrow.fs.FileSystem, str]:
+    """File system and path of this trial's folder in storage: Tune's public context knows the local folder only."""
+    from ray.train._internal.session import get_session
+
+    storage = get_session().storage
+    return storage.storage_filesystem, storage.trial_fs_path
+
+
+class OutdatedRestore:
+    """Lets a trial start whose checkpoint is gone.
+
+    What Tune last noted of a killed sweep's trial may be gone, because a newer checkpoint took its place. Tune would
+    fail the trial; `hrm_lm.cluster.sessions.orphan` finds the newer checkpoint.
+    """
+
+    def restore(self, checkpoint) -> None:
+        with suppress(ValueError):  # Tune's error for a checkpoint that is not there
+            super().restore(checkpoint)
+
+
+def tolerates_outdated_restore(function):
+    """Marks a trial's function: Tune has no other way into the class that it makes of a function."""
+    function.__mixins__ = (OutdatedRestore,)
+    return function

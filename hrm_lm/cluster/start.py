@@ -1,0 +1,69 @@
+"""Starting Ray, or joining the cluster that is there.
+
+Preparing a corpus starts Ray too, and its tasks do without PyTorch: this module imports neither PyTorch nor, before it
+is needed, Ray.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hrm_lm.errors import RunFailed
+
+
+@contextmanager
+def started_ray() -> Iterator[None]:
+    """A running cluster where there is one (RAY_ADDRESS, `ray start`), else a local Ray for as long as this lasts."""
+    # Ray would take progress lines for repetitions of one another and drop most, and Ray Train show the others twice.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+
+    if ray.is_initialized():  # a test's, or a notebook's
+        yield
+        return
+    try:
+        init_ray()
+    except (ConnectionError, RuntimeError) as error:
+        raise RunFailed(f"Ray did not start: {' '.join(str(error).split())[:500]}") from None
+    try:
+        yield
+    except KeyboardInterrupt:
+        # No orderly shutdown, which can hang on workers in mid-step: a local Ray ends with this process. What they say
+        # until then is no news.
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        raise
+    except BaseException:
+        ray.shutdown()
+        raise
+    ray.shutdown()
+
+
+def init_ray(**options: Any) -> None:
+    """`ray.init`, and if that starts a Ray, one whose processes know it from others on this machine.
+
+    Ray Train frees what a dead run held through the dashboard, which it looks for with an empty environment, and gives
+    up where it finds two of them.
+    """
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        ray.init(logging_level="error", dashboard_port=port, **options)
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def say(line: str) -> None:
+    """Tells the user what the driver does. Standard output is for results."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,144 @@
+"""Run folders: names for users, locks, what a submitted job's folders become, object storage."""
+
+import errno
+import fcntl
+import os
+
+import pyarrow.fs
+import pytest
+from conftest import small_config, train_locally
+
+from hrm_lm.cluster import run_folder
+from hrm_lm.cluster.run import check_resume, checked_dataset, run
+from hrm_lm.cluster.run_folder import RunFolder, outliving
+from hrm_lm.config import load_config
+from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.filesystem import local_copy
+from hrm_lm.tuning.space import Sweep
+
+
+@pytest.fixture
+def job(in_folder, monkeypatch):
+    """As in a submitted job, with its default storage in a folder of the test's; returns that folder."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(run_folder, "JOB_STORAGE", in_folder / "home/hrm_lm_runs")
+    return in_folder / "home/hrm_lm_runs"
+
+
+def test_a_relative_folder_of_a_job_goes_where_it_outlives_the_job(job, capsys):
+    assert outliving("mine/runs", "--save_dir") == str(job / "mine/runs")
+    assert (
+        f"--save_dir mine/runs would vanish with this job's temporary working directory; writing to {job}/mine/runs"
+        in (capsys.readouterr().err)
+    )
+    for location in ("/data/runs", "s3://bucket/runs", "~/runs"):
+        assert outliving(location, "--save_dir") == location
+    assert capsys.readouterr().err == ""
+
+
+def test_outside_a_job_a_relative_folder_stays(in_folder, capsys):
+    assert outliving("runs", "--output") == "runs" and capsys.readouterr().err == ""
+
+
+def test_a_run_in_a_job_is_written_where_it_outlives_the_job(job, capsys, monkeypatch):
+    def started_ray():
+        raise RunFailed("no Ray in this test")
+
+    monkeypatch.setattr("hrm_lm.cluster.run.started_ray", started_ray)
+    with pytest.raises(RunFailed, match="no Ray in this test"):
+        run(small_config(ray__storage_path="runs", ray__run_name="r"))
+    assert f"run 'r' in {job}/runs/r" in capsys.readouterr().err
+
+
+def test_a_dataset_that_did_not_come_with_a_job_is_told_with_the_cause(job):
+    with pytest.raises(
+        UserError, match=r"data/sums.jsonl did not come with the job: .* \.gitignore names, such as data/"
+    ):
+        checked_dataset(small_config(data__dataset="data/sums.jsonl"))
+    with pytest.raises(UserError) as error:
+        checked_dataset(small_config(data__dataset="no_such_module:build"))
+    assert "no_such_module" in str(error.value) and ".gitignore" not in str(error.value)
+
+
+def test_outside_a_job_a_missing_dataset_is_just_missing(in_folder):
+    with pytest.raises(UserError) as error:
+        checked_dataset(small_config(data__dataset="data/sums.jsonl"))
+    assert "data/sums.jsonl" in str(error.value) and ".gitignore" not in str(error.value)
+
+
+def test_a_lock_that_another_process_holds_names_that_process(in_folder):
+    with RunFolder("runs", "r").lock():
+        with pytest.raises(UserError, match=f"run 'r' is being trained by process {os.getpid()}"):
+            with RunFolder("runs", "r").lock():
+                pass
+
+
+def test_a_folder_that_cannot_be_locked_is_told_as_such(in_folder, monkeypatch):
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(
+        UserError, match=rf"{in_folder}/runs/r: .* cannot be locked .*No locks available\ngive --save_dir"
+    ):
+        with RunFolder("runs", "r").lock():
+            pass
+
+
+
+
+
+# --- object storage ----------------------------------------------------------------------------------------------
+
+
+def write(bucket, path, text):
+    with bucket.fs.open_output_stream(f"bucket/{path}") as file:
+        file.write(text.encode())
+
+
+def test_a_config_and_a_sweep_may_be_in_object_storage(bucket):
+    write(bucket, "c/base.yaml", "train: {steps: 77, val_every: 7}")
+    write(bucket, "c/sweep.yaml", "base: base.yaml\nsearch_space: {optim.lr: {choice: [1.0e-3]}}")
+    write(bucket, "c/wrong.yaml", "train: {stesp: 1}")
+    assert load_config(bucket("c/base.yaml")).train.steps == 77
+    assert Sweep(bucket("c/sweep.yaml")).config.train.steps == 77
+    for name, message in (("wrong", "no such field"), ("absent", "cannot be read")):
+        with pytest.raises(UserError, match=f"^s3://bucket/c/{name}.yaml: .*{message}") as error:
+            load_config(bucket(f"c/{name}.yaml"))
+        assert "secret" not in str(error.value)
+
+
+def test_what_a_user_reads_of_a_run_in_object_storage_is_a_uri_without_secrets(bucket):
+    folder = RunFolder(bucket("runs"), "r")
+    assert folder.uri == "s3://bucket/runs/r" and folder.path == "bucket/runs/r"
+    assert folder.uri_of(f"{folder.path}/checkpoint_1") == "s3://bucket/runs/r/checkpoint_1"
+    with pytest.raises(UserError, match="^s3://bucket/nothing: no such folder"):
+        with local_copy(bucket("nothing")):
+            pass
+
+
+def test_a_run_in_object_storage_has_curves_and_uris_and_is_resumed_without_a_download(
+    cluster, in_folder, bucket, capsys, monkeypatch
+):
+    train_locally(small_config(train__steps=1), in_folder / "first")
+    pyarrow.fs.copy_files(
+        str(in_folder / "first/step_000001"), "bucket/first", destination_filesystem=bucket.fs,
+        source_filesystem=pyarrow.fs.LocalFileSystem(),
+    )  # fmt: skip
+    options = {"train__val_every": 3, "train__steps": 6, "ray__storage_path": bucket("runs"), "ray__run_name": "r"}
+    result = run(small_config(**options, train__init_from=bucket("first")))
+    assert result["best_checkpoint"].startswith("s3://bucket/runs/r/checkpoint_0000000")
+    assert result["last_checkpoint"] == "s3://bucket/runs/r/checkpoint_00000006"
+    err = capsys.readouterr().err
+    assert "run 'r' in s3://bucket/runs/r\n" in err and "secret" not in err
+    found = {info.base_name: info for info in bucket.fs.get_file_info(pyarrow.fs.FileSelector("bucket/runs/r"))}
+    (events,) = (info for name, info in found.items() if name.startswith("events.out.tfevents."))
+    assert events.size > 500
+    with bucket.fs.open_input_stream("bucket/runs/r/result.json") as file:
+        assert "s3://bucket/runs/r/checkpoint" in file.read().decode()
+
+    monkeypatch.setattr(pyarrow.fs, "copy_files", lambda *_, **__: pytest.fail("a checkpoint was downloaded"))
+    assert run(small_config(**options, train__init_from=bucket("first"))) == result
+    assert "already at step 6 of 6" in capsys.readouterr().err
+    check_resume(small_config(**options, train__init_from=bucket("other")), RunFolder(bucket("runs"), "r"), "auto")
+    assert "  train.init_from: s3://bucket/first -> s3://bucket/other\n" in capsys.readouterr().err
