@@ -72,6 +72,11 @@ class Ragged(NamedTuple):
         """(B,) int64: what each sample takes of `ids`."""
         return self.prompt_lens + 1 + self.label_lens
 
+    @property
+    def token_lens(self) -> np.ndarray:
+        """(B,) int64: tokens of each sample as a single stream, prompt and labels less the last."""
+        return stream_lengths(np.stack([self.prompt_lens, self.label_lens], axis=1))
+
     @classmethod
     def concatenate(cls, pieces: Sequence[Ragged]) -> Ragged:
         return cls(*map(np.concatenate, zip(*pieces, strict=True)))
@@ -82,6 +87,11 @@ class Ragged(NamedTuple):
         within = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
         ids = self.ids[within + np.arange(len(within))]
         return Ragged(ids, self.prompt_lens[order], self.label_lens[order], self.ends[order])
+
+
+def stream_lengths(lengths: np.ndarray) -> np.ndarray:
+    """(B, 2), tokens of prompts and labels -> (B,): tokens of each sample as a single stream, its last label left out."""
+    return lengths.sum(axis=1) - 1
 
 
 class Split(ABC):

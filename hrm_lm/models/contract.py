@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, Cycles, ModelConfig
-from hrm_lm.data.collate import AnyBatch, SpecialTokens
+from hrm_lm.data.collate import AnyBatch, Collate, SpecialTokens, pack
 from hrm_lm.data.splits import Ragged
 from hrm_lm.models.layers import Head
 
@@ -31,6 +32,8 @@ class EvalOptions:
     batch_size: int = 64
     round_up: bool = False
     """Whether sizes are rounded up to those that training has seen, for compiled models."""
+    row_tokens: int | None = None
+    """Samples lie end to end in rows of so many tokens, instead of `batch_size` of them in rows of their own."""
 
     @classmethod
     def of(cls, config: Config, **changes: Any) -> EvalOptions:
@@ -40,8 +43,14 @@ class EvalOptions:
             mixed_precision=config.train.mixed_precision,
             batch_size=config.micro_batch_size,
             round_up=config.train.length_window > 0,
+            row_tokens=config.row_tokens,
         )
         return replace(options, **changes)
+
+
+def layout(model: LanguageModel, row_tokens: int | None) -> Collate:
+    """How samples become the model's batches: as its architecture wants, or with `row_tokens` packed into such a row."""
+    return model.collate if row_tokens is None else partial(pack, width=row_tokens)
 
 
 class Prediction(NamedTuple):

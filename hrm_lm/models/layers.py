@@ -263,7 +263,7 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal, cache))
         if memory is not None:
             keys_values, memory_mask, gate = memory
-            x = x + gate * self.dropout(self.cross(self.cross_norm(x), keys_values, memory_mask))
+            x = x + gate.to(x.dtype) * self.dropout(self.cross(self.cross_norm(x), keys_values, memory_mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

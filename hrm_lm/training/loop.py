@@ -12,7 +12,7 @@ from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, without_secrets
-from hrm_lm.models.contract import EvalOptions
+from hrm_lm.models.contract import EvalOptions, layout
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
@@ -37,8 +37,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         return {"status": "early_stopped", "step": state.step}
 
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
+    collate = layout(state.model, config.row_tokens)
     source = train_batches(
-        splits.train, splits.tokenizer, state.model.collate, config.train, state.step, session.rank, session.world_size
+        splits.train, splits.tokenizer, collate, config.train, state.step, session.rank, session.world_size
     )
     batches = prefetch(source, state.device)
     clock = time.perf_counter()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.data.loading import prefetch, val_batches
 from hrm_lm.data.splits import Splits
-from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast
+from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast, layout
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 
@@ -57,8 +57,16 @@ def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict
     model.eval()
     tallies = {}
     for name, member in (splits.members or {"": splits}).items():
+        collate = layout(model, options.row_tokens)
         batches = val_batches(
-            member.val, member.tokenizer, model.collate, options.batch_size, rank, world_size, options.round_up
+            member.val,
+            member.tokenizer,
+            collate,
+            options.batch_size,
+            rank,
+            world_size,
+            options.round_up,
+            options.row_tokens,
         )
         with autocast(device, options.mixed_precision):
             sums = predicted(model, prefetch(batches, device), options)
