@@ -164,6 +164,9 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether each transformer block is compiled (torch.compile). The start takes some seconds longer and each step is
     faster, above all on GPUs."""
+    activation_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the activations that a step keeps for its backward pass. What is not kept is computed again, the cheapest
+    first. Less than 1 needs `compile`."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint. With 0 the run validates only at its end."""
     checkpoint_every: Count = 0
@@ -183,6 +186,12 @@ class TrainConfig(Section):
     """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None
     """Checkpoint, folder or URI, whose weights a new run starts from."""
+
+    @model_validator(mode="after")
+    def _recomputation_compiled(self):
+        if self.activation_memory < 1 and not self.compile:
+            raise ValueError(f"train.activation_memory ({self.activation_memory:g}) less than 1 needs train.compile=true")
+        return self
 
     @model_validator(mode="after")
     def _cycles_ordered(self):

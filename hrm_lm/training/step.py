@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -85,6 +86,7 @@ def build_state(
         # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
         # make more kinds than Dynamo would keep.
         torch._dynamo.config.recompile_limit = 64
+        torch._functorch.config.activation_memory_budget = config.train.activation_memory
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()

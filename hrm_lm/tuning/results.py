@@ -48,7 +48,7 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
     history: dict[int, dict[str, float]] = {}
     for row in frame.to_dict("records") if frame is not None else []:
         # Where a trial went on from a checkpoint, what it repeated replaces what was there.
-        if isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid") or "seconds" not in row:
+        if isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid", "failed") or "seconds" not in row:
             continue
         history[int(row["step"])] = {
             name: row[name] for name in {"step", "seconds", "tokens", metric, *CURVES} if name in row
