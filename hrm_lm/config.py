@@ -190,7 +190,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _recomputation_compiled(self):
         if self.activation_memory < 1 and not self.compile:
-            raise ValueError(f"train.activation_memory ({self.activation_memory:g}) less than 1 needs train.compile=true")
+            raise ValueError(
+                f"train.activation_memory ({self.activation_memory:g}) less than 1 needs train.compile=true"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ Most tests run the real loop in this process through `LocalSession`, without Ray
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow.fs
@@ -98,10 +98,8 @@ class LocalSession:
 
 def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> LocalSession:
     session = LocalSession(folder, stop_at)
-    try:
+    with suppress(KeyboardInterrupt):
         session.outcome = train(config, session)
-    except KeyboardInterrupt:
-        pass
     return session
 
 

@@ -11,10 +11,10 @@ from conftest import eval_options, small_config, train_locally
 from hrm_lm.config import TrainConfig, load_config
 from hrm_lm.data.collate import IGNORE, pack, pad, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
+from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import global_batches, token_share
 from hrm_lm.data.splits import Sample, Samples, stream_lengths
 from hrm_lm.data.tokenizer import SimpleTokenizer
-from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.step import Stats, build_state, train_step

@@ -1,5 +1,6 @@
 """Sharded training on two processes (gloo), without Ray: the curve of DDP, and checkpoints that know no worker count."""
 
+import contextlib
 import shutil
 import socket
 
@@ -57,10 +58,8 @@ def worker(rank, port, jobs, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, config, folder, stop_at in jobs:
         session = TwoProcesses(rank, folder, stop_at)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             train(config, session)
-        except KeyboardInterrupt:
-            pass
         if rank == 0:
             results[name] = session.reports
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ end to end in one row (`pack`). The model says which layout it wants (`LanguageM
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ def without_labels(batch: AnyBatch) -> AnyBatch:
     return batch._replace(labels=torch.full_like(batch.labels, IGNORE))
 
 
-def padded_length(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded up to one of few sizes: eight to an octave and multiples of 8, so 32 of them up to 512."""
+def padded_length(lengths: Any) -> Any:
+    """A length, or an array of lengths, rounded up to one of few sizes: eight to an octave and multiples of 8, so 32 of them up to 512."""
     step = np.maximum(8, 2 ** np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8)
     return -(-lengths // step) * step

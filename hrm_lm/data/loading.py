@@ -7,7 +7,7 @@ to make (some tasks of reasoning-gym) are made by `train.loader_workers` process
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def train_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[list[AnyBatch]]:
+) -> Generator[list[AnyBatch], None, None]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
     batches = Batches(split, tokenizer, collate, round_up=config.length_window > 0)
 
@@ -93,7 +93,7 @@ def val_batches(
     world_size: int = 1,
     round_up: bool = False,
     row_tokens: int | None = None,
-) -> Iterator[list[AnyBatch]]:
+) -> Generator[list[AnyBatch], None, None]:
     """This worker's share of a validation split, each sample once over all workers, alike lengths together; or with
     `row_tokens`, as many samples as make up so many tokens.
 
@@ -118,7 +118,7 @@ def val_batches(
 
 
 def prefetch(
-    batches: Iterator[list[AnyBatch]], device: torch.device, depth: int = 2
+    batches: Generator[list[AnyBatch], None, None], device: torch.device, depth: int = 2
 ) -> Generator[list[AnyBatch], None, None]:
     """The same batches on `device`, `depth` lists ahead. Closing the iterator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)

@@ -21,8 +21,8 @@ from hrm_lm.data.splits import Split, stream_lengths
 
 def global_batches(split: Split, config: TrainConfig, first: int = 0) -> Iterator[np.ndarray]:
     """Indices of the samples of global batches `first`, `first + 1` and so on, without end."""
-    window, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
-    for window in count(window):
+    start, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
+    for window in count(start):
         batches = window_batches(split, config, window)
         yield from batches[skip:]
         skip = max(skip - len(batches), 0)

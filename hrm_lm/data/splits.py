@@ -31,8 +31,8 @@ Prompt = tuple[int, ...]
 class Sample(NamedTuple):
     """Token ids without BOS and EOS."""
 
-    prompt: Sequence[int]
-    response: Sequence[int]
+    prompt: Sequence[int] | np.ndarray
+    response: Sequence[int] | np.ndarray
     ends: bool = True
     """Whether EOS follows the response. It does not where the response was cut."""
 
@@ -149,7 +149,7 @@ class Split(ABC):
         return self.places(i) if self.places else f"sample {i + 1}"
 
 
-def key(prompt: Sequence[int]) -> Prompt:
+def key(prompt: Sequence[int] | np.ndarray) -> Prompt:
     return tuple(np.asarray(prompt).tolist())
 
 
@@ -307,8 +307,9 @@ def as_split(
     """A split of whatever holds samples. What has a length and items is read item by item, when they are asked for."""
     if isinstance(samples, Split):
         return samples
+    items: Any = samples
     if not isinstance(samples, Sized) or isinstance(samples, Set):  # a generator, say
-        samples = list(samples)
-    if isinstance(samples, list | tuple | np.ndarray):  # converted once
-        samples = [as_sample(item, tokenizer, place(i)) for i, item in enumerate(samples)]
-    return Samples(samples, tokenizer, place, score)
+        items = list(samples)
+    if isinstance(items, list | tuple | np.ndarray):  # converted once
+        items = [as_sample(item, tokenizer, place(i)) for i, item in enumerate(items)]
+    return Samples(items, tokenizer, place, score)

@@ -62,7 +62,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 return {
                     "status": "diverged",
                     "step": interval["bad_step"],
-                    "error": divergence(config, interval["bad_step"]),
+                    "error": divergence(config, int(interval["bad_step"])),
                 }
             progress.seconds += seconds
             progress.tokens += int(interval["tokens"])
