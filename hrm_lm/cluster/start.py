@@ -16,8 +16,8 @@ from hrm_lm.errors import RunFailed
 
 @contextmanager
 def started_ray() -> Iterator[None]:
-    """A running cluster where there is one (RAY_ADDRESS, `ray start`), else a local Ray for as long as this lasts."""
-    # Ray would take progress lines for repetitions of one another and drop most, and Ray Train show the others twice.
+    """Joins the cluster that runs (RAY_ADDRESS, `ray start`), or starts a local Ray for as long as this lasts."""
+    # Ray would take progress lines for repetitions and drop most of them. Ray Train would show the rest twice.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
@@ -32,8 +32,8 @@ def started_ray() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # No orderly shutdown, which can hang on workers in mid-step: a local Ray ends with this process. What they say
-        # until then is no news.
+        # There is no orderly shutdown, because it can hang on workers in mid-step. A local Ray ends with this process,
+        # and what its workers say until then is no news.
         sys.stdout = sys.stderr = open(os.devnull, "w")
         raise
     except BaseException:
@@ -43,10 +43,10 @@ def started_ray() -> Iterator[None]:
 
 
 def init_ray(**options: Any) -> None:
-    """`ray.init`, and if that starts a Ray, one whose processes know it from others on this machine.
+    """Calls `ray.init`. If that starts a Ray, its processes can tell it from other Rays on this machine.
 
-    Ray Train frees what a dead run held through the dashboard, which it looks for with an empty environment, and gives
-    up where it finds two of them.
+    Ray Train frees through the dashboard what a dead run held. It looks for the dashboard with an empty environment and
+    gives up where it finds two.
     """
     import ray
 
