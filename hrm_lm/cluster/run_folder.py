@@ -82,7 +82,7 @@ class RunFolder:
             raise UserError(f"{self.uri}: cannot be written: {reason(error)}") from None
 
     def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
-        """The kept checkpoints with their metrics, best `val_loss` first, and the last checkpoint, as paths within `fs`.
+        """The kept checkpoints with their metrics, best `val_loss` first, and the last checkpoint; as paths in `fs`.
 
         A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others.
         """

@@ -85,7 +85,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer: Tokenizer) -> None:
-    """Writes `state` into the existing folder `path`. If it is sharded, each worker writes its part, and rank 0 the rest."""
+    """Writes `state` into the existing folder `path`. All workers write a sharded state, rank 0 the rest."""
     _save(path / "optimizer", _optimizer_tensors(state))
     if state.average:
         _save(path / "average", state.average.tensors)
