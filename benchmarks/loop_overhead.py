@@ -40,7 +40,8 @@ def rounds(loop_config: dict) -> list[tuple[float, float]]:
     config = parse_config(loop_config["config"])
     session = FreshSession(os.getcwd(), "lines", (LocalFileSystem(), loop_config["event_folder"]))
     splits = load_dataset(config.data, config.model, config.train.seed)
-    ready = list(prefetch(train_batches(splits, config.train, 0, 0, 1), session.device))
+    collate = build_state(config, splits.tokenizer.vocab_size).model.collate
+    ready = list(prefetch(train_batches(splits.train, splits.tokenizer, collate, config.train), session.device))
 
     def bare() -> float:
         state = build_state(config, splits.tokenizer.vocab_size, session.device)

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrm_lm.config import load_config, parse_set
-from hrm_lm.data.collate import Batch
+from hrm_lm.config import Cycles, load_config, parse_set
+from hrm_lm.data.collate import AnyBatch
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.training.step import Stats, build_state, token_loss, train_step
+from hrm_lm.models.contract import EvalOptions, LanguageModel
+from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.training.validation import validate
 
 EVALUATED_AT = (1, 2, 4, 8)
@@ -73,19 +74,21 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     splits = load_dataset(config.data, config.model, seed=0)  # the same split whatever the seed of the run
     state = build_state(config, splits.tokenizer.vocab_size, device)
     stats, flops, start = Stats(state), 0, time.perf_counter()
-    for i, micro_batches in enumerate(prefetch(train_batches(splits, config.train, 0, 0, 1), device)):
+    trained = config.model.hrm.cycles
+    batches = train_batches(splits.train, splits.tokenizer, state.model.collate, config.train)
+    for i, micro_batches in enumerate(prefetch(batches, device)):
         if i == 0:
-            least, most = config.train.sample_h_cycles or (None, None)
-            counts = [None] if least is None else range(least, most + 1)
-            flops = statistics.mean(training_flops(state.model, micro_batches[0], count) for count in counts)
+            least, most = config.train.sample_h_cycles or (trained.h, trained.h)
+            counts = [trained._replace(h=h) for h in range(least, most + 1)]
+            flops = statistics.mean(training_flops(state.model, micro_batches[0], cycles) for cycles in counts)
         train_step(state, micro_batches, stats)
     diverged = stats.read()["bad_step"] is not None  # waits for the device
     seconds = time.perf_counter() - start
     exact = {}
-    for h_cycles in EVALUATED_AT if config.model.hrm.h_cycles else (0,):
-        cycles = h_cycles or None
-        scores = validate(state.model, splits._replace(score=None), 512, h_cycles=cycles)
-        exact[str(h_cycles)] = scores["val_exact_match"]
+    splits.val.verdict = None  # generating answers for the task's verifier would take most of the time
+    for h_cycles in EVALUATED_AT if trained.h else (0,):
+        options = EvalOptions(cycles=trained._replace(h=h_cycles), batch_size=512)
+        exact[str(h_cycles)] = validate(state.model, splits, options)["val_exact_match"]
     return {
         "key": job["key"],
         "parameters": sum(p.numel() for p in state.model.parameters()),
@@ -96,10 +99,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def training_flops(model: torch.nn.Module, batch: Batch, h_cycles: int | None) -> int:
+def training_flops(model: LanguageModel, batch: AnyBatch, cycles: Cycles) -> int:
     """Of a forward and backward pass, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter:
-        token_loss(model(batch, h_cycles)[-1], batch.labels).backward()
+        model(batch, cycles)[-1].losses.sum().backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

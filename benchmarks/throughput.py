@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from hrm_lm.config import load_config
-from hrm_lm.data.collate import pad_batch
+from hrm_lm.data.collate import pad, to_device
+from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.errors import UserError
 from hrm_lm.interop.export import hrm_text_config
 from hrm_lm.interop.hrm_text import require_transformers
@@ -42,17 +43,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(config, vocab_size: int, batch, device: torch.device) -> Callable[[], None]:
+def ours(config, vocab_size: int, samples: Ragged, device: torch.device) -> Callable[[], None]:
     state = build_state(config, vocab_size, device)
+    batch = to_device(state.model.collate(samples, Vocabulary(vocab_size)), device)
     stats = Stats(state)
     return lambda: train_step(state, [batch], stats)
 
 
-def theirs(config, vocab_size: int, batch, device: torch.device) -> Callable[[], None]:
+def theirs(config, vocab_size: int, samples: Ragged, device: torch.device) -> Callable[[], None]:
     transformers = require_transformers()
     model = transformers.HrmTextForCausalLM(hrm_text_config(config.model, Vocabulary(vocab_size))).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=device.type == "cuda")
     forward = torch.compile(model) if config.train.compile else model
+    batch = to_device(pad(samples, Vocabulary(vocab_size)), device)
     ids = torch.cat([batch.encoder_ids, batch.decoder_input_ids[:, 1:]], dim=1)
     prompt_len = batch.encoder_ids.shape[1]
     prompt = torch.zeros_like(ids)
@@ -92,15 +95,15 @@ def main() -> None:
 
     half = length // 2
     tokens = torch.randint(3, vocab_size, (config.train.batch_size, length + 1)).tolist()
-    samples = [(row[:half], [1, *row[half:-1]], row[half:]) for row in tokens]
-    batch = pad_batch(samples, pad_id=0).to(device)  # half + (half + 1) - 1 positions
+    # half + (half + 1) - 1 positions
+    samples = Ragged.of([Sample(row[:half], row[half:], ends=False) for row in tokens])
     steps, results = {}, {}
     for name, make in {"ours": ours, "theirs": theirs}.items():
         if args.only not in (None, name):
             continue
         start = time.perf_counter()
         try:
-            steps[name] = make(config, vocab_size, batch, device)
+            steps[name] = make(config, vocab_size, samples, device)
             for _ in range(3):
                 steps[name]()
             synchronize(device)

@@ -180,8 +180,8 @@ class TrainConfig(Section):
     """The least and the most H-cycles that a training step takes; each step draws its count between them. A model
     trained with a fixed count is right only at that count."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of a running average of the weights. Validation, generation and export use the average where there is one.
-    With 0 no average is kept."""
+    """Decay of a running average of the weights. Validation, generation and export use the average where it is
+    kept. With 0 no average is kept."""
     seed: Count = 0
     """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None

@@ -51,7 +51,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def local_copy(location: str, fs: pyarrow.fs.FileSystem | None = None) -> Iterator[Path]:
-    """A folder as a local one, which is downloaded for the time being where it is elsewhere.
+    """A folder as a local folder. Where it is elsewhere, it is downloaded for the time being.
 
     location: a folder or URI, or with `fs` a path in it. Raises UserError where it cannot be downloaded.
     """

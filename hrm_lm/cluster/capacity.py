@@ -49,7 +49,7 @@ def plan_workers(config: Config) -> "ScalingConfig":
 
 
 def cluster_growth() -> list[dict[str, float]]:
-    """Resources of each node that an autoscaler may add, as far as it can be known."""
+    """Resources of each node that an autoscaler may add, as far as Ray can know them."""
     path = os.path.expanduser("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the head its cluster.yaml
     if not os.path.exists(path):
         return []

@@ -161,7 +161,7 @@ def wait_for(trainer: "TorchTrainer") -> dict[str, Any] | BaseException:
 
 
 def explain_failure(error: BaseException) -> str:
-    """A line or two for what stopped the workers; raises UserError if it was one."""
+    """A line or two for what stopped the workers. Raises UserError if a UserError stopped them."""
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
         cause = getattr(failure, "_base_exc", failure)
         if isinstance(cause, UserError):
@@ -172,7 +172,9 @@ def explain_failure(error: BaseException) -> str:
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:
-    """`result.json`, less the status: from the last checkpoint, and from the best one where there was a validation."""
+    """`result.json`, less the status. It is made of the last checkpoint's metrics, and of the best checkpoint's where
+    there was a validation.
+    """
     if not folder.has_checkpoints():
         return {"step": 0}
     kept, last = folder.checkpoints()

@@ -82,13 +82,13 @@ class RunFolder:
             raise UserError(f"{self.uri}: cannot be written: {reason(error)}") from None
 
     def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
-        """The kept checkpoints with their metrics, best `val_loss` first, and the last one; each a path within `fs`.
+        """The kept checkpoints with their metrics, best `val_loss` first, and the last checkpoint; as paths in `fs`.
 
         A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others.
         """
         from ray.train import Result
 
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would explain at length that it found some
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would explain at length that it found checkpoints
         try:
             result = Result.from_path(self.path, storage_filesystem=self.fs)
         except (RuntimeError, ValueError) as error:

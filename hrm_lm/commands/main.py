@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of the command that `argv` names; 2, with the list of commands, where it names none."""
+    """The exit code of the command that `argv` names. An unknown name gives 2, and prints the commands."""
     arguments = sys.argv[1:] if argv is None else argv
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name in ("-h", "--help"):

@@ -41,7 +41,7 @@ class FlatSplit(Split):
 
     @staticmethod
     def merged(splits: Sequence[Split]) -> FlatSplit | None:
-        """The samples of several flat splits as those of one; None where the splits are not flat, or not alike."""
+        """The samples of several flat splits in a single split; None where the splits are not flat, or not alike."""
         flat = [split for split in splits if isinstance(split, FlatSplit)]
         if len(flat) < len(splits) or len({(split.dtype, split.limits) for split in flat}) > 1:
             return None

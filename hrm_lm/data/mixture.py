@@ -1,4 +1,6 @@
-"""Several data sets as one: out of every BLOCK samples each gives a fixed number, by its weight, in a random order."""
+"""Several data sets as a single data set. Each member gives a fixed number of every BLOCK samples, by its weight.
+The samples of a block come in a random order.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,7 @@ class Mixture(Concatenation):
 def mix(members: Mapping[str, Splits], weights: Sequence[float]) -> Splits:
     """Loaded data sets as one mixture, whose members share a tokenizer.
 
-    What a member holds out is trained on in none, as far as its split can tell: a prepared split takes itself as it is.
+    No member trains on a prompt that another member holds out, except for prepared splits: these are taken as they are.
     """
     vals = [member.val for member in members.values()]
     train = Mixture({name: member.train for name, member in members.items()}, weights, vals)

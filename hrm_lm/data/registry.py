@@ -15,7 +15,7 @@ from hrm_lm.data.mixture import mix
 from hrm_lm.data.prepared.format import TOKENIZER
 from hrm_lm.data.prepared.reader import is_prepared, load_prepared
 from hrm_lm.data.splits import Capped, Limits, Split, Splits
-from hrm_lm.data.text import text_splits  # what a function of one's own returns
+from hrm_lm.data.text import text_splits  # for a user's function
 from hrm_lm.data.tokenizer import CHARACTERS, resolve_tokenizer, same_tokens
 from hrm_lm.errors import UserError
 
@@ -84,7 +84,7 @@ def load_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
         raise UserError(
             "data.tokenizer: characters are those of a single data set; a mixture takes bytes or a tokenizer.json"
         )
-    mixture = dict(sorted(config.mixture.items()))  # whatever the order they are written in
+    mixture = dict(sorted(config.mixture.items()))  # the order in the config does not count
     ready = next((member.dataset for member in mixture.values() if is_prepared(member.dataset)), None)
     tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")
     members = {}
@@ -105,7 +105,7 @@ def function(name: str) -> Callable[[DataConfig, int], Splits]:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name and not module.startswith(error.name):
-            raise  # the user's module is there and needs something that is not
+            raise  # the user's module is there, but a module that it needs is not
         raise UserError(f"data.dataset: there is no module {module!r} on the Python path") from None
     except AttributeError:
         raise UserError(f"data.dataset: module {module!r} has no {attribute!r}") from None

@@ -241,7 +241,7 @@ class Samples(Split):
 
 
 def as_sample(item: Any, tokenizer: Tokenizer, place: str) -> Sample:
-    """A sample of whatever stands for it: a Sample, a mapping with `prompt` and `response`, a pair of these, or the
+    """A sample of whatever stands for it: a Sample, a mapping with `prompt` and `response`, a pair of both, or the
     guide's triple (encoder_ids, decoder_input_ids, labels). Prompts and responses are texts or token ids.
 
     Raises UserError, with the place, for anything else.

@@ -27,7 +27,8 @@ Pair = tuple[str, str]
 """A prompt and its response."""
 TOKENIZED_TOGETHER = 1024
 CHECKED_WHOLE = 1 << 20
-"""Characters of a corpus that is tokenized to be checked. Of a larger one, only texts that could be too long are."""
+"""Characters of a corpus that is tokenized to be checked. Of a larger corpus only the texts are
+tokenized that could be too long."""
 
 
 class TextSplit(Split):

@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens leave none."""
+        """Text of the ids. Special tokens leave no text."""
 
     def to_json(self) -> str: ...
 

@@ -41,12 +41,14 @@ def generate(
 
 @contextmanager
 def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: str | None) -> Iterator[Path]:
-    """The checkpoint named, else the best one of the run named, else of the newest run; says which on stderr."""
+    """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's.
+    Says on stderr which it is.
+    """
     if checkpoint:
         with local_copy(checkpoint) as folder:
             yield folder
         return
-    # A job's runs live in a place of their own; both are looked at.
+    # A job's runs live in a place of their own. Both places are looked at.
     locations = [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
     if run_name:
         runs = [RunFolder(location, run_name) for location in locations]
@@ -69,7 +71,7 @@ def chosen_cycles(trained: HRMConfig, h_cycles: int | None, l_cycles: int | None
     """The counts given, and the trained counts in place of None.
 
     Raises UserError for a count that the model cannot take: a model with a core takes at least 1 H-cycle, a model without
-    a core takes none.
+    a core takes no H-cycle.
     """
     if h_cycles and not trained.h_cycles:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")

@@ -8,8 +8,9 @@
 The recurrence is that of HRM-Text (arXiv 2605.20613), after HRM (arXiv 2506.21734). The weights do not depend on the
 cycle counts, so the counts are an argument of the call: a model can think longer than it was trained to.
 
-Which applications of a stack carry gradient is decided here and nowhere else. `backprop_steps` of them do, counted from
-the end of each level, H first and at least one of L. The others run without a graph, hence without activation memory.
+Which applications of a stack carry gradient is decided here and nowhere else (`carries_gradient`). `backprop_steps` of
+them do, counted from the end: those of H come first, and at least the last application of L counts. The others run
+without a graph, hence without activation memory.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ from hrm_lm.models.layers import KVCache, Rotary
 
 class HRMCore(nn.Module):
     def __init__(self, h_stack: nn.Module, l_stack: nn.Module, d_model: int, straight_through: float = 1.0):
-        """straight_through: how much of the gradient reaches x where the applications without gradient cut x off. The
-        state passes x on along its residual stream, so its Jacobian may be taken as the identity (1), or as zero (0).
+        """straight_through: how much of the gradient reaches x where the applications without gradient cut x off. These
+        applications pass x on along their residual stream, so their Jacobian may be taken as the identity (1).
+        With 0 no gradient passes them.
         """
         super().__init__()
         self.h_stack, self.l_stack = h_stack, l_stack
@@ -54,8 +56,8 @@ class HRMCore(nn.Module):
         def applied(stack: nn.Module, state: Tensor, carries: bool) -> Tensor:
             nonlocal carried
             if carries and not carried:
-                # Autocast remembers the weights it has cast, in PyTorch before 2.13 also those cast without a graph,
-                # which would swallow the gradient.
+                # Autocast remembers the weights that it has cast. PyTorch before 2.13 remembers weights that were cast
+                # without a graph, too, and they would swallow the gradient.
                 torch.clear_autocast_cache()
             carried = carries
             with torch.set_grad_enabled(wants_grad and carries):
@@ -78,8 +80,8 @@ class HRMCore(nn.Module):
 def carries_gradient(cycles: Cycles, backprop_steps: int | None) -> tuple[list[list[bool]], list[bool]]:
     """Whether each application carries gradient: of L by H-cycle and L-cycle, and of H by H-cycle.
 
-    As published (arXiv 2605.20613): of `backprop_steps` (at least 2) all but one go to the last applications of H, as
-    far as there are that many, and the rest to the last ones of L.
+    As published (arXiv 2605.20613): all but one of the `backprop_steps` (at least 2) go to the last applications of H,
+    as far as there are that many. The rest go to the last applications of L.
     """
     total = cycles.h * (cycles.l + 1)
     steps = total if backprop_steps is None else min(max(backprop_steps, 2), total)

@@ -37,10 +37,10 @@ class Settings:
     """What decides the result, beside the input. Field names are the command's flags; their docstrings are its help."""
 
     tokenizer: str | None = None
-    """`characters` (a token for each that occurs), `bytes`, or a tokenizer.json, its folder, or a URI of either: this
-    project's (of a checkpoint, of a prepared dataset) or a Hugging Face one."""
+    """`characters` (a token for each character that occurs), `bytes`, or a tokenizer.json, its folder, or a URI of
+    either. The file is this project's (of a checkpoint, of a prepared dataset) or Hugging Face's."""
     train_tokenizer: str | None = None
-    """`bpe`: train a byte-level BPE on the corpus instead."""
+    """`bpe` trains a byte-level BPE on the corpus instead."""
     vocab_size: int = 8192
     """Tokens of a trained tokenizer."""
     prompt_field: str = "prompt"
@@ -59,7 +59,7 @@ class Settings:
     val_fraction: float = 0.01
     """Share of the prompts that is held out for validation. A prompt's hash decides on which side it is."""
     shard_mb: float | None = None
-    """MiB of input of a shard. Left out: 16 to 256, by the size of the corpus."""
+    """MiB of input of a shard. When it is left out, it is 16 to 256, by the size of the corpus."""
 
     @property
     def mapping(self) -> Mapping:

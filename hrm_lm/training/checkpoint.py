@@ -40,7 +40,7 @@ from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1
 
-# Changing one of these changes the model's shape or the order of samples: no run goes on across that.
+# A change of any of these fields changes the model's shape or the order of samples, so no run goes on across it.
 FIXED = (
     *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window"),
     *("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers"),
@@ -58,7 +58,7 @@ class Progress:
     best_val_loss: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
-    """Validations since the best one."""
+    """Validations since the best validation."""
     seconds: float = 0.0
     """Spent training, over all restarts up to here; validation and checkpoints not counted."""
     tokens: int = 0
@@ -85,7 +85,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer: Tokenizer) -> None:
-    """Writes `state` into the existing folder `path`; of a sharded one this worker's part, rank 0 also the rest."""
+    """Writes `state` into the existing folder `path`. All workers write a sharded state, rank 0 the rest."""
     _save(path / "optimizer", _optimizer_tensors(state))
     if state.average:
         _save(path / "average", state.average.tensors)

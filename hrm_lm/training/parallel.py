@@ -1,8 +1,8 @@
 """How a model is spread over the workers of the process group: replicated (DDP), or sharded (FSDP2).
 
-Sharded, every worker holds its part of each parameter, of its gradient and of the optimizer's state, in float32, and
-gathers a block's weights when they are due: in bf16 where `train.mixed_precision` says so, with gradients reduced in
-float32. A block is gathered once for all its applications in a pass, and given up at the pass's end.
+Where the model is sharded, every worker holds its part of each parameter, of its gradient and of the optimizer's state,
+in float32. It gathers a block's weights before the block runs, in bf16 where `train.mixed_precision` says so; gradients
+are reduced in float32. A block is gathered once for all its applications in a pass, and given up at the pass's end.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from hrm_lm.models.layers import Block
 
 
 def parallelize(model: nn.Module, config: Config, device: torch.device, world_size: int) -> nn.Module:
-    """What to call in place of `model`, which with FSDP is itself changed: its parameters become sharded tensors."""
+    """What to call in place of `model`. FSDP changes `model` itself: its parameters become sharded tensors."""
     if world_size == 1:
         return model
     if config.ray.parallel == "ddp":
@@ -49,7 +49,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def unsynchronized(parallel: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes in here add to the gradients without a word between the workers."""
+    """Backward passes in here add to a worker's own gradients. The workers do not communicate."""
     if isinstance(parallel, DistributedDataParallel):
         return parallel.no_sync()
     return _without_reduction(parallel) if is_sharded(parallel) else nullcontext()
@@ -65,7 +65,7 @@ def _without_reduction(model: FSDPModule) -> Iterator[None]:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Gives up gathered weights, which a pass without backward leaves behind and which the next would take for new."""
+    """Gives up gathered weights. A pass without backward leaves them behind; the next pass would take them for new."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""What the loop needs of whoever runs it: who am I, where do I start from, here is a checkpoint.
+"""What the loop needs of whoever runs it: which worker it is, where it starts from, and who takes a checkpoint.
 
 The loop talks to this interface, and Ray stays behind it (`hrm_lm.cluster.sessions`).
 """
@@ -22,13 +22,14 @@ class Session(Protocol):
     """A local folder for TensorBoard files."""
 
     def restored(self) -> AbstractContextManager[Path | None]:
-        """The checkpoint to continue from, as a local folder, if there is one."""
+        """The checkpoint to continue from, as a local folder; None where the run has no checkpoint yet."""
 
     def new_folder(self) -> Path:
         """An empty local folder for a checkpoint to be reported."""
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        """Hands metrics over on every rank, and a checkpoint's folder for good; those of several ranks become one.
+        """Hands metrics over on every rank, and a checkpoint's folder for good. Folders of several ranks become one
+        checkpoint.
 
-        Metrics without `val_loss` are those of a checkpoint that was saved between validations.
+        Metrics without `val_loss` belong to a checkpoint that was saved between validations.
         """

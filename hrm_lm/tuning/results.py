@@ -34,7 +34,7 @@ class Trial:
     error: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
     checkpoint: Any = None
-    """The best one, as a `ray.tune.Checkpoint`."""
+    """The trial's best checkpoint, as a `ray.tune.Checkpoint`."""
 
 
 def read_trials(results, sweep: Sweep) -> list[Trial]:
@@ -86,7 +86,7 @@ def is_there(checkpoint) -> bool:
 
 
 def saved_at(step: int, result):
-    """The checkpoint of this step in a trial's folder, whether Tune knows of it or not; None where there is none."""
+    """The checkpoint of this step in a trial's folder, whether Tune knows of it or not; None where it is not there."""
     from ray.tune import Checkpoint
 
     for info in result.filesystem.get_file_info(pyarrow.fs.FileSelector(result.path, allow_not_found=True)):

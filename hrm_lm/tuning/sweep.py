@@ -66,7 +66,7 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
 
 
 def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
-    """The Tuner of a new sweep, or of the one that is there."""
+    """The Tuner of a new sweep, or of the sweep that is there."""
     import ray
     from ray import tune
 
@@ -88,7 +88,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
     )
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
-        # A TorchTrainer brings its workers' own; one byte, because Tune takes no empty request.
+        # A TorchTrainer asks for its workers' resources itself. Tune takes no empty request, hence the byte.
         resources if in_process else {"CPU": 0, "memory": 1},
     )
     if resume:
@@ -150,10 +150,11 @@ def trial_resources(sweep: Sweep) -> dict[str, float]:
 
 
 def trial_kind(sweep: Sweep) -> tuple[bool, bool]:
-    """Whether a trial trains in Tune's own process, and whether the next trial takes that over.
+    """Whether a trial trains in Tune's own process, and whether the next trial takes that process over.
 
-    Measured (benchmarks/trial_startup.py): a process taken over starts at once, a new one costs seconds, a TorchTrainer
-    many. A TorchTrainer's process ends with its trial, so that Ray ends the workers of a stopped one.
+    Measured (benchmarks/trial_startup.py): a trial starts at once in a process that it takes over, after seconds in a
+    new process, and after many seconds with a TorchTrainer. The process that launches a TorchTrainer ends with its
+    trial, so that Ray ends the workers of a trial that was stopped.
     """
     alone = sweep.tune.workers_per_trial == 1
     return alone, alone

@@ -1,8 +1,8 @@
 """A trial: the same loop as a run's, reporting to Ray Tune.
 
-A trial of one worker trains in its own process, so it starts in milliseconds once there is a process; one of several
-launches a TorchTrainer and passes on what that reports, checkpoints included, so stopping, perturbing and resuming
-work the same way for both.
+A trial of a single worker trains in its own process, so it starts in milliseconds once there is a process. A trial of
+several workers launches a TorchTrainer and passes on what the TorchTrainer reports, checkpoints included. So stopping,
+perturbing and resuming work the same way for both.
 """
 
 import logging
@@ -88,8 +88,8 @@ def failed(status: str, step: int, error: str, setup: TrialSetup) -> dict[str, A
 def train_with_workers(
     config: Config, setup: TrialSetup, start_from: ray.tune.Checkpoint | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs a TorchTrainer beside this thread, which hands its reports to Tune. Returns outcome and last metrics."""
-    queue = Queue(maxsize=1, actor_options={"num_cpus": 0})  # so that no checkpoint is gone before Tune has its copy
+    """Runs a TorchTrainer beside this thread, which hands the reports to Tune. Returns outcome and last metrics."""
+    queue = Queue(maxsize=1, actor_options={"num_cpus": 0})  # no checkpoint goes before Tune has its copy
     scratch = tempfile.mkdtemp(prefix="workers_", dir=ray.tune.get_context().get_trial_dir())
     trainer = TorchTrainer(
         train_loop_per_worker,
@@ -129,7 +129,7 @@ def train_with_workers(
             except Empty:
                 continue
             metrics = scored(reported, setup.metric)
-            # As Tune's own class; Ray Train's is another, though it holds the same.
+            # Tune has a class of its own, though Ray Train's class holds the same.
             ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint(checkpoint.path, checkpoint.filesystem))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -139,9 +139,11 @@ def train_with_workers(
 
 
 def orphan(config: Config) -> ray.tune.Checkpoint | None:
-    """This trial's newest whole checkpoint in storage that it can go on from, for where Tune knows of none.
+    """This trial's newest whole checkpoint in storage that it can go on from. It is asked for where Tune knows of no
+    checkpoint.
 
-    Tune notes what it knows about once a second; what a killed sweep saved after its last note is found here.
+    Tune notes about once a second what it knows. A checkpoint that a killed sweep saved after Tune's last note is found
+    here.
     """
     fs, folder = ray_private.trial_folder()
     infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
