@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from contextlib import suppress
 
 import pytest
 import torch
@@ -57,10 +58,8 @@ def worker(rank, port, jobs, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, config, folder, stop_at in jobs:
         session = TwoProcesses(rank, folder, stop_at)
-        try:
+        with suppress(KeyboardInterrupt):
             train(config, session)
-        except KeyboardInterrupt:
-            pass
         if rank == 0:
             results[name] = session.reports
     dist.destroy_process_group()

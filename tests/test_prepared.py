@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pyarrow.fs
 import pytest
-from conftest import DIGITS, ROOT, small_config, sums, train_locally, write_prepared
+from conftest import DIGITS, ROOT, assert_resumes_exactly, small_config, sums, train_locally, write_prepared
 
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.collate import pad, pad_batch
@@ -192,14 +192,9 @@ def test_what_comes_damaged_is_refused_and_not_kept(tmp_path):
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at", [4, 9])
-def test_a_run_on_a_prepared_dataset_resumes_bit_for_bit(tmp_path, stop_at):
+def test_a_run_on_a_prepared_dataset_resumes_bit_for_bit(tmp_path):
     folder = write_prepared(tmp_path / "d", sums(60))
-    config = small_config(train__val_every=1, data__dataset=str(folder))
-    straight = train_locally(config, tmp_path / "straight")
-    first = train_locally(config, tmp_path / "stopped", stop_at=stop_at)
-    second = train_locally(config, tmp_path / "stopped")
-    assert [m["loss"] for m in first.reports + second.reports] == [m["loss"] for m in straight.reports]
+    assert_resumes_exactly(small_config(train__val_every=1, data__dataset=str(folder)), tmp_path, 4, 9)
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer_or_number_of_samples(tmp_path):

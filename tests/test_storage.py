@@ -85,9 +85,6 @@ def test_a_folder_that_cannot_be_locked_is_told_as_such(in_folder, monkeypatch):
             pass
 
 
-
-
-
 # --- object storage ----------------------------------------------------------------------------------------------
 
 
