@@ -121,6 +121,7 @@ def test_a_folder_without_meta_is_not_taken_for_a_dataset(tmp_path):
         load(f"file://{folder}")
 
 
+@pytest.mark.slow
 def test_opening_and_reading_a_large_corpus_touches_a_small_part_of_it(tmp_path):
     """Four million samples: memory may not depend on that."""
     folder = write_prepared(tmp_path / "d", sums(10), shards=1)
@@ -170,6 +171,7 @@ def fetch_once(source, target, log, sha256):
     assert fetch(CountingFileSystem(log), source, target, 1 << 20, sha256).read_bytes() == b"x" * (1 << 20)
 
 
+@pytest.mark.slow
 def test_of_processes_that_start_at_once_one_fetches_and_all_read_it_whole(tmp_path):
     (tmp_path / "remote").write_bytes(b"x" * (1 << 20))
     sha256 = hashlib.sha256(b"x" * (1 << 20)).hexdigest()

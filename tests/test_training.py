@@ -48,6 +48,7 @@ def test_accumulation_steps_change_nothing_but_rounding(tmp_path, architecture):
     assert_same_weights(one.last_weights(), four.last_weights(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow  # a compiler runs
 def test_compiling_changes_nothing_but_rounding(tmp_path):
     # Validation compiles what runs without a graph.
     options = {
@@ -308,8 +309,7 @@ def test_event_files_hold_the_curves(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    train_locally(small_config(train__steps=1, train__ema_decay=0.5), tmp_path)
-    return max(tmp_path.glob("step_*"))
+    return train_locally(small_config(train__steps=1, train__ema_decay=0.5), tmp_path).last_checkpoint
 
 
 @pytest.mark.parametrize(
