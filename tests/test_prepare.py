@@ -49,7 +49,7 @@ def read_all(location, part_bytes=1 << 30):
 
 
 def texts(split, tokenizer):
-    return sorted((tokenizer.decode(prompt), tokenizer.decode(labels)) for prompt, _, labels in split)
+    return sorted((tokenizer.decode(sample.prompt), tokenizer.decode(sample.response)) for sample in split)
 
 
 def load(folder):

@@ -32,7 +32,7 @@ def test_input_dataset_and_checkpoints_live_in_object_storage(cluster, command, 
     config = small_config(data__dataset=bucket("out"), **options)
     splits = load_dataset(config.data, config.model, 0)
     assert not cache_folder().exists(), "checking a dataset fetches none of it"
-    decoded = sorted(splits.tokenizer.decode(prompt) for split in splits[:2] for prompt, _, _ in split)
+    decoded = sorted(splits.tokenizer.decode(sample.prompt) for split in (splits.train, splits.val) for sample in split)
     assert decoded == sorted(f"{name}{i}?" for name in ("a", "b") for i in range(100))
     result = run(config)
     assert result["status"] == "finished" and result["step"] == 6
