@@ -37,7 +37,7 @@ def write_corpus(folder: Path, pairs: int, files: int = 8) -> int:
                 at = 0
                 for prompt, response in lengths.tolist():
                     texts = " ".join(drawn[at : at + prompt]), " ".join(drawn[at + prompt : at + prompt + response])
-                    file.write('{"prompt": "%s", "response": "%s"}\n' % texts)
+                    file.write(f'{{"prompt": "{texts[0]}", "response": "{texts[1]}"}}\n')
                     at += prompt + response
     return sum(file.stat().st_size for file in folder.iterdir())
 

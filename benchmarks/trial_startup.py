@@ -10,6 +10,7 @@ One trial at a time, each of five steps that take milliseconds: what passes betw
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -54,7 +55,7 @@ def main() -> None:
             results = sweeps.build_tuner(sweep, RunFolder(folder, name.replace(" ", "_")), resume=False).fit()
             seconds = time.perf_counter() - start
             ends = sorted(result.metrics["timestamp"] for result in results)
-            gaps = [b - a for a, b in zip(ends, ends[1:])]
+            gaps = [b - a for a, b in itertools.pairwise(ends)]
             table.append(f"{name:24}{seconds:10.1f} s  {statistics.median(gaps):6.1f}")
     sweeps.trial_kind = original
     ray.shutdown()

@@ -149,6 +149,9 @@ class TrainConfig(Section):
     length_window: Count = 0
     """How many samples are sorted by length at a time, to make batches of similar length with little padding. With 0
     batches are random."""
+    packing: bool = False
+    """Whether samples lie end to end, without padding between them, each seeing itself alone (`prefix_lm` only). It needs
+    `batch_tokens`, and `length_window` says out of how many samples batches are filled."""
     grad_accum_steps: Positive = 1
     """Into how many parts each worker cuts its share of a batch, to save memory."""
     grad_clip: float = 0.0
@@ -161,6 +164,9 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether each transformer block is compiled (torch.compile). The start takes some seconds longer and each step is
     faster, above all on GPUs."""
+    activation_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the activations that a step keeps for its backward pass. What is not kept is computed again, the cheapest
+    first. Less than 1 needs `compile`."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint. With 0 the run validates only at its end."""
     checkpoint_every: Count = 0
@@ -180,6 +186,14 @@ class TrainConfig(Section):
     """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None
     """Checkpoint, folder or URI, whose weights a new run starts from."""
+
+    @model_validator(mode="after")
+    def _recomputation_compiled(self):
+        if self.activation_memory < 1 and not self.compile:
+            raise ValueError(
+                f"train.activation_memory ({self.activation_memory:g}) less than 1 needs train.compile=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cycles_ordered(self):
@@ -321,6 +335,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _packing_possible(self):
+        if self.train.packing and self.model.architecture != "prefix_lm":
+            raise ValueError("train.packing: only model.architecture prefix_lm reads a single stream of tokens")
+        if self.train.packing and self.train.batch_tokens is None:
+            raise ValueError("train.packing needs train.batch_tokens, such as 32768: it fills batches up to that")
+        return self
+
+    @model_validator(mode="after")
     def _sharded_precision(self):
         if self.ray.parallel == "fsdp" and self.train.mixed_precision == "fp16":
             raise ValueError("train.mixed_precision: fp16 does not go with ray.parallel fsdp; use bf16 or none")
@@ -345,6 +367,18 @@ class Config(Section):
             tokens = self.train.batch_tokens // (self.ray.num_workers * self.train.grad_accum_steps)
             return max(tokens // (self.model.max_prompt_len + self.model.max_response_len), 1)
         return self.train.batch_size // (self.ray.num_workers * self.train.grad_accum_steps)
+
+    @property
+    def row_tokens(self) -> int | None:
+        """With `train.packing`, the tokens of the row that a worker takes through the model at a time: always as many.
+
+        A batch's samples are dealt out whole, so where there are several shares a share may exceed its part by a sample.
+        """
+        if not self.train.packing or self.train.batch_tokens is None:
+            return None
+        shares = self.ray.num_workers * self.train.grad_accum_steps
+        longest = self.model.max_prompt_len + self.model.max_response_len
+        return self.train.batch_tokens if shares == 1 else -(-self.train.batch_tokens // shares) + longest
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML-able values, nested by section."""

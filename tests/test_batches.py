@@ -1,21 +1,26 @@
 """Batches by length and by token budget: which samples, how they are padded, resumes and worker counts; no Ray."""
 
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
-from conftest import assert_resumes_exactly, small_config, train_locally
+from conftest import assert_resumes_exactly, eval_options, small_config, train_locally
 
 from hrm_lm.config import TrainConfig, load_config
-from hrm_lm.data.collate import IGNORE, pad, pad_batch, padded_length
+from hrm_lm.data.collate import IGNORE, pack, pad, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
-from hrm_lm.data.sampler import global_batches
-from hrm_lm.data.splits import Sample, Samples
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import global_batches, token_share
+from hrm_lm.data.splits import Sample, Samples, stream_lengths
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.step import Stats, build_state, train_step
+from hrm_lm.training.validation import validate
 
 BY_SIZE = TrainConfig(steps=10_000, batch_size=16, length_window=250)  # 240 samples, then
+PACKED = TrainConfig(steps=10_000, batch_tokens=2048, length_window=250, packing=True)
 BY_TOKENS = TrainConfig(steps=10_000, batch_tokens=2048, length_window=250)
 
 
@@ -38,7 +43,7 @@ def padding(batches):
     return 1 - tokens / sum(b.encoder_mask.numel() + b.decoder_mask.numel() for b in batches)
 
 
-@pytest.mark.parametrize("config, window", [(BY_SIZE, 240), (BY_TOKENS, 250)])
+@pytest.mark.parametrize("config, window", [(BY_SIZE, 240), (BY_TOKENS, 250), (PACKED, 250)])
 def test_every_window_holds_each_of_its_samples_once(config, window):
     row, windows = [], 0
     for batch in first_batches(config, 500):
@@ -50,7 +55,7 @@ def test_every_window_holds_each_of_its_samples_once(config, window):
     assert windows > 5, "more than one epoch"
 
 
-@pytest.mark.parametrize("config", [BY_SIZE, BY_TOKENS])
+@pytest.mark.parametrize("config", [BY_SIZE, BY_TOKENS, PACKED])
 def test_batch_k_is_the_same_from_wherever_one_starts(config):
     straight = first_batches(config, 60)
     for first in (1, 17, 45):
@@ -66,6 +71,34 @@ def test_a_token_budget_is_kept_and_filled():
         used.append(len(batch) * int(lengths.max(axis=0).sum()))
     assert max(used) <= 2048
     assert np.median(used) > 0.8 * 2048  # windows of 250 samples cut coarsely
+
+
+def test_packed_rows_have_no_padding_but_for_the_last_sample_that_did_not_fit():
+    batches = first_batches(PACKED, 400)
+    used = np.array([stream_lengths(SAMPLES.lengths(np.array(batch))).sum() for batch in batches])
+    assert used.max() <= 2048 and np.median(used) > 0.85 * 2048  # samples of up to 1,023 tokens
+
+
+@pytest.mark.parametrize("world_size, accum", [(1, 1), (2, 1), (1, 4), (3, 2)])
+def test_workers_share_out_packed_batches_by_tokens(world_size, accum):
+    for batch in first_batches(PACKED, 40):
+        lengths = stream_lengths(SAMPLES.lengths(np.array(batch)))
+        shares = [token_share(np.array(batch), lengths, rank, world_size, accum) for rank in range(world_size)]
+        assert [len(share) for share in shares] == [accum] * world_size
+        micro = [indices for share in shares for indices in share]
+        assert sorted(np.concatenate(micro)) == sorted(batch)
+        most = lengths.sum() / (world_size * accum) + lengths.max()
+        assert max(stream_lengths(SAMPLES.lengths(m)).sum() for m in micro if len(m)) <= most
+
+
+def test_packed_validation_reads_each_sample_once_in_rows_of_one_width():
+    collate = partial(pack, width=2048)
+    workers = [list(val_batches(SAMPLES, TOKENIZER, collate, 1, rank, 3, row_tokens=2048)) for rank in range(3)]
+    assert len({len(batches) for batches in workers}) == 1, "workers that share a model run together"
+    batches = [batch for worker in workers for (batch,) in worker]
+    assert {tuple(batch.ids.shape) for batch in batches} == {(1, 2048)}
+    read = [n for batch in batches if (batch.labels != IGNORE).any() for n in batch.lengths.tolist()]
+    assert sorted(read) == sorted(stream_lengths(SAMPLES.lengths(np.arange(1000))))
 
 
 def test_batches_come_in_no_order_of_length():
@@ -133,6 +166,14 @@ BY_LENGTH = [
         "model__max_prompt_len": 60,
         "model__max_response_len": 20,
     },
+    {
+        "train__length_window": 24,
+        "train__batch_tokens": 160,
+        "train__packing": True,
+        "model__architecture": "prefix_lm",
+        "model__max_prompt_len": 60,
+        "model__max_response_len": 20,
+    },
 ]
 
 
@@ -140,6 +181,19 @@ BY_LENGTH = [
 def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options):
     data = {"data__synthetic__max_digits": 2, "data__synthetic__num_samples": 100}
     assert_resumes_exactly(small_config(train__val_every=1, **data, **options), tmp_path, 4, 9)
+
+
+def test_packing_changes_no_validation_loss(tmp_path):
+    options = {k: v for k, v in BY_LENGTH[2].items() if k != "train__packing"}
+    losses = [
+        train_locally(small_config(**options, train__packing=packing, train__steps=1), tmp_path / str(packing)).reports
+        for packing in (False, True)
+    ]
+    assert losses[1][0]["val_exact_match"] == losses[0][0]["val_exact_match"]
+    model = load_model(max((tmp_path / "True").glob("step_*")))[0]
+    splits = load_dataset(small_config().data, small_config().model, 0)
+    padded, packed = (validate(model, splits, eval_options(8, row_tokens=tokens)) for tokens in (None, 160))
+    assert packed["val_loss"] == pytest.approx(padded["val_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("options", BY_LENGTH)
@@ -168,6 +222,8 @@ def test_the_share_of_padding_is_reported(tmp_path):
     [
         ({"train.batch_tokens": 4096}, "train.batch_tokens needs train.length_window"),
         ({"train.batch_tokens": 100, "train.length_window": 64}, r"train.batch_tokens \(100\) is less than one sample"),
+        ({"train.packing": True}, "train.packing: only model.architecture prefix_lm"),
+        ({"train.packing": True, "model.architecture": "prefix_lm"}, "train.packing needs train.batch_tokens"),
         ({"train.length_window": 8}, r"train.length_window \(8\) is smaller than train.batch_size \(64\)"),
     ],
 )

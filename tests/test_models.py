@@ -6,10 +6,12 @@ from hrm_lm.config import Cycles
 from hrm_lm.data.collate import pack
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.models import layers
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.hrm import HRMCore, carries_gradient
 from hrm_lm.models.layers import Stack, rotary
+from hrm_lm.models.prefix_lm import BLOCK, visible_blocks, visible_keys
 
 VOCAB = 20
 CYCLES = Cycles(2, 2)
@@ -70,6 +72,48 @@ def test_samples_packed_into_a_row_get_the_losses_and_gradients_they_get_in_rows
     for each, gradients in results[1:]:
         torch.testing.assert_close(each, results[0][0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(gradients, results[0][1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [300, 384])
+def test_blocks_of_the_mask_hold_what_the_mask_holds(width):
+    batch = pack(Ragged.of(samples((90, 30), (1, 0), (2, 140), (20, 9))), SimpleTokenizer, width=width)
+    mask, blocks = visible_keys(batch)[0, 0], visible_blocks(batch)
+    side = -(-width // BLOCK)
+    tiles = torch.nn.functional.pad(mask, (0, side * BLOCK - width) * 2).view(side, BLOCK, side, BLOCK)
+    for q in range(side):
+        partial = blocks.kv_indices[0, 0, q, : blocks.kv_num_blocks[0, 0, q]].tolist()
+        whole = blocks.full_kv_indices[0, 0, q, : blocks.full_kv_num_blocks[0, 0, q]].tolist()
+        assert not set(partial) & set(whole)
+        for k in range(side):
+            assert k in partial + whole or not tiles[q, :, k].any()
+            assert k not in whole or tiles[q, :, k].all()
+    places = torch.arange(width)
+    assert torch.equal(blocks.mask_mod(torch.tensor(0), None, places[:, None], places), mask)
+
+
+def test_losses_made_in_pieces_are_those_made_at_once(monkeypatch):
+    model, some = build(model__architecture="prefix_lm"), samples((3, 2), (9, 7), (1, 0))
+    results = []
+    for at_once in (1 << 28, 5 * VOCAB):
+        monkeypatch.setattr(layers, "LOGITS_AT_ONCE", at_once)
+        model.zero_grad()
+        each = losses(model.train(), batch_of(model, *some))
+        each.sum().backward()
+        with torch.no_grad():
+            right = model(batch_of(model, *some), CYCLES)[-1].right
+        results.append((each.detach(), right, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+def test_under_autocast_the_stream_is_bf16_and_losses_are_float32(architecture):
+    model, seen = build(model__architecture=architecture), []
+    for block in model.modules():
+        if isinstance(block, layers.Block):
+            block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        each = losses(model, batch_of(model, *samples((4, 3))))
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)} and each.dtype == torch.float32
 
 
 @MODELS

@@ -1,8 +1,8 @@
 """Sharded training on two processes (gloo), without Ray: the curve of DDP, and checkpoints that know no worker count."""
 
+import contextlib
 import shutil
 import socket
-from contextlib import suppress
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def worker(rank, port, jobs, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, config, folder, stop_at in jobs:
         session = TwoProcesses(rank, folder, stop_at)
-        with suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
             train(config, session)
         if rank == 0:
             results[name] = session.reports

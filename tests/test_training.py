@@ -23,6 +23,7 @@ from hrm_lm.data.splits import Splits
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.models import decoding
+from hrm_lm.training import loop
 from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
 from hrm_lm.training.optim import AdamAtan2
@@ -267,6 +268,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_lr_and_advice_and_save
     session = train_locally(config, tmp_path)
     assert session.outcome["status"] == "diverged" and session.reports == []
     assert "not finite at step 2, lr 9.8" in session.outcome["error"] and "train.grad_clip" in session.outcome["error"]
+
+
+def test_a_step_that_does_not_fit_the_memory_ends_the_run_with_what_to_change(tmp_path, monkeypatch):
+    def too_large(state, batches, stats):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB. If reserved but unallocated ...")
+
+    monkeypatch.setattr(loop, "train_step", too_large)
+    session = train_locally(small_config(), tmp_path)
+    assert session.outcome["status"] == "failed" and session.reports == []
+    assert session.outcome["error"].startswith("out of memory in the step after step 0: CUDA out of memory. Tried to")
+    assert "lower train.batch_size (8)" in session.outcome["error"]
 
 
 def test_init_from_takes_weights_and_nothing_else(tmp_path):

@@ -48,7 +48,7 @@ class OutdatedRestore:
 
     def restore(self, checkpoint) -> None:
         with suppress(ValueError):  # Tune's error for a checkpoint that is not there
-            super().restore(checkpoint)
+            super().restore(checkpoint)  # type: ignore[misc]  # a mixin: Tune's class has it
 
 
 def tolerates_outdated_restore(function):

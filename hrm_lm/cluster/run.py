@@ -83,6 +83,7 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
     if resume == "never":
         raise UserError(f"run {folder.name!r} already has checkpoints in {folder.uri}; give another --run_name")
     _, last = folder.checkpoints()
+    assert last is not None  # the caller has seen that there are checkpoints
     saved = read_checkpoint(last, folder.fs, for_resume=True)
     if refused := obstacles(saved.config, config):
         what = ", ".join(f"{key} ({_change(*values)})" for key, values in refused.items())
@@ -175,6 +176,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     if not folder.has_checkpoints():
         return {"step": 0}
     kept, last = folder.checkpoints()
+    assert last is not None
     metrics = next(metrics for path, metrics in kept if path == last)
     seconds = metrics["seconds"]
     summary = {"step": metrics["step"]}

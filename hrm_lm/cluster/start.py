@@ -34,7 +34,7 @@ def started_ray() -> Iterator[None]:
     except KeyboardInterrupt:
         # No orderly shutdown, which can hang on workers in mid-step: a local Ray ends with this process. What they say
         # until then is no news.
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until this process ends)
         raise
     except BaseException:
         ray.shutdown()

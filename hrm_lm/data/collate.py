@@ -6,7 +6,7 @@ end to end in one row (`pack`). The model says which layout it wants (`LanguageM
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ def pad(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Batch
 
 def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
     """A row for each sample. With `round_up` the width is a `padded_length`, and so is the number of labels."""
-    lengths = samples.prompt_lens + samples.label_lens - 1
+    lengths = samples.token_lens
     width = int(padded_length(lengths.max()) if round_up else lengths.max())
     starts = np.arange(len(lengths)) * width
     return _rows(samples, tokens, starts, len(lengths), width, round_up)
@@ -136,7 +136,7 @@ def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Toke
 
 def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: int | None = None) -> TokenRows:
     """All samples end to end in one row. width: of that row; None: as wide as the samples are long together."""
-    lengths = samples.prompt_lens + samples.label_lens - 1
+    lengths = samples.token_lens
     width = width or int(padded_length(lengths.sum()) if round_up else lengths.sum())
     return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up)
 
@@ -146,7 +146,7 @@ def _rows(
 ) -> TokenRows:
     """starts: (B,), where each sample begins in the flattened rows."""
     prompt_lens, label_lens, sizes = samples.prompt_lens, samples.label_lens, samples.sizes
-    lengths = prompt_lens + label_lens - 1
+    lengths = samples.token_lens
     first = np.cumsum(sizes) - sizes  # of each sample in `ids`
     ids = samples.ids.astype(np.int64)
     ids[(first + sizes - 1)[samples.ends]] = tokens.eos_id
@@ -182,7 +182,7 @@ def without_labels(batch: AnyBatch) -> AnyBatch:
     return batch._replace(labels=torch.full_like(batch.labels, IGNORE))
 
 
-def padded_length(lengths: np.ndarray) -> np.ndarray:
-    """Lengths rounded up to one of few sizes: eight to an octave and multiples of 8, so 32 of them up to 512."""
+def padded_length(lengths: Any) -> Any:
+    """A length, or an array of lengths, rounded up to one of few sizes: eight to an octave and multiples of 8, so 32 of them up to 512."""
     step = np.maximum(8, 2 ** np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8)
     return -(-lengths // step) * step

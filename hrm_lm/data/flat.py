@@ -56,7 +56,8 @@ class FlatSplit(Split):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         ids, (prompt_len,), (label_len,), (ends,) = self.ragged(np.array([i % len(self)]))
-        return Sample(ids[:prompt_len], ids[prompt_len + 1 : prompt_len + 1 + label_len - ends], bool(ends))
+        response = ids[prompt_len + 1 : prompt_len + 1 + label_len - ends]
+        return Sample(ids[:prompt_len], response, bool(ends))
 
     def ragged(self, indices: np.ndarray) -> Ragged:
         homes, rows = self._locate(indices)

@@ -25,7 +25,7 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
 
     The tokenizer is the one `config.tokenizer` names, else one of characters, built from all the text there is.
     """
-    path = Path(config.dataset)
+    path = Path(config.dataset or "")
     train_file = path / "train.jsonl" if path.is_dir() else path
     val_file = path / "val.jsonl"
     if path.is_dir() and not train_file.exists():
@@ -41,7 +41,8 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
     places = {"train": [record.place for record in train], "val": [record.place for record in val]}
     return text_splits(
         config,
-        *([record[:2] for record in side] for side in (train, val)),
+        [record[:2] for record in train],
+        [record[:2] for record in val],
         lambda: SimpleTokenizer.from_texts(texts),
         place=lambda split, i: places[split][i],
     )

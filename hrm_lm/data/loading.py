@@ -7,7 +7,7 @@ to make (some tasks of reasoning-gym) are made by `train.loader_workers` process
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import AnyBatch, Collate, pin_memory, to_device, without_labels
-from hrm_lm.data.sampler import by_length, global_batches, worker_share
-from hrm_lm.data.splits import Split
+from hrm_lm.data.sampler import by_length, fill_rows, global_batches, token_share, worker_share
+from hrm_lm.data.splits import Split, stream_lengths
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 
@@ -53,12 +53,19 @@ def train_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[list[AnyBatch]]:
+) -> Generator[list[AnyBatch], None, None]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
     batches = Batches(split, tokenizer, collate, round_up=config.length_window > 0)
-    # Fewer samples may fit train.batch_tokens than there are shares.
+
+    def share(indices: np.ndarray) -> list[np.ndarray]:
+        """Some of them empty, where fewer samples fit train.batch_tokens than there are shares."""
+        if config.packing:
+            lengths = stream_lengths(split.lengths(indices))
+            return token_share(indices, lengths, rank, world_size, config.grad_accum_steps)
+        return worker_share(indices, rank, world_size, config.grad_accum_steps)
+
     steps = (
-        worker_share(indices, rank, world_size, config.grad_accum_steps)
+        share(indices)
         for _, indices in zip(range(first_step, config.steps), global_batches(split, config, first_step), strict=False)
     )
     made: Iterable[list[AnyBatch] | UserError] = map(batches.__getitem__, steps)
@@ -85,13 +92,21 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
     round_up: bool = False,
-) -> Iterator[list[AnyBatch]]:
-    """This worker's share of a validation split, each sample once over all workers, alike lengths together.
+    row_tokens: int | None = None,
+) -> Generator[list[AnyBatch], None, None]:
+    """This worker's share of a validation split, each sample once over all workers, alike lengths together; or with
+    `row_tokens`, as many samples as make up so many tokens.
 
     All workers get the same number of batches, since workers that share a model must run together. A worker that has no
     sample left gets a batch without labels.
     """
     batches = Batches(split, tokenizer, collate, round_up)
+    if row_tokens:
+        every = np.arange(len(split))
+        rows = np.split(every, fill_rows(stream_lengths(split.lengths(every)), row_tokens))
+        rows += [every[:0]] * (-len(rows) % world_size)
+        yield from ([batches.batch(row)] for row in rows[rank::world_size])
+        return
     mine = np.arange(rank, len(split), world_size)
     most = -(-len(split) // world_size)  # samples of the worker that has most
     for start in range(0, most, VAL_WINDOW):
@@ -103,7 +118,7 @@ def val_batches(
 
 
 def prefetch(
-    batches: Iterator[list[AnyBatch]], device: torch.device, depth: int = 2
+    batches: Generator[list[AnyBatch], None, None], device: torch.device, depth: int = 2
 ) -> Generator[list[AnyBatch], None, None]:
     """The same batches on `device`, `depth` lists ahead. Closing the iterator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)

@@ -6,13 +6,14 @@ domains"). So memory does not grow with the corpus.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 ROUNDS = 6
 
-Seed = int | tuple[int, ...]
-"""The run's seed, or the run's seed and the number of a mixture's member."""
+Seed = int | tuple[Any, ...]
+"""The run's seed, or a seed and the number of a mixture's member."""
 
 
 def epochs(start: int, stop: int, num_samples: int, seed: Seed) -> np.ndarray:

@@ -162,7 +162,7 @@ class EndlessSplit(Split):
 
 
 def build_reasoning_gym_dataset(config: DataConfig, seed: int) -> Splits:
-    task = ReasoningGymTask(config.dataset.partition(":")[2])
+    task = ReasoningGymTask((config.dataset or "").partition(":")[2])
     entries: dict[str, dict[str, Any]] = {}
     start = time.perf_counter()
     for i in range(config.val_samples):

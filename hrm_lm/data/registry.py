@@ -35,9 +35,9 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
     if config.mixture:
         return load_mixture(config, model, seed)
     name, splits = config.dataset, named_dataset(config, seed)
-    if config.tokenizer and config.tokenizer != CHARACTERS:
-        if not same_tokens(splits.tokenizer, resolve_tokenizer(config.tokenizer)):
-            raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
+    named = resolve_tokenizer(config.tokenizer) if config.tokenizer and config.tokenizer != CHARACTERS else None
+    if named and not same_tokens(splits.tokenizer, named):
+        raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
     limits = Limits(model.max_prompt_len, model.max_response_len)
 
     def fit(which: str, split: Split) -> Split:
@@ -45,10 +45,10 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
             raise UserError(f"data.dataset: {name} has no {which} samples")
         return split.fitted(limits, config.truncate)
 
-    fitted = splits.map(fit)
-    if config.max_val_samples is None or len(fitted.val) <= config.max_val_samples:
+    fitted, most = splits.map(fit), config.max_val_samples
+    if most is None or len(fitted.val) <= most:
         return fitted
-    return fitted.map(lambda which, split: Capped(split, config.max_val_samples) if which == "val" else split)
+    return fitted.map(lambda which, split: Capped(split, most) if which == "val" else split)
 
 
 def named_dataset(config: DataConfig, seed: int) -> Splits:

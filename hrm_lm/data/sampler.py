@@ -6,6 +6,7 @@ step. Batches are cut from an endless row of epochs, each a permutation of its o
 With `train.length_window` the row is cut into windows of so many samples, and each window by itself into batches of
 samples of similar length, in a random order. `train.batch_tokens` makes the number of batches of a window depend on
 its samples, so finding batch k counts through the windows before it: lengths only, some 50 ms for 65,536 samples.
+With `train.packing` lengths need not be alike, so the samples of a window stay in the order of the row.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ import numpy as np
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import padded_length
-from hrm_lm.data.splits import Split
+from hrm_lm.data.splits import Split, stream_lengths
 
 
 def global_batches(split: Split, config: TrainConfig, first: int = 0) -> Iterator[np.ndarray]:
     """Indices of the samples of global batches `first`, `first + 1` and so on, without end."""
-    window, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
-    for window in count(window):
+    start, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
+    for window in count(start):
         batches = window_batches(split, config, window)
         yield from batches[skip:]
         skip = max(skip - len(batches), 0)
@@ -40,6 +41,8 @@ def window_batches(split: Split, config: TrainConfig, window: int) -> list[np.nd
     if not config.length_window:
         return list(indices.reshape(-1, config.batch_size))
     lengths = split.lengths(indices)
+    if config.packing and config.batch_tokens:
+        return np.split(indices, fill_rows(stream_lengths(lengths), config.batch_tokens))
     padded = padded_length(lengths)
     if config.batch_tokens:
         order = by_length(lengths, padded.sum() / config.batch_tokens)
@@ -76,7 +79,27 @@ def fill(lengths: np.ndarray, tokens: int) -> list[int]:
     return cuts
 
 
+def fill_rows(lengths: np.ndarray, tokens: int) -> list[int]:
+    """Where to cut samples of `lengths` (N,) into runs of at most `tokens` tokens, each run as long as fits."""
+    ends, cuts, start = np.cumsum(lengths), [], 0
+    while True:
+        used = int(ends[start - 1]) if start else 0
+        start = max(int(np.searchsorted(ends, used + tokens, side="right")), start + 1)
+        if start >= len(lengths):
+            return cuts
+        cuts.append(start)
+
+
 def worker_share(indices: np.ndarray, rank: int, world_size: int, accum_steps: int) -> list[np.ndarray]:
     """A worker's micro-batches of a global batch: `accum_steps` of them, empty ones where samples are too few."""
     count, shares = len(indices), accum_steps * world_size
     return [indices[count * i // shares : count * (i + 1) // shares] for i in range(rank, shares, world_size)]
+
+
+def token_share(
+    indices: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, accum_steps: int
+) -> list[np.ndarray]:
+    """`worker_share` for samples of `lengths` (B,): micro-batches of about as many tokens, at most a sample more."""
+    starts, shares = np.cumsum(lengths) - lengths, accum_steps * world_size
+    cuts = np.searchsorted(starts, lengths.sum() * np.arange(1, shares) / shares)
+    return np.split(indices, cuts)[rank::world_size]

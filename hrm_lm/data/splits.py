@@ -31,8 +31,8 @@ Prompt = tuple[int, ...]
 class Sample(NamedTuple):
     """Token ids without BOS and EOS."""
 
-    prompt: Sequence[int]
-    response: Sequence[int]
+    prompt: Sequence[int] | np.ndarray
+    response: Sequence[int] | np.ndarray
     ends: bool = True
     """Whether EOS follows the response. It does not where the response was cut."""
 
@@ -72,6 +72,11 @@ class Ragged(NamedTuple):
         """(B,) int64: what each sample takes of `ids`."""
         return self.prompt_lens + 1 + self.label_lens
 
+    @property
+    def token_lens(self) -> np.ndarray:
+        """(B,) int64: tokens of each sample as a single stream, prompt and labels less the last."""
+        return stream_lengths(np.stack([self.prompt_lens, self.label_lens], axis=1))
+
     @classmethod
     def concatenate(cls, pieces: Sequence[Ragged]) -> Ragged:
         return cls(*map(np.concatenate, zip(*pieces, strict=True)))
@@ -82,6 +87,11 @@ class Ragged(NamedTuple):
         within = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
         ids = self.ids[within + np.arange(len(within))]
         return Ragged(ids, self.prompt_lens[order], self.label_lens[order], self.ends[order])
+
+
+def stream_lengths(lengths: np.ndarray) -> np.ndarray:
+    """(B, 2), tokens of prompts and labels -> (B,): tokens of each sample as a single stream, its last label left out."""
+    return lengths.sum(axis=1) - 1
 
 
 class Split(ABC):
@@ -139,7 +149,7 @@ class Split(ABC):
         return self.places(i) if self.places else f"sample {i + 1}"
 
 
-def key(prompt: Sequence[int]) -> Prompt:
+def key(prompt: Sequence[int] | np.ndarray) -> Prompt:
     return tuple(np.asarray(prompt).tolist())
 
 
@@ -297,8 +307,9 @@ def as_split(
     """A split of whatever holds samples. What has a length and items is read item by item, when they are asked for."""
     if isinstance(samples, Split):
         return samples
+    items: Any = samples
     if not isinstance(samples, Sized) or isinstance(samples, Set):  # a generator, say
-        samples = list(samples)
-    if isinstance(samples, list | tuple | np.ndarray):  # converted once
-        samples = [as_sample(item, tokenizer, place(i)) for i, item in enumerate(samples)]
-    return Samples(samples, tokenizer, place, score)
+        items = list(samples)
+    if isinstance(items, list | tuple | np.ndarray):  # converted once
+        items = [as_sample(item, tokenizer, place(i)) for i, item in enumerate(items)]
+    return Samples(items, tokenizer, place, score)

@@ -22,11 +22,12 @@ def build_synthetic_dataset(config: DataConfig = DataConfig(), seed: int = 0) ->
     pairs = _unordered_pairs(low, high, options.num_samples // 2 + 1, np.random.default_rng(seed))
     num_val = min(max(1, round(len(pairs) * config.val_fraction)), len(pairs) - 1)
 
-    splits = []
+    sides = []
     for chosen in (pairs[num_val:], pairs[:num_val]):
         ordered = [pair for a, b in chosen for pair in ([(a, b)] if a == b else [(a, b), (b, a)])]
-        splits.append([(f"What is {a} + {b}?", str(a + b)) for a, b in ordered])
-    return text_splits(config, *splits, lambda: SimpleTokenizer("What is +?0123456789"))
+        sides.append([(f"What is {a} + {b}?", str(a + b)) for a, b in ordered])
+    train, val = sides
+    return text_splits(config, train, val, lambda: SimpleTokenizer("What is +?0123456789"))
 
 
 def _unordered_pairs(low: int, high: int, limit: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ class TextSplit(Split):
             total += int(lens.sum()) + len(lens)
             bounds.append(ends)
         tokens, ends = np.concatenate([*runs, place[:0]]), np.concatenate(bounds).astype("<i8")
-        shard = Shard(memoryview(tokens).cast("B"), memoryview(ends).cast("B"))
+        shard = Shard(tokens.data.cast("B"), ends.data.cast("B"))
         flat = FlatSplit([len(self.pairs)], dtype, lambda _: shard, self.limits if self.truncate else None)
         if self.limits is not None:
             self._check(flat.lengths(np.arange(len(flat))), np.arange(len(flat)), self.limits)

@@ -30,7 +30,7 @@ def require_transformers() -> ModuleType:
     try:
         import transformers
 
-        transformers.HrmTextForCausalLM
+        transformers.HrmTextForCausalLM  # noqa: B018 (older versions have none)
     except (ImportError, AttributeError):
         raise UserError("this needs the transformers library, 5.9 or later: pip install 'hrm-lm[interop]'") from None
     transformers.utils.logging.disable_progress_bar()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, Cycles, ModelConfig
-from hrm_lm.data.collate import AnyBatch, SpecialTokens
+from hrm_lm.data.collate import AnyBatch, Collate, SpecialTokens, pack, pad
 from hrm_lm.data.splits import Ragged
 from hrm_lm.models.layers import Head
 
@@ -31,6 +32,8 @@ class EvalOptions:
     batch_size: int = 64
     round_up: bool = False
     """Whether sizes are rounded up to those that training has seen, for compiled models."""
+    row_tokens: int | None = None
+    """Samples lie end to end in rows of so many tokens, instead of `batch_size` of them in rows of their own."""
 
     @classmethod
     def of(cls, config: Config, **changes: Any) -> EvalOptions:
@@ -40,8 +43,14 @@ class EvalOptions:
             mixed_precision=config.train.mixed_precision,
             batch_size=config.micro_batch_size,
             round_up=config.train.length_window > 0,
+            row_tokens=config.row_tokens,
         )
         return replace(options, **changes)
+
+
+def layout(model: LanguageModel, row_tokens: int | None) -> Collate:
+    """How samples become the model's batches: as its architecture wants, or with `row_tokens` packed into such a row."""
+    return model.collate if row_tokens is None else partial(pack, width=row_tokens)
 
 
 class Prediction(NamedTuple):
@@ -54,8 +63,8 @@ class Prediction(NamedTuple):
     for it."""
 
 
-class LanguageModel(Protocol):
-    """An nn.Module that answers prompts. `hrm_lm.models.encoder_decoder` and `prefix_lm` have the two there are."""
+class LanguageModel(nn.Module):
+    """A model that answers prompts: the base class of `hrm_lm.models.encoder_decoder` and `prefix_lm`, and of yours."""
 
     config: ModelConfig
     core: nn.Module | None
@@ -63,12 +72,14 @@ class LanguageModel(Protocol):
 
     @staticmethod
     def collate(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> AnyBatch:
-        """Makes the batch in the layout that the architecture wants; `hrm_lm.data.collate.pad` makes the guide's."""
+        """Makes the batch in the layout that the architecture wants. This is the guide's."""
+        return pad(samples, tokens, round_up)
 
-    def __call__(self, batch: AnyBatch, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
+    def forward(self, batch: Any, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
         """The last prediction is the model's answer. While training with deep supervision, those of the earlier
-        H-cycles come before it. backprop_steps: see `HRMCore`.
+        H-cycles come before it. batch: what `collate` made. backprop_steps: see `HRMCore`.
         """
+        raise NotImplementedError
 
     def prefill(
         self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
@@ -76,9 +87,11 @@ class LanguageModel(Protocol):
         """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the logits (B, V) of the first new token, and
         where decoding stands.
         """
+        raise NotImplementedError
 
     def decode(self, tokens: Tensor, decoding: Any) -> Tensor:
         """Appends tokens (B,) to what `decoding` holds and returns the logits (B, V) of the next token."""
+        raise NotImplementedError
 
     def set_step(self, step: int) -> None:
         """Follows schedules of the model's own, as of optimisation step `step`."""

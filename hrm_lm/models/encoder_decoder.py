@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
-from hrm_lm.data.collate import Batch, pad
-from hrm_lm.models.contract import Prediction, predict
+from hrm_lm.data.collate import Batch
+from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Block, CrossAttention, Head, KVCache, ScaledEmbedding, Stack, rms_norm, rotary
 
@@ -55,7 +55,7 @@ class Decoding:
     position: int
 
 
-class HRMEncoderDecoder(nn.Module):
+class HRMEncoderDecoder(LanguageModel):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
@@ -73,8 +73,6 @@ class HRMEncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList(Block(*sizes, cross=cross) for _ in range(config.decoder_layers))
         self.norm = rms_norm(C)
         self.head = Head(C, vocab_size)
-
-    collate = staticmethod(pad)
 
     def set_step(self, step: int) -> None:
         self.bridge.set_step(step)

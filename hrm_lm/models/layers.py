@@ -15,6 +15,7 @@ Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
 
 import math
 from functools import cache
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from hrm_lm.data.collate import IGNORE
 
 Rotary = tuple[Tensor, Tensor]
-Mask = Tensor | BlockMask | None
+Mask: TypeAlias = Tensor | BlockMask | None
 """What may be seen: bool, broadcastable to (B, H, T, keys), True where a key may be; or the same as blocks."""
 
 
@@ -92,8 +93,8 @@ class KVCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+        self.k: Tensor = None  # made when the first keys say what of
+        self.v: Tensor = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, T, D) and returns all that is held, (B, H, length, D)."""
@@ -242,7 +243,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = rms_norm(d_model, hrm_text)
         self.attention = SelfAttention(d_model, n_heads, dropout, gated=hrm_text)
-        self.cross = None
+        self.cross: CrossAttention | None = None
         if cross:
             self.cross_norm = rms_norm(d_model, hrm_text)
             self.cross = CrossAttention(d_model, n_heads, dropout)
@@ -261,9 +262,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """memory: keys and values to attend to, their mask and the gate that scales what comes from them."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal, cache))
-        if memory is not None:
+        if memory is not None and self.cross is not None:
             keys_values, memory_mask, gate = memory
-            x = x + gate * self.dropout(self.cross(self.cross_norm(x), keys_values, memory_mask))
+            x = x + gate.to(x.dtype) * self.dropout(self.cross(self.cross_norm(x), keys_values, memory_mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -13,14 +13,15 @@ once. So it has the parameters of the HRM it is compared with; for its compute, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from hrm_lm.config import Cycles, ModelConfig
 from hrm_lm.data.collate import TokenRows, join
-from hrm_lm.models.contract import Prediction, predict
+from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Head, KVCache, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
 
@@ -37,17 +38,18 @@ class Decoding:
     cycles: Cycles
 
 
-class HRMPrefixLM(nn.Module):
+class HRMPrefixLM(LanguageModel):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config, hrm = config, config.hrm
         C, sizes = config.d_model, (config.d_model, config.n_heads, config.expansion, config.dropout)
         self.head_dim = C // config.n_heads
         self.embedding = ScaledEmbedding(vocab_size, C)
-        self.core = self.stack = None
+        self.core: HRMCore | None = None
+        self.stack: Stack | None = None
         if hrm.h_cycles:
-            stacks = (Stack(layers, *sizes, hrm_text=True) for layers in (hrm.h_layers, hrm.l_layers))
-            self.core = HRMCore(*stacks, C, straight_through=0.0)
+            h_stack, l_stack = (Stack(layers, *sizes, hrm_text=True) for layers in (hrm.h_layers, hrm.l_layers))
+            self.core = HRMCore(h_stack, l_stack, C, straight_through=0.0)
             lecun_normal_(self.core.z_l0, fan_in=1)
         else:
             self.stack = Stack(hrm.h_layers + hrm.l_layers, *sizes, hrm_text=True)
@@ -69,8 +71,9 @@ class HRMPrefixLM(nn.Module):
     ) -> list[Tensor]:
         """ids: (B, T). Returns the states after each H-cycle, each (B, T, C)."""
         x = self.embedding(ids)
-        if self.core is None:
+        if self.stack is not None:
             return [self.stack(x, rope, mask, caches[0] if caches else None)]
+        assert self.core is not None
         return self.core(x, rope, mask, cycles, backprop_steps, caches)
 
     def forward(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
@@ -92,8 +95,9 @@ class HRMPrefixLM(nn.Module):
         where decoding stands. `bos_id` is for models whose decoder starts with BOS; here the prompt's last token predicts.
         """
         B, S = prompt_ids.shape
-        stacks = [self.stack]
-        if self.core is not None:
+        if self.core is None:
+            stacks: list[Any] = [self.stack]
+        else:
             stacks = ([self.core.l_stack] * cycles.l + [self.core.h_stack]) * cycles.h
         caches = [[KVCache(S + max_new_tokens) for _ in stack.blocks] for stack in stacks]
         positions = torch.arange(S, device=prompt_ids.device)

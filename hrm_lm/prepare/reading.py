@@ -7,6 +7,7 @@ read twice, or again after a kill, and gives the same pairs in the same order. W
 
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -162,14 +163,14 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
         except UNREADABLE:
             return [file]  # whoever reads the file will find what is wrong with it
         pieces, start = [], 0
-        for i, size in enumerate(sizes):
+        for i in range(len(sizes)):
             if i + 1 == len(sizes) or sum(sizes[start : i + 2]) > part_bytes:
                 share = file.num_bytes * sum(sizes[start : i + 1]) // max(sum(sizes), 1)
                 pieces.append(file._replace(num_bytes=share, start=start, stop=i + 1))
                 start = i + 1
         return pieces
     borders = [*range(0, file.num_bytes, part_bytes), file.num_bytes]
-    return [file._replace(num_bytes=b - a, start=a, stop=b) for a, b in zip(borders, borders[1:])]
+    return [file._replace(num_bytes=b - a, start=a, stop=b) for a, b in itertools.pairwise(borders)]
 
 
 # --- records to pairs --------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from hrm_lm.config import Config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
@@ -12,7 +14,7 @@ from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, without_secrets
-from hrm_lm.models.contract import EvalOptions
+from hrm_lm.models.contract import EvalOptions, layout
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
@@ -22,9 +24,10 @@ from hrm_lm.training.validation import validate
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
-    """Trains to the end. Returns `status`: "finished", "early_stopped", or "diverged" with its `error`.
+    """Trains to the end. Returns `status`: "finished", "early_stopped", or with an `error` "diverged" or "failed".
 
-    A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker.
+    A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker. So is a step that does
+    not fit the memory of a GPU.
     """
     splits = load_dataset(config.data, config.model, config.train.seed)
     state = build_state(
@@ -37,8 +40,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         return {"status": "early_stopped", "step": state.step}
 
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
+    collate = layout(state.model, config.row_tokens)
     source = train_batches(
-        splits.train, splits.tokenizer, state.model.collate, config.train, state.step, session.rank, session.world_size
+        splits.train, splits.tokenizer, collate, config.train, state.step, session.rank, session.world_size
     )
     batches = prefetch(source, state.device)
     clock = time.perf_counter()
@@ -58,7 +62,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 return {
                     "status": "diverged",
                     "step": interval["bad_step"],
-                    "error": divergence(config, interval["bad_step"]),
+                    "error": divergence(config, int(interval["bad_step"])),
                 }
             progress.seconds += seconds
             progress.tokens += int(interval["tokens"])
@@ -87,6 +91,11 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if patience and progress.stale_validations >= patience and not last:
                 status = "early_stopped"
                 break
+    except torch.OutOfMemoryError as error:
+        told = out_of_memory(config, state.step, error)
+        if session.world_size > 1:
+            raise UserError(told) from None  # the others wait for this worker, and must be ended
+        return {"status": "failed", "step": state.step, "error": told}
     finally:
         batches.close()
         log.close()
@@ -134,6 +143,18 @@ def save(state: TrainState, progress: Progress, splits: Splits, session: Session
 def is_due(interval: int, step: int) -> bool:
     """Whether what happens every `interval` steps happens at `step`; an interval of 0 means never."""
     return interval > 0 and step % interval == 0
+
+
+def out_of_memory(config: Config, step: int, error: torch.OutOfMemoryError) -> str:
+    """It would only repeat itself if Ray restarted the worker."""
+    reason = str(error).partition(" If reserved")[0]
+    size = "train.batch_size" if config.train.batch_tokens is None else "train.batch_tokens"
+    return (
+        f"out of memory in the step after step {step}: {reason}\n"
+        f"raise train.grad_accum_steps ({config.train.grad_accum_steps}), or lower {size} "
+        f"({config.train.batch_tokens or config.train.batch_size}) or train.activation_memory "
+        f"({config.train.activation_memory:g}; needs train.compile)"
+    )
 
 
 def divergence(config: Config, step: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -18,7 +19,7 @@ from hrm_lm.config import Config, Cycles, HRMConfig, OptimConfig
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
-from hrm_lm.models.layers import Block, ScaledEmbedding, Stack
+from hrm_lm.models.layers import Block, ScaledEmbedding
 from hrm_lm.training.optim import AdamAtan2, WeightAverage
 from hrm_lm.training.parallel import parallelize, unsynchronized
 
@@ -81,26 +82,20 @@ def build_state(
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, vocab_size).to(device)
     if config.train.compile:
-        compile_parts(model, whole_stacks=config.ray.parallel == "ddp" or world_size == 1)
+        # Block by block: they are alike, so one compilation serves all of them in every cycle. (Stacks compiled whole
+        # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
+        # make more kinds than Dynamo would keep.
+        torch._dynamo.config.recompile_limit = 64
+        torch._functorch.config.activation_memory_budget = config.train.activation_memory
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+        model.head.label_losses = torch.compile(model.head.label_losses)
     parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     optimizer = build_optimizer(model, config.optim, device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     return TrainState(config, model, parallel, optimizer, scaler, average, device, rank, world_size)
-
-
-def compile_parts(model: nn.Module, whole_stacks: bool) -> None:
-    """Compiles stacks whole, and what stands outside of them block by block. FSDP works between blocks, so with it every
-    block is compiled by itself. Blocks are alike, and one compilation serves all of them in every cycle.
-    """
-    # Encoder and decoder, with and without gradient, fixed and free lengths, training and not make more kinds than
-    # Dynamo would keep.
-    torch._dynamo.config.recompile_limit = 64
-    stacks = [module for module in model.modules() if isinstance(module, Stack)] if whole_stacks else []
-    inside = {block for stack in stacks for block in stack.modules()}
-    for module in [*stacks, *(m for m in model.modules() if isinstance(m, Block) and m not in inside)]:
-        module.compile()
-    model.head.label_losses = torch.compile(model.head.label_losses)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """How good a model is on held-out samples, over all workers: loss, exact match, and the task's own verdict."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.data.loading import prefetch, val_batches
 from hrm_lm.data.splits import Splits
-from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast
+from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast, layout
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 
@@ -57,8 +58,16 @@ def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict
     model.eval()
     tallies = {}
     for name, member in (splits.members or {"": splits}).items():
+        collate = layout(model, options.row_tokens)
         batches = val_batches(
-            member.val, member.tokenizer, model.collate, options.batch_size, rank, world_size, options.round_up
+            member.val,
+            member.tokenizer,
+            collate,
+            options.batch_size,
+            rank,
+            world_size,
+            options.round_up,
+            options.row_tokens,
         )
         with autocast(device, options.mixed_precision):
             sums = predicted(model, prefetch(batches, device), options)
@@ -87,6 +96,7 @@ def predicted(model: LanguageModel, batches: Iterable[list[AnyBatch]], options: 
         for batch in group:
             prediction = model(batch, options.cycles)[-1]
             labelled = batch.per_sample((batch.labels != IGNORE).long())
+            assert prediction.right is not None  # as it is without gradient
             whole = (batch.per_sample(prediction.right.long()) == labelled) & (labelled > 0)
             counts = torch.stack([labelled.sum(), whole.sum(), (labelled > 0).sum()])
             sums += torch.cat([prediction.losses.sum()[None].double(), counts.double()])
@@ -100,5 +110,6 @@ def answered(model: LanguageModel, splits: Splits, options: EvalOptions, rank: i
     asked = np.resize(mine if len(mine) else np.zeros(1, dtype=np.int64), most)  # as many on every worker
     prompts = [splits.val[i].prompt for i in asked.tolist()]
     answers = generate_ids(model, splits.tokenizer, prompts, options, in_step=is_sharded(model))
-    texts = map(splits.tokenizer.decode, answers)
-    return [sum(splits.val.verdict(i, text) for i, text in zip(mine.tolist(), texts, strict=False)), float(len(mine))]
+    verdict, texts = splits.val.verdict, map(splits.tokenizer.decode, answers)
+    assert verdict is not None
+    return [math.fsum(verdict(i, text) for i, text in zip(mine.tolist(), texts, strict=False)), float(len(mine))]

@@ -15,7 +15,7 @@ class SweepProgress(Callback):
         self.params, self.metric, self.mode, self.is_live = params, metric, mode, live
         self.rows: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None
-        self._live = None
+        self._live: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_live": None}  # Tune saves its callbacks for a resume

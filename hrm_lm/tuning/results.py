@@ -25,7 +25,7 @@ class Trial:
     """finished, early_stopped, stopped (by the scheduler), diverged, invalid, failed, unfinished"""
     steps: int = 0
     best_step: int | None = None
-    score: float | None = None
+    score: Any = None
     """The metric's best value; None for a trial without a validation."""
     val_loss: float | None = None
     val_exact_match: float | None = None
@@ -48,7 +48,9 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
     history: dict[int, dict[str, float]] = {}
     for row in frame.to_dict("records") if frame is not None else []:
         # Where a trial went on from a checkpoint, what it repeated replaces what was there.
-        if isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid") or "seconds" not in row:
+        if (
+            isinstance(row.get("status"), str) and row["status"] in ("diverged", "invalid", "failed")
+        ) or "seconds" not in row:
             continue
         history[int(row["step"])] = {
             name: row[name] for name in {"step", "seconds", "tokens", metric, *CURVES} if name in row
@@ -58,7 +60,7 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
     validated = [row for row in rows if not math.isnan(row[metric])]
     trial = Trial(number, params, _status(result, last, sweep), history=validated)
     trial.steps = max([int(last.get("step", 0)), *history])
-    if trial.status == "failed":
+    if trial.status == "failed" and result.error is not None:
         lines = [line for line in str(result.error).strip().splitlines() if line.strip()]
         trial.error = lines[-1].strip() if lines else type(result.error).__name__
     else:

@@ -20,7 +20,7 @@ class JudgesValidations:
     def on_trial_result(self, tune_controller, trial, result) -> str:
         if math.isnan(result[self._metric]):
             return schedulers.TrialScheduler.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
+        return super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]  # a mixin
 
 
 class ASHA(JudgesValidations, schedulers.ASHAScheduler):

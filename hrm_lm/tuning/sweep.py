@@ -175,6 +175,7 @@ def search_algorithm(sweep: Sweep, at_once: int):
 def summary(trials: list[Trial], sweep: Sweep, folder: RunFolder) -> str:
     """The best values, where they are and the command that trains with them."""
     best = best_trial(trials, sweep)
+    assert best is not None  # else the sweep has failed
     values = "\n".join(f"  {dotted}: {_short(value)}" for dotted, value in best.params.items())
     return (
         f"best of {len(trials)} trials: trial {best.number}, {sweep.tune.metric} {best.score:.4f} at step {best.best_step}\n"

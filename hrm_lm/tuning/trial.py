@@ -74,8 +74,8 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
         outcome, last = train(config, session), session.last_report
     else:
         outcome, last = train_with_workers(config, setup, start_from)
-    if outcome["status"] == "diverged":
-        ray.tune.report(failed("diverged", outcome["step"], outcome["error"], setup))
+    if "error" in outcome:
+        ray.tune.report(failed(outcome["status"], outcome["step"], outcome["error"], setup))
     elif last:
         ray.tune.report(last | {"status": outcome["status"]})
 

@@ -57,7 +57,7 @@ class _HashedFile:
 
     def write(self, array: np.ndarray) -> None:
         self.size += array.nbytes
-        self.digest.update(array)
+        self.digest.update(array.data)
         self.file.write(array.tobytes())
 
     def close(self) -> tuple[int, str]:
