@@ -4,12 +4,19 @@ Most tests run the real loop in this process through `LocalSession`, without Ray
 """
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hrm_lm.config import Config, load_config
 from hrm_lm.data.collate import pad
@@ -25,6 +32,13 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how often t
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for a second one
+
+
+def pytest_collection_modifyitems(items):
+    """Every test is `quick` that needs no Ray, starts no process and is not marked `slow`."""
+    for item in items:
+        if not {"cluster", "driver"} & set(item.fixturenames) and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
 
 
 def small_config(**overrides) -> Config:
@@ -92,8 +106,12 @@ class LocalSession:
         if self.stop_at == metrics["step"]:
             raise KeyboardInterrupt
 
+    @property
+    def last_checkpoint(self) -> Path:
+        return max(self.folder.glob("step_*"))
+
     def last_weights(self) -> dict[str, torch.Tensor]:
-        return load_model(max(self.folder.glob("step_*")))[0].state_dict()
+        return load_model(self.last_checkpoint)[0].state_dict()
 
 
 def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> LocalSession:
@@ -101,6 +119,91 @@ def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> L
     with suppress(KeyboardInterrupt):
         session.outcome = train(config, session)
     return session
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
+    """Bit for bit, unless `atol` and `rtol` are given."""
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+def assert_resumes_exactly(config: Config, folder: Path, *stops: int) -> LocalSession:
+    """A run stopped after each step of `stops` reports and saves, bit for bit, what a run without a stop does.
+
+    Every stop must be at a checkpoint. Returns the run without a stop.
+    """
+    straight = train_locally(config, folder / "straight")
+    reports = []
+    for stop_at in (*stops, config.train.steps):
+        session = train_locally(config, folder / "stopped", stop_at)
+        reports += session.reports
+        assert reports[-1]["step"] == stop_at
+    measured = {"seconds", "samples_per_s", "tokens_per_s"}
+    kept, expected = (
+        [{name: value for name, value in metrics.items() if name not in measured} for metrics in run]
+        for run in (reports, straight.reports)
+    )
+    assert kept == expected
+    files = {file.name for file in straight.last_checkpoint.glob("*.safetensors")}
+    assert files == {file.name for file in session.last_checkpoint.glob("*.safetensors")} >= {"model.safetensors"}
+    for name in files:  # the optimizer's and the average's too
+        assert_same_weights(load_file(straight.last_checkpoint / name), load_file(session.last_checkpoint / name))
+    return straight
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """Waits for what another process does, and returns what `condition` then gives; pytest's timeout ends a wait in vain."""
+    while not (value := condition()):
+        time.sleep(0.02)
+    return value
+
+
+def processes_with(text: str) -> list[int]:
+    """The ids of the processes that have `text` in their environment: a command's, and those of the Ray that it started."""
+
+    def environment(process: Path) -> bytes:
+        try:
+            return (process / "environ").read_bytes()
+        except OSError:  # it ended, or is another user's
+            return b""
+
+    found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if text.encode() in environment(path)]
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def kill_processes_with(text: str) -> None:
+    """`ray stop` would end everybody's Ray."""
+    for pid in processes_with(text):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def driver(in_folder):
+    """`driver("-m", module, ...)` starts a command with a Ray of its own; what is left of both ends with the test.
+
+    `driver.mark` is in the environment of all these processes.
+    """
+
+    def start(*arguments, **options) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=os.environ | dict([start.mark.split("=", 1)]),
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+        )
+
+    start.mark = f"HRM_LM_TEST={in_folder}"
+    yield start
+    kill_processes_with(start.mark)
 
 
 @pytest.fixture(scope="session")

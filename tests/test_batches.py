@@ -5,8 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import torch
-from conftest import eval_options, small_config, train_locally
+from conftest import assert_resumes_exactly, eval_options, small_config, train_locally
 
 from hrm_lm.config import TrainConfig, load_config
 from hrm_lm.data.collate import IGNORE, pack, pad, pad_batch, padded_length
@@ -179,17 +178,9 @@ BY_LENGTH = [
 
 
 @pytest.mark.parametrize("options", BY_LENGTH)
-@pytest.mark.parametrize("stop_at", [4, 9])
-def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options, stop_at):
-    config = small_config(
-        train__val_every=1, data__synthetic__max_digits=2, data__synthetic__num_samples=100, **options
-    )
-    straight = train_locally(config, tmp_path / "straight")
-    train_locally(config, tmp_path / "stopped", stop_at=stop_at)
-    second = train_locally(config, tmp_path / "stopped")
-    assert [m["loss"] for m in second.reports] == [m["loss"] for m in straight.reports[stop_at:]]
-    for name, value in second.last_weights().items():
-        assert torch.equal(value, straight.last_weights()[name]), name
+def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options):
+    data = {"data__synthetic__max_digits": 2, "data__synthetic__num_samples": 100}
+    assert_resumes_exactly(small_config(train__val_every=1, **data, **options), tmp_path, 4, 9)
 
 
 def test_packing_changes_no_validation_loss(tmp_path):

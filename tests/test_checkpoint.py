@@ -1,12 +1,10 @@
 """Checkpoints that are torn, what a run may go on with, and checkpoints between validations; no Ray cluster."""
 
-import math
 import shutil
 
 import pyarrow.fs
 import pytest
-import torch
-from conftest import small_config, train_locally
+from conftest import assert_resumes_exactly, assert_same_weights, small_config, train_locally
 from safetensors.torch import load_file, save_file
 
 from hrm_lm.cluster import ray_private
@@ -17,8 +15,7 @@ from hrm_lm.tuning.trial import orphan
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    train_locally(small_config(train__steps=1), tmp_path / "run")
-    return max((tmp_path / "run").glob("step_*"))
+    return train_locally(small_config(train__steps=1), tmp_path / "run").last_checkpoint
 
 
 def cut(file, size=-1):
@@ -62,7 +59,7 @@ def test_a_sharded_checkpoint_is_whole_only_with_all_its_parts(checkpoint):
     before = load_model(checkpoint)[0].state_dict()
     shard(checkpoint, "model", "embedding.weight")
     after = load_model(checkpoint)[0].state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_weights(before, after)
     first, second = sorted((checkpoint / "model").iterdir())
     whole = second.read_bytes()
     cut(second)
@@ -104,15 +101,11 @@ def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():
 
 def test_a_run_killed_between_validations_goes_on_from_the_last_interval(tmp_path):
     options = {"train__steps": 12, "train__val_every": 6, "train__ema_decay": 0.5}
-    undisturbed = train_locally(small_config(**options), tmp_path / "undisturbed")
-    config = small_config(**options, train__checkpoint_every=4)
-    killed = train_locally(config, tmp_path / "run", stop_at=8)
-    assert [(m["step"], "val_loss" in m) for m in killed.reports] == [(4, False), (6, True), (8, False)]
-    resumed = train_locally(config, tmp_path / "run")
-    assert [(m["step"], "val_loss" in m) for m in resumed.reports] == [(12, True)]
-    assert resumed.reports[-1]["val_loss"] == undisturbed.reports[-1]["val_loss"]
-    for name, value in undisturbed.last_weights().items():
-        assert torch.equal(value, resumed.last_weights()[name]), name
-    best = min(killed.reports + resumed.reports, key=lambda metrics: metrics.get("val_loss", math.inf))
-    progress = read_checkpoint(max((tmp_path / "run").glob("step_*"))).progress
+    session = assert_resumes_exactly(small_config(**options, train__checkpoint_every=4), tmp_path, 8)
+    assert [(m["step"], "val_loss" in m) for m in session.reports] == [(4, False), (6, True), (8, False), (12, True)]
+    without = train_locally(small_config(**options), tmp_path / "without")
+    assert [m["val_loss"] for m in without.reports] == [m["val_loss"] for m in session.reports if "val_loss" in m]
+    assert_same_weights(without.last_weights(), session.last_weights())
+    best = min(without.reports, key=lambda metrics: metrics["val_loss"])
+    progress = read_checkpoint(max((tmp_path / "stopped").glob("step_*"))).progress
     assert (progress.best_step, progress.best_val_loss) == (best["step"], best["val_loss"])

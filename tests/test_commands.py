@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -23,12 +24,17 @@ from hrm_lm.errors import UserError
 SMALL = ["--set", "model.d_model=16", "--set", "model.n_heads=2", "--set", "train.batch_size=8"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_locally(small_config(train__steps=40, optim__lr=0.01), tmp_path_factory.mktemp("run")).last_checkpoint
+
+
 @pytest.fixture
-def checkpoint(tmp_path):
-    train_locally(small_config(train__steps=40, optim__lr=0.01), tmp_path / "run")
-    return max((tmp_path / "run").glob("step_*"))
+def checkpoint(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run" / trained.name)
 
 
+@pytest.mark.slow
 def test_the_guides_command_is_a_dry_run_without_ray():
     code = """
 import runpy, sys
@@ -60,6 +66,7 @@ def test_hrm_lm_tells_errors_as_every_command_does(capsys):
     assert capsys.readouterr().err == "error: nope.yaml: cannot be read: No such file or directory\n"
 
 
+@pytest.mark.slow
 def test_the_list_of_commands_needs_no_heavy_import():
     code = "import sys; from hrm_lm.commands.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()

@@ -179,9 +179,9 @@ def test_the_presets_have_the_published_shapes():
         assert (theirs.num_attention_heads, theirs.head_dim) == (heads, 128)
         assert (theirs.H_cycles, theirs.L_cycles, theirs.L_bp_cycles) == (2, 3, [0, 3])
         assert theirs.max_position_embeddings == 4096
-        window = lambda step: backprop_steps_of(config.model.hrm, step, config.model.hrm.cycles)  # noqa: E731
-        fifth = config.train.steps // 5
-        assert (window(0), window(fifth // 2), window(fifth - 1), window(fifth)) == (2, 3, 4, 5)
+        hrm, fifth = config.model.hrm, config.train.steps // 5
+        windows = [backprop_steps_of(hrm, step, hrm.cycles) for step in (0, fifth // 2, fifth - 1, fifth)]
+        assert windows == [2, 3, 4, 5]
 
 
 # --- folders -----------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def of_package(module: str, *packages: str) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
+@pytest.mark.slow
 def test_data_models_and_training_load_no_ray():
     modules = [module for module in MODULES if of_package(module, *WITHOUT_RAY)]
     code = (

@@ -27,6 +27,7 @@ SCORED = {
     "data__dataset": "reasoning_gym:syllogism", "data__val_samples": 9, "model__max_response_len": 5, "optim__lr": 0.03,
 }  # fmt: skip
 TWO = {"ray__num_workers": 2}
+pytestmark = pytest.mark.slow
 
 
 class TwoProcesses(LocalSession):

@@ -4,11 +4,9 @@ import csv
 import dataclasses
 import gzip
 import json
-import os
+import re
 import signal
-import subprocess
-import sys
-import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from conftest import small_config, train_locally
+from conftest import processes_with, small_config, train_locally, wait_until
 
 from hrm_lm.commands.help import field_docs
 from hrm_lm.commands.prepare import main
@@ -164,8 +162,6 @@ def broken_corpus(folder):
     rng = np.random.default_rng(0)
     noise = jsonl([{"prompt": f"n{i} {rng.random()}", "response": str(rng.random())} for i in range(3000)])
     cut = gzip.compress(noise)[: len(gzip.compress(noise)) // 2]
-    import zlib
-
     whole = zlib.decompressobj(31).decompress(cut)
     survivors = [json.loads(line) for line in whole.split(b"\n")[:-1]]
     kept.extend((record["prompt"], record["response"]) for record in survivors)
@@ -397,8 +393,6 @@ def test_bad_input_is_a_line_and_exit_code_2_before_ray_starts(command, in_folde
     ],
 )
 def test_a_corpus_without_pairs_for_both_sides_is_refused(cluster, command, tmp_path, raw, message):
-    import re
-
     (tmp_path / "a.jsonl").write_bytes(raw)
     code, out, err = command(
         main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes"
@@ -439,7 +433,9 @@ main(sys.argv[2:])
 """
 
 
-def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_what_is_left(cluster, command, tmp_path):
+def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_what_is_left(
+    cluster, command, driver, tmp_path
+):
     """The result is byte-identical to that of an undisturbed run, and shards that were finished are not written again."""
     for i in range(6):
         (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(3_000, 2_000 * i))))  # a third are duplicates
@@ -453,10 +449,10 @@ def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_w
     assert code == 0, err
     work = tmp_path / "killed/.prepare"
     for step, results in (("survey", "survey-*.json"), ("write_shard", "shard-*.json")):
-        environment = os.environ | {"HRM_LM_TEST_OF_A_KILL": str(work)}
-        process = [sys.executable, "-c", KILLED_IN_STEP, step, *arguments("killed")]
-        assert subprocess.run(process, env=environment, capture_output=True).returncode == -signal.SIGKILL
-        wait_for_processes(f"HRM_LM_TEST_OF_A_KILL={work}")
+        killed = driver("-c", KILLED_IN_STEP, step, *arguments("killed"))
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        wait_until(lambda: not processes_with(driver.mark))  # its Ray, with the task that was under way
         assert len(list(work.glob(results))) >= 2 and not (tmp_path / "killed/meta.json").exists()
         with pytest.raises(UserError):
             load(tmp_path / "killed")
@@ -467,16 +463,3 @@ def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_w
     assert code == 0 and out.split(" in ")[0] == undisturbed.split(" in ")[0], err
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
     assert finished and all(shard.stat().st_mtime_ns == before for shard, before in finished.items())
-
-
-def wait_for_processes(variable):
-    """Until the killed driver's Ray, whose processes inherit the variable, is gone with the task that was under way."""
-
-    def there(environment):
-        try:
-            return variable.encode() in environment.read_bytes()
-        except OSError:  # it ended, or is another user's
-            return False
-
-    while any(there(path) for path in Path("/proc").glob("[0-9]*/environ")):
-        time.sleep(0.05)

@@ -9,12 +9,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, small_config, train_locally
+from conftest import (
+    ROOT,
+    assert_same_weights,
+    kill_processes_with,
+    small_config,
+    train_locally,
+    wait_until,
+)
 
 from hrm_lm.cluster.capacity import plan_workers
 from hrm_lm.cluster.run import run
@@ -39,8 +44,7 @@ def test_two_workers_train_as_one(cluster, in_folder):
     result = run(small_config(**options, ray__num_workers=2, ray__run_name="two"))
     assert result["status"] == "finished" and result["step"] == 6
     assert reported_losses(in_folder, "two") == pytest.approx([m["loss"] for m in alone.reports], rel=1e-5)
-    for name, value in weights(result).items():
-        torch.testing.assert_close(value, alone.last_weights()[name], atol=1e-5, rtol=1e-4)
+    assert_same_weights(weights(result), alone.last_weights(), atol=1e-5, rtol=1e-4)
     assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
     assert json.loads((in_folder / "runs/two/result.json").read_text()) == result
     assert list((in_folder / "runs/two").glob("events.out.tfevents.*"))
@@ -78,14 +82,6 @@ def build(config, seed):
 """
 
 
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
 def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, monkeypatch):
     (in_folder / "pid_data.py").write_text(PID_DATA)
     monkeypatch.syspath_prepend(in_folder)
@@ -102,50 +98,36 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
     assert int((in_folder / "worker.pid").read_text()) != first, "the run was over before the kill"
     (result,) = results
     assert result["status"] == "finished" and result["step"] == 240
-    undisturbed = train_locally(small_config(**options), in_folder / "alone").last_weights()
-    for name, value in weights(result).items():
-        assert torch.equal(value, undisturbed[name]), name
+    assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
 
 
-def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in_folder):
+def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in_folder, driver):
     options = {"train__val_every": 20, "train__steps": 200, "train__log_every": 20}
     (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
-    command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
+    command = ["-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
     folder = RunFolder(str(in_folder / "runs"), "r")
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(lambda: folder.has_checkpoints() or driver.poll() is not None)
-    driver.kill()
-    assert "finished" not in driver.communicate()[0], "the run was over before the kill"
+    killed = driver(*command)
+    wait_until(lambda: folder.has_checkpoints() or killed.poll() is not None)
+    killed.kill()
+    assert "finished" not in killed.communicate()[0], "the run was over before the kill"
 
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "resuming from step" in again.stderr and "finished at step 200" in again.stdout
+    again = driver(*command)
+    out, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "resuming from step" in err and "finished at step 200" in out
     result = json.loads(folder.read("result.json"))
-    undisturbed = train_locally(small_config(**options), in_folder / "alone").last_weights()
-    for name, value in weights(result).items():
-        assert torch.equal(value, undisturbed[name]), name
+    assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
 
 
-def test_ctrl_c_ends_in_a_line_and_code_130(in_folder):
-    (in_folder / "c.yaml").write_text(
-        small_config(train__steps=100_000, train__val_every=20, train__log_every=20).to_yaml()
-    )
-    command = [sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
-    driver = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
+def test_ctrl_c_ends_in_a_line_and_code_130(in_folder, driver):
+    options = {"train__steps": 100_000, "train__val_every": 20, "train__log_every": 20}
+    (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
+    interrupted = driver("-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r")
     folder = RunFolder(str(in_folder / "runs"), "r")
-    try:
-        wait_until(lambda: folder.has_checkpoints() or driver.poll() is not None)
-        driver.send_signal(signal.SIGINT)
-        _, err = driver.communicate(timeout=60)
-    finally:
-        driver.kill()
-    assert driver.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    wait_until(lambda: folder.has_checkpoints() or interrupted.poll() is not None)
+    interrupted.send_signal(signal.SIGINT)
+    _, err = interrupted.communicate()
+    assert interrupted.returncode == 130 and "interrupted" in err and "Traceback" not in err
 
 
 def test_what_the_cluster_cannot_hold_is_refused_with_what_it_has(cluster, in_folder):
@@ -219,7 +201,7 @@ def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(t
     }
 
     def shell(*arguments, **options):
-        return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=180, **options)
+        return subprocess.run(arguments, capture_output=True, text=True, env=environment, **options)
 
     assert shell("ray", "get-auth-token", "--generate").returncode == 0
     port, dashboard, agent = free_port(), free_port(), free_port()  # another cluster may be up beside this one
@@ -241,7 +223,7 @@ def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(t
         assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 1, asked.stderr
         assert str(home / "hrm_lm_runs") in asked.stderr
     finally:
-        stop_ray(session_root)
+        kill_processes_with(session_root)
         shutil.rmtree(session_root, ignore_errors=True)
 
 
@@ -249,14 +231,3 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def stop_ray(session_root: str) -> None:
-    """Ends the processes started with `session_root` in their environment; `ray stop` would end everybody's."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if session_root.encode() in (entry / "environ").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except (OSError, ProcessLookupError):
-                pass

@@ -2,16 +2,12 @@
 
 import csv
 import json
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, small_config
-from test_ray import wait_until
+from conftest import ROOT, small_config, wait_until
 
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
@@ -115,7 +111,7 @@ def test_a_sweep_larger_than_the_cluster_ends_and_leaves_nothing_held(cluster, i
     )
     assert len(trials) == 10 and {t.status for t in trials} <= {"finished", "stopped"}
     assert sum(t.status == "stopped" for t in trials) >= 4
-    wait_until(lambda: not held_by_ray() and not placement_groups_alive(), 20)
+    wait_until(lambda: not held_by_ray() and not placement_groups_alive())
 
     folder = in_folder / "runs" / "s"
     best = min(trials, key=lambda trial: trial.score)
@@ -167,7 +163,7 @@ def test_the_same_seed_gives_the_same_table(cluster, in_folder):
     space = {"optim.lr": {"loguniform": [1e-4, 3e-2]}, "model.hrm.h_cycles": {"choice": [1, 2]}}
     tables = []
     for name in ("a", "b"):
-        search(in_folder, space, name, num_samples=4, max_concurrent_trials=1, seed=5)
+        search(in_folder, space, name, num_samples=3, max_concurrent_trials=1, seed=5)
         tables.append(
             [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows(in_folder, name)]
         )
@@ -214,33 +210,33 @@ def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_fold
     )
     assert [trial.status for trial in trials] == ["finished", "stopped"]
     assert (in_folder / "runs/s/best_checkpoint/model.safetensors").exists()
-    wait_until(lambda: not held_by_ray() and not placement_groups_alive(), 60)
+    wait_until(lambda: not held_by_ray() and not placement_groups_alive())
 
 
-def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_folder):
+def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_folder, driver):
     base = {**BASE, "train": {**BASE["train"], "steps": 200, "val_every": 10, "checkpoint_every": 0}}
     file = sweep_file(in_folder, {"optim.lr": {"loguniform": [1e-3, 1e-2]}}, base=base, num_samples=3, scheduler="fifo")
-    command = [sys.executable, "-m", "ray_jobs.tune", "--config", file, "--run_name", "s"]
-    driver = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    command = ["-m", "ray_jobs.tune", "--config", file, "--run_name", "s"]
+    killed = driver(*command, stderr=subprocess.STDOUT)
     seen = {}
-    for line in driver.stdout:
+    for line in killed.stdout:
         if ": step " in line:
             trial, step = line.split(":")[0], int(line.split("step ")[1].split()[0])
             seen[trial] = step
             if len(seen) == 2 and min(seen.values()) >= 50:
                 break
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and "--resume continues it" in refused.stderr
+    killed.kill()
+    killed.communicate()
+    refused = driver(*command)
+    err = refused.communicate()[1]
+    assert refused.returncode == 2 and "--resume continues it" in err
     # Tune notes what there is once a second: as if newer checkpoints had replaced since what it knows of.
     for checkpoint in (in_folder / "runs/s/trials").glob("*/checkpoint_*"):
         checkpoint.rename(checkpoint.with_name(f"checkpoint_{int(checkpoint.name[-6:]) + 100:06d}"))
 
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = driver(*command, "--resume")
+    out, err = again.communicate()
+    assert again.returncode == 0, err
     table = rows(in_folder)
     assert (
         len(table) == 3
@@ -248,7 +244,7 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
         and {row["steps"] for row in table} == {"200"}
     )
     first = {}
-    for line in again.stdout.splitlines():
+    for line in out.splitlines():
         if ": step " in line:
             first.setdefault(line.split(":")[0], int(line.split("step ")[1].split()[0]))
     resumed = sorted(step for step in first.values() if step > 10)
