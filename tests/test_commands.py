@@ -1,6 +1,7 @@
 """The commands, run as a user runs them but in this process; none of these starts Ray."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -363,3 +364,24 @@ def test_cluster_yaml_passes_rays_validator_and_scales_from_zero():
     validate_config(prepare_config(config))
     (worker,) = (kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"])
     assert worker["min_workers"] == 0 and worker["resources"]["GPU"] >= 1
+
+
+def test_a_runs_name_is_a_text_whatever_yaml_would_make_of_it(in_folder, monkeypatch):
+    from hrm_lm.cluster import run as cluster_run
+
+    seen = []
+    monkeypatch.setattr(cluster_run, "run", lambda config, resume: seen.append(config) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        train(["--dataset", "synthetic", "--run_name", "2024", "--save_dir", "on"])
+    assert (seen[0].ray.run_name, seen[0].ray.storage_path) == ("2024", "on")
+
+
+def test_a_function_of_ones_own_is_found_beside_the_command(in_folder):
+    (in_folder / "mine.py").write_text(
+        "from hrm_lm.data.registry import Splits\nfrom hrm_lm.data.tokenizer import ByteTokenizer\n"
+        "def build(config, seed):\n    return Splits([('a', 'b')], [], ByteTokenizer())\n"
+    )
+    code = "import sys; sys.path.remove(''); from hrm_lm.commands.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "train", "--dataset", "mine:build"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "mine:build has no val samples" in done.stderr

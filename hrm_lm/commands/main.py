@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}\n{usage()}" if name else usage(), file=sys.stderr)
         return 2
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as for `python -m`: a dataset of one's own is a module beside the command
     module = importlib.import_module(COMMANDS[name][0])
     return run_command(lambda: module.main(rest))
 

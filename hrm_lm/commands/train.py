@@ -19,6 +19,8 @@ FLAGS = {
     "num_workers": "ray.num_workers",
     "use_gpu": "ray.use_gpu",
 }
+NAMES = ("data.dataset", "ray.storage_path", "train.init_from", "ray.run_name")
+"""Fields of FLAGS that are texts, whatever YAML would make of them."""
 
 
 def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
@@ -43,8 +45,11 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="what to do if the run is there")
     args = parser.parse_args(argv)
 
-    given = [f"{path}={getattr(args, flag)}" for flag, path in FLAGS.items() if getattr(args, flag) is not None]
-    layers, overrides = read_layers(args.config) if args.config else [], parse_set(given) | parse_set(args.set)
+    flags = {path: getattr(args, flag) for flag, path in FLAGS.items() if getattr(args, flag) is not None}
+    named = {path: value for path, value in flags.items() if path in NAMES}  # a run may be called 2024, or on
+    given = [f"{path}={value}" for path, value in flags.items() if path not in NAMES]
+    layers = read_layers(args.config) if args.config else []
+    overrides = named | parse_set(given) | parse_set(args.set)
     config = config_of(layers, overrides)
     if args.dry_run:
         from hrm_lm.training.train import dry_run_loss

@@ -129,7 +129,8 @@ class HRMPrefixLM(LanguageModel):
 
 
 FLEX_FROM = 512
-"""Tokens of a row from which on flex attention is faster than a dense mask (benchmarks/gpu.py)."""
+"""Tokens of a row from which on flex attention takes the place of a dense mask. At 1,024 tokens it trains HRM-Text B 9 %
+faster (H100); shorter rows were not measured, and a dense mask costs little there."""
 BLOCK = 128
 
 
