@@ -95,6 +95,8 @@ def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():
     assert obstacles(small_config(), now) == {}
     fixed = {"model__d_model": 32, "train__seed": 1, "data__val_fraction": 0.3, "model__hrm__l_layers": 2}
     assert obstacles(small_config(), small_config(**fixed)).keys() == {key.replace("__", ".") for key in fixed}
+    tokens = {"model__architecture": "prefix_lm", "train__batch_tokens": 1024, "train__length_window": 64}
+    assert obstacles(small_config(**tokens), small_config(**tokens, train__packing=True)).keys() == {"train.packing"}
     assert obstacles(small_config(), small_config(model__hrm__h_cycles=3)) == {}
     assert obstacles(small_config(), small_config(model__hrm__h_cycles=0)) == {"model.hrm.h_cycles": (2, 0)}
 
