@@ -109,6 +109,7 @@ def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in
     killed = driver(*command)
     wait_until(lambda: folder.has_checkpoints() or killed.poll() is not None)
     killed.kill()
+    kill_processes_with(driver.mark)  # its Ray would take half a minute to end
     assert "finished" not in killed.communicate()[0], "the run was over before the kill"
 
     again = driver(*command)
@@ -187,6 +188,7 @@ def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such(cluster, in_f
         run(small_config(data__dataset="only_here:build", ray__max_failures=0))
 
 
+@pytest.mark.slow
 def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(tmp_path):
     """The real thing: `ray start --head`, `ray job submit`, `generate` from another folder."""
     home = tmp_path / "home"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, small_config, wait_until
+from conftest import ROOT, kill_processes_with, small_config, wait_until
 
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
@@ -226,6 +226,7 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
             if len(seen) == 2 and min(seen.values()) >= 50:
                 break
     killed.kill()
+    kill_processes_with(driver.mark)  # its Ray would take half a minute to end
     killed.communicate()
     refused = driver(*command)
     err = refused.communicate()[1]
