@@ -261,6 +261,12 @@ def test_evaluate_scores_with_more_cycles_than_trained(command, checkpoint):
     assert trained["step"] == 40 and trained["val_loss"] != longer["val_loss"]
 
 
+def test_evaluate_reports_the_loss_that_a_run_in_bf16_reported(command, tmp_path):
+    session = train_locally(small_config(train__mixed_precision="bf16"), tmp_path / "run")
+    code, out, err = command(evaluate, "--checkpoint", session.last_checkpoint, "--batch_size", 8)
+    assert code == 0 and json.loads(out)["val_loss"] == pytest.approx(session.reports[-1]["val_loss"], rel=1e-6), err
+
+
 def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, checkpoint, tmp_path):
     (tmp_path / "other.jsonl").write_text(
         '{"prompt": "1 + 2", "response": "3"}\n{"prompt": "2 + 2", "response": "4"}\n'
