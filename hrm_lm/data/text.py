@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -50,18 +51,18 @@ class TextSplit(Split):
     @cached_property
     def _flat(self) -> FlatSplit:
         dtype = np.dtype(np.min_scalar_type(self.tokenizer.vocab_size - 1))
-        place = np.zeros(1, dtype)
-        runs, bounds, total = [], [np.zeros(1, np.int64)], 0
+        place = (0,)  # for BOS behind a prompt, and for EOS behind a response
+        blocks, bounds, total = [np.zeros(0, dtype)], [np.zeros(1, np.int64)], 0
         for start in range(0, len(self.pairs), TOKENIZED_TOGETHER):
             pairs = self.pairs[start : start + TOKENIZED_TOGETHER]
             ids = self.tokenizer.encode_batch([text for pair in pairs for text in pair])
             lens = np.fromiter(map(len, ids), np.int64, len(ids))
-            runs += [run for side in ids for run in (np.asarray(side, dtype), place)]
+            size = int(lens.sum()) + len(lens)
+            blocks.append(np.fromiter(chain.from_iterable(run for side in ids for run in (side, place)), dtype, size))
             # A prompt ends before BOS, and a sample behind EOS.
-            ends = total + np.cumsum(lens + 1) - np.tile([1, 0], len(pairs))
-            total += int(lens.sum()) + len(lens)
-            bounds.append(ends)
-        tokens, ends = np.concatenate([*runs, place[:0]]), np.concatenate(bounds).astype("<i8")
+            bounds.append(total + np.cumsum(lens + 1) - np.tile([1, 0], len(pairs)))
+            total += size
+        tokens, ends = np.concatenate(blocks), np.concatenate(bounds).astype("<i8")
         shard = Shard(tokens.data.cast("B"), ends.data.cast("B"))
         flat = FlatSplit([len(self.pairs)], dtype, lambda _: shard, self.limits if self.truncate else None)
         if self.limits is not None:

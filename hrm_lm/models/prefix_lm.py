@@ -121,11 +121,9 @@ class HRMPrefixLM(LanguageModel):
     def _mask(self, batch: TokenRows) -> Mask:
         """As blocks where that is faster: on CUDA, for rows of some length. Flex attention has no dropout."""
         drops = self.training and self.config.dropout
-        return (
-            visible_blocks(batch)
-            if batch.ids.is_cuda and batch.ids.shape[1] >= FLEX_FROM and not drops
-            else visible_keys(batch)
-        )
+        if batch.ids.is_cuda and batch.ids.shape[1] >= FLEX_FROM and not drops:
+            return visible_blocks(batch)
+        return visible_keys(batch)
 
 
 FLEX_FROM = 512
