@@ -257,8 +257,8 @@ class DataConfig(Section):
     val_samples: Annotated[int, Field(ge=1, le=4096)] = 500
     """How many validation samples are drawn where the dataset is endless (`reasoning_gym:`)."""
     max_val_samples: Positive | None = 16_384
-    """How many validation samples a validation reads at most, spread evenly over what is held out. With null it reads
-    all of them."""
+    """How many validation samples a validation reads at most, of each dataset, spread evenly over what is held out. With
+    null it reads all of them."""
     truncate: bool = False
     """Whether samples longer than the model takes are cut. Otherwise they are refused."""
     synthetic: SyntheticConfig = SyntheticConfig()
@@ -590,4 +590,4 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
         known = lines.get(dotted)
         got = f" (got {item['input']!r})" if item["type"] != "extra_forbidden" else ""
         lines[dotted] = f"{known.removesuffix(got)} or {message}{got}" if known else message + got
-    return [f"{path}: {message}" if message else path for path, message in lines.items()]
+    return [": ".join(filter(None, line)) for line in lines.items()]

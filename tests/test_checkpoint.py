@@ -97,6 +97,8 @@ def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():
     assert obstacles(small_config(), small_config(**fixed)).keys() == {key.replace("__", ".") for key in fixed}
     tokens = {"model__architecture": "prefix_lm", "train__batch_tokens": 1024, "train__length_window": 64}
     assert obstacles(small_config(**tokens), small_config(**tokens, train__packing=True)).keys() == {"train.packing"}
+    cut = small_config(data__truncate=True)
+    assert obstacles(cut, small_config(data__truncate=True, model__max_prompt_len=9)).keys() == {"model.max_prompt_len"}
     assert obstacles(small_config(), small_config(model__hrm__h_cycles=3)) == {}
     assert obstacles(small_config(), small_config(model__hrm__h_cycles=0)) == {"model.hrm.h_cycles": (2, 0)}
 

@@ -12,7 +12,7 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import global_batches, worker_share
 from hrm_lm.data.splits import Limits, Ragged, Sample, Samples, Splits
 from hrm_lm.data.synthetic import build_synthetic_dataset
-from hrm_lm.data.text import TextSplit
+from hrm_lm.data.text import TextSplit, text_splits
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 
@@ -115,12 +115,91 @@ def test_whatever_holds_samples_is_a_split(train):
         ({"prompt": "a"}, "train sample 2: a sample needs the field 'response'; it has 'prompt'"),
         (("a", "b", "c", "d"), "train sample 2: a sample is a prompt and a response, or the triple"),
         (5, "train sample 2: a sample is a prompt and a response"),
+        ("ab", "train sample 2: a sample is a prompt and a response"),
+        (("a", None), "train sample 2: a prompt or response is a text or token ids, not 'None'"),
+        (([5.7], [4]), "train sample 2: a prompt or response is a text or token ids"),
+        (([5], [99]), "train sample 2: token id 99 is not in the tokenizer's vocabulary of 12"),
+        (([5], [1], []), "train sample 2: decoder_input_ids must be BOS"),
         (([4], [4, 5], [5, 2]), r"train sample 2: decoder_input_ids must be BOS \(1\) and the labels less the last"),
     ],
 )
 def test_what_is_no_sample_is_named_by_its_place(sample, message):
     with pytest.raises(UserError, match=message):
         Splits([PAIRS[0], sample], PAIRS[:1], TOKENIZER)
+
+
+def test_samples_without_an_order_are_refused_as_every_process_would_have_its_own():
+    for samples in ({("a", "b"), ("c", "d")}, {"a": "b"}):
+        with pytest.raises(UserError, match="train sample 1: samples need an order"):
+            Splits(samples, PAIRS[:1], TOKENIZER)
+
+
+def test_a_split_of_ones_own_gets_the_verdict_and_the_places_that_come_with_it():
+    val = TextSplit(PAIRS, TOKENIZER)
+    splits = Splits(PAIRS, val, TOKENIZER, place=lambda split, i: f"{split}.txt:{i}", score=lambda i, answer: 0.5)
+    assert splits.val.verdict(0, "x") == 0.5 and splits.val.place(2) == "val.txt:2"
+
+
+class Backwards(Samples):
+    def order(self, start, stop, seed):
+        return np.arange(stop, start, -1) % len(self)
+
+
+def test_a_split_keeps_its_own_order_when_it_is_cut():
+    cut = Backwards([Sample([5, 6, 7], [8])] * 5, TOKENIZER).fitted(Limits(2, 2), truncate=True)
+    assert cut.order(0, 4, 0).tolist() == [4, 3, 2, 1] and cut[0].prompt == [5, 6]
+
+
+def test_what_text_splits_cannot_read_is_named_by_its_place():
+    config = DataConfig()
+    (train,) = (text_splits(config, [{"prompt": "ab", "response": "c"}], PAIRS, lambda: TOKENIZER).train,)
+    assert train.pairs == [("ab", "c")]
+    for pair in (("a", 5), "ab", ("a", "b", "c")):
+        with pytest.raises(UserError, match="val sample 1: needs two texts"):
+            text_splits(config, PAIRS, [pair], lambda: TOKENIZER)
+
+
+def test_prompts_that_are_alike_once_they_are_cut_are_not_trained_on(tmp_path):
+    file = jsonl(
+        tmp_path / "d.jsonl", *({"prompt": "x" * 30 + f"q{i}", "response": "y"} for i in range(20)), *pairs(20)
+    )
+    splits = load(file, ModelConfig(max_prompt_len=30), truncate=True, val_fraction=0.5)
+    assert splits.val.prompts().isdisjoint(splits.train.prompts()) and len(splits.train)
+
+
+def test_a_sample_without_any_label_is_refused():
+    with pytest.raises(UserError, match="sample 2: the response is empty, and does not end either"):
+        Samples([Sample([5], []), Sample([5], [], ends=False)], TOKENIZER).fitted(Limits(9, 9), truncate=False)
+
+
+FOREIGN = """
+from hrm_lm.data.registry import Splits
+from hrm_lm.data.tokenizer import ByteTokenizer
+
+class Mine(ByteTokenizer):
+    def to_json(self):
+        return "{}"
+
+number = 5
+
+def build(config, seed):
+    return Splits([("a", "b")], [("c", "d")], Mine())
+"""
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("foreign:build", "has a tokenizer that no checkpoint could bring back"),
+        ("foreign:number", "is int, not a function"),
+        ("..:x", "is not module:function"),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_told_in_a_line(tmp_path, monkeypatch, name, message):
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load(name)
 
 
 def test_a_driver_that_checks_a_large_text_data_set_does_not_tokenize_it(monkeypatch):

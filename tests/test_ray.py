@@ -62,12 +62,16 @@ def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(
 def test_checkpoints_between_validations_leave_the_best_one_where_it_is(cluster, in_folder):
     options = {"train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100}
     overfits = {"optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8}
-    result = run(small_config(**options, **overfits, ray__run_name="r"))
+    result = run(small_config(**options, **overfits, ray__run_name="r", ray__num_to_keep=9))
     kept, last = RunFolder("runs", "r").checkpoints()
-    assert [metrics["step"] for _, metrics in kept] == [20, 60] and last == result["last_checkpoint"]
+    assert kept[0][1]["step"] == 20 and [metrics["step"] for _, metrics in kept[-3:]] == [45, 30, 15]
+    assert last == result["last_checkpoint"] and Path(last).name == "checkpoint_00000060"
     assert result["best_step"] == 20 and Path(result["best_checkpoint"]).name == "checkpoint_00000020"
     alone = train_locally(small_config(**options, **overfits), in_folder / "alone").reports
     assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone if "val_loss" in m), rel=1e-5)
+    options["train__steps"] = 75  # goes on from a list of checkpoints in which some have no score
+    longer = run(small_config(**options, **overfits, ray__run_name="r", ray__num_to_keep=9))
+    assert longer["step"] == 75 and longer["best_step"] == 20
 
 
 PID_DATA = """

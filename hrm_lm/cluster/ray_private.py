@@ -43,7 +43,7 @@ class OutdatedRestore:
     """Lets a trial start whose checkpoint is gone.
 
     What Tune last noted of a killed sweep's trial may be gone, because a newer checkpoint took its place. Tune would
-    fail the trial; `hrm_lm.cluster.sessions.orphan` finds the newer checkpoint.
+    fail the trial; `hrm_lm.tuning.trial.orphan` finds the newer checkpoint.
     """
 
     def restore(self, checkpoint) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,17 @@ def outliving(location: str, flag: str) -> str:
     path = os.path.normpath(JOB_STORAGE / location)
     say(f"{flag} {location} would vanish with this job's temporary working directory; writing to {path}")
     return path
+
+
+NO_VAL_LOSS = sys.float_info.max
+"""The `val_loss` of a report without a validation, as Ray Train gets it. It ranks a checkpoint without a score above all
+others, and its list of checkpoints, which is JSON, holds no NaN.
+"""
+
+
+def without_placeholder(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics, with NaN for the `val_loss` that stands for no validation."""
+    return metrics | {"val_loss": math.nan} if metrics["val_loss"] == NO_VAL_LOSS else metrics
 
 
 class RunFolder:
@@ -93,7 +105,7 @@ class RunFolder:
             result = Result.from_path(self.path, storage_filesystem=self.fs)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {error}") from None
-        kept = [(checkpoint.path, metrics) for checkpoint, metrics in result.best_checkpoints]
+        kept = [(checkpoint.path, without_placeholder(metrics)) for checkpoint, metrics in result.best_checkpoints]
 
         def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float]:
             val_loss, step = item[1]["val_loss"], item[1]["step"]

@@ -18,6 +18,7 @@ import ray.tune
 import torch
 
 from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.run_folder import NO_VAL_LOSS
 from hrm_lm.cluster.start import say
 from hrm_lm.filesystem import reason, shown
 from hrm_lm.training.metrics import Display
@@ -40,7 +41,7 @@ def use_assigned_cpus(device: torch.device) -> None:
 def scored(metrics: dict[str, Any], *names: str) -> dict[str, Any]:
     """The metrics of a report, with NaN for the scores `names` where there was no validation.
 
-    Ray ranks a checkpoint without its score above all others and a NaN below them.
+    Tune ranks a checkpoint without its score above all others and a NaN below them.
     """
     return dict.fromkeys(names, math.nan) | metrics
 
@@ -90,7 +91,7 @@ class RayTrainSession:
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         ray.train.report(
-            scored(metrics, "val_loss"),
+            {"val_loss": NO_VAL_LOSS} | metrics,
             checkpoint=ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
             checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", help="accepted for the guide's sake: the checkpoint brings its tokenizer")
     args = parser.parse_args(argv)
     check_cycles(args)
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature must be at least 0, not {args.temperature}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be at least 0 and less than 2^63, not {args.seed}")
     for name in ("max_new_tokens", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")

@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
     result = run(config, args.resume)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.items() if name.startswith("val_"))
     print(
-        f"{result['status']} at step {result['step']}: {scores} (best, step {result['best_step']}), "
-        f"{result['seconds']:.0f} s, {result['tokens_per_s']:,.0f} tokens/s\n"
-        f"best checkpoint: {result['best_checkpoint']}"
+        f"{result['status']} at step {result['step']}: "
+        + (f"{scores} (best, step {result['best_step']}), " if "best_step" in result else "not validated yet, ")
+        + f"{result['seconds']:.0f} s, {result['tokens_per_s'] or 0:,.0f} tokens/s\n"
+        + f"best checkpoint: {result.get('best_checkpoint', result['last_checkpoint'])}"
     )
     return 0

@@ -14,9 +14,9 @@ from hrm_lm.data.jsonl import build_jsonl_dataset
 from hrm_lm.data.mixture import mix
 from hrm_lm.data.prepared.format import TOKENIZER
 from hrm_lm.data.prepared.reader import is_prepared, load_prepared
-from hrm_lm.data.splits import Capped, Limits, Split, Splits
-from hrm_lm.data.text import text_splits  # for a user's function
-from hrm_lm.data.tokenizer import CHARACTERS, resolve_tokenizer, same_tokens
+from hrm_lm.data.splits import Capped, Limits, Split, Splits, Subset
+from hrm_lm.data.text import TextSplit, text_splits  # for a user's function
+from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, resolve_tokenizer, same_tokens, tokenizer_from_json
 from hrm_lm.errors import UserError
 
 __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
@@ -38,6 +38,8 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
     named = resolve_tokenizer(config.tokenizer) if config.tokenizer and config.tokenizer != CHARACTERS else None
     if named and not same_tokens(splits.tokenizer, named):
         raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
+    if config.tokenizer == CHARACTERS and not isinstance(splits.tokenizer, SimpleTokenizer):
+        raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({CHARACTERS})")
     limits = Limits(model.max_prompt_len, model.max_response_len)
 
     def fit(which: str, split: Split) -> Split:
@@ -46,6 +48,10 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
         return split.fitted(limits, config.truncate)
 
     fitted, most = splits.map(fit), config.max_val_samples
+    if config.truncate and isinstance(fitted.train, TextSplit):  # cut, prompts may be alike that were not before
+        whole = fitted
+        others = Subset(whole.train, lambda: whole.train.others(whole.val.prompts()))
+        fitted = fitted.map(lambda which, split: others if which == "train" else split)
     if most is None or len(fitted.val) <= most:
         return fitted
     return fitted.map(lambda which, split: Capped(split, most) if which == "val" else split)
@@ -71,6 +77,13 @@ def named_dataset(config: DataConfig, seed: int) -> Splits:
             raise UserError(
                 f"data.dataset: {name} returned {type(splits).__name__}; it must return hrm_lm.data.registry.Splits"
             )
+        try:
+            tokenizer_from_json(splits.tokenizer.to_json())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"data.dataset: {name} has a tokenizer that no checkpoint could bring back, since its to_json is not that of a "
+                f"tokenizer of hrm_lm.data.tokenizer: {error}"
+            ) from None
         return splits
     raise UserError(
         f"data.dataset: {name!r} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
@@ -102,10 +115,15 @@ def is_function(name: str) -> bool:
 def function(name: str) -> Callable[[DataConfig, int], Splits]:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name and not module.startswith(error.name):
             raise  # the user's module is there, but a module that it needs is not
         raise UserError(f"data.dataset: there is no module {module!r} on the Python path") from None
     except AttributeError:
         raise UserError(f"data.dataset: module {module!r} has no {attribute!r}") from None
+    except TypeError:
+        raise UserError(f"data.dataset: {name!r} is not module:function") from None
+    if not callable(found):
+        raise UserError(f"data.dataset: {name} is {type(found).__name__}, not a function of the data config and a seed")
+    return found

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,7 +128,7 @@ class Split(ABC):
         Raises UserError with the place of the first sample that is too long, or whose prompt is empty.
         """
         lengths = self.lengths(np.arange(len(self)))
-        refuse_empty_prompts(self, lengths)
+        refuse_empty(self, lengths)
         if not (lengths > limits).any():
             return self
         if truncate:
@@ -141,8 +142,13 @@ class Split(ABC):
 
     def without(self, prompts: Set[Prompt]) -> Split:
         """The split less the samples of these prompts."""
+        kept = self.others(prompts)
+        return self if len(kept) == len(self) else Subset(self, kept)
+
+    def others(self, prompts: Set[Prompt]) -> np.ndarray:
+        """(N,) int64: the samples whose prompts are none of these."""
         kept = [i for i in range(len(self)) if key(self[i].prompt) not in prompts]
-        return self if len(kept) == len(self) else Subset(self, np.array(kept, dtype=np.int64))
+        return np.array(kept, dtype=np.int64)
 
     def place(self, i: int) -> str:
         """Where sample `i` comes from, for messages: a file and line, say."""
@@ -153,10 +159,11 @@ def key(prompt: Sequence[int] | np.ndarray) -> Prompt:
     return tuple(np.asarray(prompt).tolist())
 
 
-def refuse_empty_prompts(split: Split, lengths: np.ndarray) -> None:
-    """lengths: (N, 2), of all samples. Raises UserError with the place of the first prompt without a token."""
-    if (empty := lengths[:, 0] == 0).any():
-        raise UserError(f"{split.place(int(empty.argmax()))}: the prompt is empty")
+def refuse_empty(split: Split, lengths: np.ndarray) -> None:
+    """lengths: (N, 2), of all samples. Raises UserError with the place of the first sample that has no prompt, or no label."""
+    for side, what in enumerate(("the prompt is empty", "the response is empty, and does not end either")):
+        if (empty := lengths[:, side] == 0).any():
+            raise UserError(f"{split.place(int(empty.argmax()))}: {what}")
 
 
 def too_long(what: str, lengths: Sequence[int], limits: Limits) -> UserError:
@@ -170,13 +177,20 @@ def too_long(what: str, lengths: Sequence[int], limits: Limits) -> UserError:
 
 
 class Subset(Split):
-    """The samples of a split at `indices` (N,), under new numbers."""
+    """The samples of a split at `indices` (N,), under new numbers and in the usual order.
 
-    def __init__(self, split: Split, indices: np.ndarray):
-        self.split, self.indices = split, indices
-        self.places = lambda i: split.place(int(indices[i]))
+    indices: or a function that gives them when a sample is first asked for.
+    """
+
+    def __init__(self, split: Split, indices: np.ndarray | Callable[[], np.ndarray]):
+        self.split, self._indices = split, indices
+        self.places = lambda i: split.place(int(self.indices[i]))
         if (verdict := split.verdict) is not None:
-            self.verdict = lambda i, answer: verdict(int(indices[i]), answer)
+            self.verdict = lambda i, answer: verdict(int(self.indices[i]), answer)
+
+    @cached_property
+    def indices(self) -> np.ndarray:
+        return self._indices() if callable(self._indices) else self._indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -219,6 +233,9 @@ class Truncated(Split):
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         return np.minimum(self.split.lengths(indices), self.limits)
 
+    def order(self, start: int, stop: int, seed: Seed) -> np.ndarray:
+        return self.split.order(start, stop, seed)
+
 
 class Samples(Split):
     """Samples of a list, or of anything else that has a length and items that `as_sample` reads."""
@@ -241,7 +258,7 @@ class Samples(Split):
 
 
 def as_sample(item: Any, tokenizer: Tokenizer, place: str) -> Sample:
-    """A sample of whatever stands for it: a Sample, a mapping with `prompt` and `response`, a pair of both, or the
+    """A sample of whatever stands for it: a Sample, a mapping with `prompt` and `response`, a pair of these, or the
     guide's triple (encoder_ids, decoder_input_ids, labels). Prompts and responses are texts or token ids.
 
     Raises UserError, with the place, for anything else.
@@ -251,17 +268,16 @@ def as_sample(item: Any, tokenizer: Tokenizer, place: str) -> Sample:
     try:
         fields = (item["prompt"], item["response"]) if isinstance(item, Mapping) else tuple(item)
     except KeyError as error:
-        raise UserError(
-            f"{place}: a sample needs the field {error.args[0]!r}; it has {', '.join(map(repr, item))}"
-        ) from None
+        there = ", ".join(map(repr, item))
+        raise UserError(f"{place}: a sample needs the field {error.args[0]!r}; it has {there}") from None
     except TypeError:
         fields = ()
-    if len(fields) == 2:
-        prompt, response = (tokenizer.encode(side) if isinstance(side, str) else side for side in fields)
+    if len(fields) == 2 and not isinstance(item, str | bytes):
+        prompt, response = (_token_ids(side, tokenizer, place) for side in fields)
         return Sample(prompt, response)
-    if len(fields) == 3:
-        prompt, inputs, labels = ([int(i) for i in side] for side in fields)
-        if inputs != [tokenizer.bos_id, *labels[:-1]]:
+    if len(fields) == 3 and not isinstance(item, str | bytes):
+        prompt, inputs, labels = (_token_ids(side, tokenizer, place).tolist() for side in fields)
+        if not labels or inputs != [tokenizer.bos_id, *labels[:-1]]:
             raise UserError(f"{place}: decoder_input_ids must be BOS ({tokenizer.bos_id}) and the labels less the last")
         ends = labels[-1] == tokenizer.eos_id
         return Sample(prompt, labels[:-1] if ends else labels, ends)
@@ -269,6 +285,17 @@ def as_sample(item: Any, tokenizer: Tokenizer, place: str) -> Sample:
         f"{place}: a sample is a prompt and a response, or the triple encoder_ids, decoder_input_ids, labels; "
         f"this is {type(item).__name__} {str(item)[:60]!r}"
     )
+
+
+def _token_ids(side: Any, tokenizer: Tokenizer, place: str) -> np.ndarray:
+    """(N,) int64. Raises UserError for what is neither a text nor the token ids of a text."""
+    ids = np.asarray(tokenizer.encode(side) if isinstance(side, str) else side)
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise UserError(f"{place}: a prompt or response is a text or token ids, not {str(side)[:60]!r}")
+    if len(ids) and not (ids.min() >= 0 and ids.max() < tokenizer.vocab_size):
+        wrong = next(i for i in ids.tolist() if not 0 <= i < tokenizer.vocab_size)
+        raise UserError(f"{place}: token id {wrong} is not in the tokenizer's vocabulary of {tokenizer.vocab_size}")
+    return ids.astype(np.int64)
 
 
 class Splits:
@@ -304,11 +331,19 @@ def as_split(
     place: Callable[[int], str],
     score: Callable[[int, str], float] | None = None,
 ) -> Split:
-    """A split of whatever holds samples. What has a length and items is read item by item, when they are asked for."""
+    """A split of whatever holds samples. What has a length and items is read item by item, when they are asked for.
+
+    Raises UserError for what has no order, which must be the same on every worker and after every restart.
+    """
     if isinstance(samples, Split):
+        samples.places, samples.verdict = samples.places or place, samples.verdict or score
         return samples
+    if isinstance(samples, Set | Mapping):
+        raise UserError(
+            f"{place(0)}: samples need an order, which a {type(samples).__name__} does not have; make it a list"
+        )
     items: Any = samples
-    if not isinstance(samples, Sized) or isinstance(samples, Set):  # a generator, say
+    if not isinstance(samples, Sized) or not callable(getattr(samples, "__getitem__", None)):  # a generator, say
         items = list(samples)
     if isinstance(items, list | tuple | np.ndarray):  # converted once
         items = [as_sample(item, tokenizer, place(i)) for i, item in enumerate(items)]

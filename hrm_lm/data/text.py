@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +13,22 @@ from hrm_lm.config import DataConfig
 from hrm_lm.data.flat import FlatSplit, Shard
 from hrm_lm.data.splits import (
     Limits,
-    Prompt,
     Ragged,
     Sample,
     Split,
     Splits,
     Subset,
-    key,
-    refuse_empty_prompts,
+    refuse_empty,
     too_long,
 )  # fmt: skip
 from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, Tokenizer, resolve_tokenizer
+from hrm_lm.errors import UserError
 
 Pair = tuple[str, str]
 """A prompt and its response."""
 TOKENIZED_TOGETHER = 1024
 CHECKED_WHOLE = 1 << 20
-"""Characters of a corpus that is tokenized to be checked. Of a larger corpus only the texts are
+"""Bytes of a corpus that is tokenized to be checked. Of a larger corpus only the texts are
 tokenized that could be too long."""
 
 
@@ -71,7 +71,7 @@ class TextSplit(Split):
 
     def _check(self, lengths: np.ndarray, indices: np.ndarray, limits: Limits) -> None:
         """lengths: (N, 2), of the samples at `indices` (N,). Raises UserError where a sample does not fit the model."""
-        refuse_empty_prompts(Subset(self, indices), lengths)
+        refuse_empty(Subset(self, indices), lengths)
         if (over := (lengths > limits).any(axis=1)).any():
             first = int(over.argmax())
             raise too_long(f"{self.place(int(indices[first]))}: the", lengths[first].tolist(), limits)
@@ -101,10 +101,6 @@ class TextSplit(Split):
             self._check(np.array([[prompt, response + 1]]), np.array([i]), limits)
         return fitted
 
-    def without(self, prompts: Set[Prompt]) -> Split:
-        kept = [i for i in range(len(self)) if key(self._flat[i].prompt) not in prompts]
-        return self if len(kept) == len(self) else Subset(self, np.array(kept, dtype=np.int64))
-
 
 def text_splits(
     config: DataConfig,
@@ -118,14 +114,25 @@ def text_splits(
 
     place, score: as for `Splits`. Raises UserError where the named tokenizer cannot be had.
     """
-    train, val = list(train), list(val)
+    place = place or (lambda split, i: f"{split} sample {i + 1}")
+    train, val = (as_pairs(side, name, place) for side, name in ((train, "train"), (val, "val")))
     if config.tokenizer == CHARACTERS:
         tokenizer: Tokenizer = SimpleTokenizer.from_texts(text for pair in (*train, *val) for text in pair)
     else:
         tokenizer = resolve_tokenizer(config.tokenizer) if config.tokenizer else default()
-    place = place or (lambda split, i: f"{split} sample {i + 1}")
     return Splits(
         TextSplit(train, tokenizer, lambda i: place("train", i)),
         TextSplit(val, tokenizer, lambda i: place("val", i), score),
         tokenizer,
     )
+
+
+def as_pairs(items: Iterable[Any], split: str, place: Callable[[str, int], str]) -> list[Pair]:
+    """Pairs of texts, of pairs or of mappings with `prompt` and `response`. Raises UserError, with the place, for others."""
+    pairs = []
+    for i, item in enumerate(items):
+        pair = (item.get("prompt"), item.get("response")) if isinstance(item, Mapping) else tuple(item)
+        if len(pair) != 2 or isinstance(item, str) or not all(isinstance(side, str) for side in pair):
+            raise UserError(f"{place(split, i)}: needs two texts, a prompt and a response, not {str(item)[:60]!r}")
+        pairs.append(pair)
+    return pairs

@@ -161,12 +161,17 @@ def differences(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """The differences across which a run that was saved under `saved` cannot go on under `now`; empty where it may."""
-    return {
-        path: values
-        for path, values in differences(saved, now).items()
-        # Zero H-cycles mean that there is no core: another shape.
-        if path.startswith(FIXED) or (path == "model.hrm.h_cycles" and 0 in values)
-    }
+
+    def is_obstacle(path: str, values: tuple[Any, Any]) -> bool:
+        if path == "model.hrm.h_cycles":
+            return 0 in values  # zero H-cycles mean that there is no core: another shape
+        if path == "model.vocab_size":
+            return None not in values  # left out it may be the same number
+        if path in ("model.max_prompt_len", "model.max_response_len"):
+            return now.data.truncate  # where samples are cut there, their lengths decide on the batches
+        return path.startswith(FIXED)
+
+    return {path: values for path, values in differences(saved, now).items() if is_obstacle(path, values)}
 
 
 def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:

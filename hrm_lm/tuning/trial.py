@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.run_folder import without_placeholder
 from hrm_lm.cluster.sessions import TuneSession, enter, scored
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
@@ -128,7 +129,7 @@ def train_with_workers(
                 reported, checkpoint = queue.get(timeout=0.2)
             except Empty:
                 continue
-            metrics = scored(reported, setup.metric)
+            metrics = scored(without_placeholder(reported), setup.metric)
             # Tune has a class of its own, though Ray Train's class holds the same.
             ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint(checkpoint.path, checkpoint.filesystem))
     finally:
