@@ -21,7 +21,7 @@ from hrm_lm.commands.help import field_docs
 from hrm_lm.commands.prepare import main
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.tokenizer import ByteTokenizer, load_tokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
@@ -321,7 +321,7 @@ def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command
         options=("--train_tokenizer", "bpe", "--vocab_size", 300, "--val_fraction", 0.2),
     )
     assert sorted(train + val) == sorted(some)
-    tokenizer = load_tokenizer(tmp_path / "bpe/tokenizer.json")
+    tokenizer = resolve_tokenizer(str(tmp_path / "bpe/tokenizer.json"))
     assert tokenizer.vocab_size == 300 and len(tokenizer.encode("What is 12 + 12?")) < 10
     assert tokenizer.decode(tokenizer.encode("h\xe9llo \u2211")) == "h\xe9llo \u2211"
 
@@ -334,10 +334,10 @@ def test_a_tokenizer_is_trained_on_the_corpus_and_taken_by_path(cluster, command
         options=("--tokenizer", tmp_path / "tokenizer.json", "--val_fraction", 0.2),
     )
     assert (train_again, val_again) == (train, val)
-    assert load_tokenizer(tmp_path / "path/tokenizer.json").to_json() == tokenizer.to_json()
+    assert resolve_tokenizer(str(tmp_path / "path/tokenizer.json")).to_json() == tokenizer.to_json()
     options = ("--tokenizer", tmp_path / "bpe", "--val_fraction", 0.2)  # the folder of a dataset
     assert prepare(command, tmp_path, tmp_path / "a.jsonl", output="folder", options=options) == (train, val)
-    assert load_tokenizer(tmp_path / "folder/tokenizer.json").to_json() == tokenizer.to_json()
+    assert resolve_tokenizer(str(tmp_path / "folder/tokenizer.json")).to_json() == tokenizer.to_json()
 
     config = small_config(data__dataset=str(tmp_path / "bpe"), train__steps=5)
     train_locally(config, tmp_path / "run")

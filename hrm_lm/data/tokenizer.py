@@ -8,7 +8,6 @@ compares two tokenizers by how they read text.
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow.fs
@@ -79,9 +78,6 @@ class SimpleTokenizer:
         fields = {"type": "characters", "characters": "".join(self.characters), "unknown": self.unknown}
         return json.dumps(fields, ensure_ascii=False)
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
-
 
 class ByteTokenizer:
     """A token for each byte of UTF-8: no text is unknown to it."""
@@ -151,15 +147,6 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     if kind == "tokenizers":
         return PretrainedTokenizer(**fields)
     raise ValueError("not a tokenizer of a known type")
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    try:
-        return tokenizer_from_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a tokenizer: {error}") from None
 
 
 SPECIAL_TOKENS = {

@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def set_step(self, step: int) -> None:
-        """Follows schedules of the model's own, as of optimisation step `step`."""
+        """Follows schedules of the model's own, as of optimisation step `step`. A model without a schedule does nothing."""
 
 
 def predict(head: Head, states: Tensor, labels: Tensor) -> Prediction:

@@ -57,9 +57,6 @@ class HRMPrefixLM(LanguageModel):
 
     collate = staticmethod(join)
 
-    def set_step(self, step: int) -> None:
-        """Nothing in this model follows a schedule of its own."""
-
     def _states(
         self,
         ids: Tensor,
