@@ -67,6 +67,6 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
         f"{result['status']} at step {result['step']}: "
         + (f"{scores} (best, step {result['best_step']}), " if "best_step" in result else "not validated yet, ")
         + f"{result['seconds']:.0f} s, {result['tokens_per_s'] or 0:,.0f} tokens/s\n"
-        + f"best checkpoint: {result.get('best_checkpoint', result['last_checkpoint'])}"
+        + f"best checkpoint: {result.get('best_checkpoint') or result.get('last_checkpoint')}"
     )
     return 0
