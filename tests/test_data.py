@@ -157,6 +157,8 @@ def test_what_text_splits_cannot_read_is_named_by_its_place():
     for pair in (("a", 5), "ab", ("a", "b", "c")):
         with pytest.raises(UserError, match="val sample 1: needs two texts"):
             text_splits(config, PAIRS, [pair], lambda: TOKENIZER)
+    with pytest.raises(UserError, match="train sample 1: has half a character"):
+        text_splits(config, [("half \ud83d", "b")], PAIRS, lambda: TOKENIZER)
 
 
 def test_prompts_that_are_alike_once_they_are_cut_are_not_trained_on(tmp_path):

@@ -134,5 +134,9 @@ def as_pairs(items: Iterable[Any], split: str, place: Callable[[str, int], str])
         pair = (item.get("prompt"), item.get("response")) if isinstance(item, Mapping) else tuple(item)
         if len(pair) != 2 or isinstance(item, str) or not all(isinstance(side, str) for side in pair):
             raise UserError(f"{place(split, i)}: needs two texts, a prompt and a response, not {str(item)[:60]!r}")
+        try:
+            "".join(pair).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{place(split, i)}: has half a character (a lone surrogate)") from None
         pairs.append(pair)
     return pairs

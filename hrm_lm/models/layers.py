@@ -4,7 +4,7 @@ Chosen: pre-norm with RMSNorm, rotary positions (no learned positions), SwiGLU, 
 projections. Attention goes through `scaled_dot_product_attention`, or through flex attention where the mask is a
 BlockMask. Weights are drawn from a truncated LeCun normal (variance 1 / fan_in).
 
-Under autocast the residual stream has autocast's dtype from the embedding on. Statistics of norms, angles of rotary
+Under autocast in bf16 the residual stream is in bf16 from the embedding on. Statistics of norms, angles of rotary
 positions and losses are computed in float32, whatever the stream's dtype.
 
 A block comes in two kinds: this project's, and with `hrm_text` the published one (arXiv 2605.20613), whose norms have
@@ -65,7 +65,8 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         x = super().forward(ids) * self.scale
         device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        in_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        return x.to(torch.bfloat16) if in_bf16 else x  # float16 has too narrow a range for a stream of sums
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Rotary:
