@@ -35,8 +35,10 @@ torch.set_num_threads(1)  # models this small only wait for a second one
 
 
 def pytest_collection_modifyitems(items):
-    """Every test is `quick` that needs no Ray, starts no process and is not marked `slow`."""
+    """Every test is `quick` that needs no Ray, starts no process and is not marked `slow`; `gpu` tests need a GPU."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if not {"cluster", "driver"} & set(item.fixturenames) and not item.get_closest_marker("slow"):
             item.add_marker("quick")
 
