@@ -325,7 +325,7 @@ def test_a_checkpoint_from_a_gpu_goes_on_there_and_on_the_cpu(name, tmp_path):
         for group in state.optimizer.param_groups:
             group["lr"] = 1e-3
         for n, p in state.model.named_parameters():
-            p.grad = gradients[n].to(device)
+            p.grad = gradients[n].to(device, copy=True)
         state.optimizer.step()
         weights.append({n: p.detach().cpu() for n, p in state.model.named_parameters()})
     assert_same_weights(weights[0], weights[1])

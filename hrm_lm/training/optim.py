@@ -61,7 +61,8 @@ class AdamAtan2(torch.optim.Optimizer):
 
     capturable: the step runs on the parameters' device alone. The count of steps is there, and so may be the learning
     rate, a 0-dim float32 tensor in `group["lr"]`. Then all parameters of a group must have taken as many steps, and
-    `torch.amp.GradScaler` leaves it to the step to change nothing where a gradient is not finite.
+    `torch.amp.GradScaler` leaves it to the step to change nothing where a gradient is not finite; `GradScaler.unscale_`
+    must come first. Such a step leaves zeros in the gradients.
     """
 
     def __init__(
@@ -141,7 +142,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon would take fused projections for single matrices. Orthogonal only together, queries, keys and values
     would share an update of which the largest gradient takes the most. So each matrix is cut into its parts.
 
-    Sharded matrices are gathered, each worker makes all of them orthogonal, and keeps its own shard.
+    Sharded matrices are gathered, each worker makes all of them orthogonal, and keeps its own shard. A step leaves other
+    values in the gradients.
     """
 
     def __init__(
