@@ -118,14 +118,16 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw", "adam_atan2"] = "adamw"
-    """The optimizer. `adam_atan2` is what the published HRM-Text recipe takes (`hrm_lm.training.optim`)."""
+    name: Literal["adamw", "adam_atan2", "muon"] = "adamw"
+    """The optimizer. `adam_atan2` is what the published HRM-Text recipe takes. `muon` makes the updates of the blocks'
+    matrices orthogonal and leaves all other parameters to AdamW; `lr` and `weight_decay` of `adamw` carry over
+    (`hrm_lm.training.optim`)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """The learning rate after warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay rates of the averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """What keeps `adamw` from a division by zero. `adam_atan2` does not divide and ignores it."""
+    """What keeps AdamW from a division by zero. `adam_atan2` does not divide and ignores it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay. Norms, gates and embeddings do not decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -346,6 +348,12 @@ class Config(Section):
     def _sharded_precision(self):
         if self.ray.parallel == "fsdp" and self.train.mixed_precision == "fp16":
             raise ValueError("train.mixed_precision: fp16 does not go with ray.parallel fsdp; use bf16 or none")
+        return self
+
+    @model_validator(mode="after")
+    def _muon_precision(self):
+        if self.optim.name == "muon" and self.train.mixed_precision == "fp16":
+            raise ValueError("train.mixed_precision: fp16 does not go with optim.name muon; use bf16 or none")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import LocalSession, eval_options, small_config, train_locally
+from conftest import LocalSession, assert_same_weights, eval_options, small_config, train_locally
 from safetensors.torch import load_file
 
 from hrm_lm.data.registry import load_dataset
@@ -26,6 +26,7 @@ RECIPE = {
 SCORED = {
     "data__dataset": "reasoning_gym:syllogism", "data__val_samples": 9, "model__max_response_len": 5, "optim__lr": 0.03,
 }  # fmt: skip
+MUON = HYBRID | {"optim__name": "muon"}
 TWO = {"ray__num_workers": 2}
 pytestmark = pytest.mark.slow
 
@@ -71,7 +72,10 @@ def runs(tmp_path_factory):
     """All runs of two processes, in one pair of them: their losses by name, and the folder they are in."""
     root = tmp_path_factory.mktemp("runs")
     train_locally(small_config(**RECIPE), root / "one_then_two", stop_at=6)
-    both = {"hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED}
+    both = {
+        "hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED,
+        "muon": MUON,
+    }  # fmt: skip
     jobs = [
         (f"{kind}_{parallel}", small_config(**fields, **TWO, ray__parallel=parallel), root / f"{kind}_{parallel}", None)
         for kind, fields in both.items()
@@ -93,12 +97,20 @@ def column(reports, name):
     return [metrics[name] for metrics in reports]
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "recipe"])
+@pytest.mark.parametrize("kind", ["hybrid", "recipe", "muon"])
 def test_fsdp_has_the_curve_of_ddp(runs, kind):
     ddp, fsdp = (runs[0][f"{kind}_{parallel}"] for parallel in ("ddp", "fsdp"))
     assert len(ddp) == 6
     for name in ("loss", "val_loss", "grad_norm"):
         assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
+
+
+def test_sharded_muon_has_the_weights_and_the_momentum_of_one_worker(runs, tmp_path):
+    train_locally(small_config(**MUON), tmp_path / "one")
+    shutil.copytree(runs[1] / "muon_fsdp", tmp_path / "two")
+    one, two = (train_locally(small_config(**MUON, train__steps=14), tmp_path / folder) for folder in ("one", "two"))
+    assert column(one.reports, "step") == column(two.reports, "step") == [14]
+    assert_same_weights(one.last_weights(), two.last_weights(), atol=1e-5, rtol=1e-4)
 
 
 def test_workers_answer_for_the_verifier_together_sharded_or_not(runs):

@@ -19,8 +19,8 @@ from hrm_lm.config import Config, Cycles, HRMConfig, OptimConfig
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
-from hrm_lm.models.layers import Block, ScaledEmbedding
-from hrm_lm.training.optim import AdamAtan2, WeightAverage
+from hrm_lm.models.layers import Block
+from hrm_lm.training.optim import WeightAverage, build_optimizer
 from hrm_lm.training.parallel import parallelize, unsynchronized
 
 
@@ -96,18 +96,6 @@ def build_state(
     optimizer = build_optimizer(model, config.optim, device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     return TrainState(config, model, parallel, optimizer, scaler, average, device, rank, world_size)
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `config.name` says, without weight decay on embeddings, norms, gates and other vectors."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ScaledEmbedding)}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if config.name == "adam_atan2":
-        return AdamAtan2(groups, lr=config.lr, betas=config.betas)
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
