@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -251,8 +252,9 @@ def test_sharded_within_nodes_and_replicated_over_them_trains_as_one_worker(runs
     last = max((runs[1] / "hsdp").glob("step_*"))
     averaged = load_model(last)[0].state_dict()
     assert_same_weights(averaged, alone.last_weights(), atol=1e-5, rtol=1e-4)
-    saved = [tensor for file in (last / "model").glob("*.safetensors") for tensor in load_file(file).values()]
-    assert sum(map(torch.numel, saved)) == sum(map(torch.numel, averaged.values())), "each part is saved once"
+    saved = [part for file in (last / "model").glob("*.safetensors") for part in load_file(file).items()]
+    assert sum(part.numel() for _, part in saved) == sum(map(torch.numel, averaged.values())), "each part is saved once"
+    assert Counter(name for name, _ in saved)["head.weight"] == 2, "a part for each worker of a node"
 
 
 @pytest.mark.parametrize("name", ["one_then_hsdp", "hsdp_then_fsdp", "hsdp_then_ddp"])
@@ -272,3 +274,27 @@ def test_a_checkpoint_of_several_nodes_resumes_on_one_worker(runs, alone, tmp_pa
 
 def test_nodes_with_unequally_many_workers_are_refused(runs):
     assert "some have 1 and others 3" in runs[0]["uneven_nodes"]
+
+
+def test_ddp_does_not_cut_compiled_blocks(monkeypatch):
+    graphs = []
+
+    def compile_fx(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    config = small_config(model__architecture="prefix_lm", model__d_model=256, train__compile=True)
+    splits = load_dataset(config.data, config.model, 0)
+    counts = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for world_size in (1, 2):  # alone, and in DDP
+            torch._dynamo.reset()
+            graphs.clear()
+            state = build_state(config, splits.tokenizer.vocab_size, world_size=world_size)
+            train_step(state, next(batches_of(splits, config, collate=join)), Stats(state))
+            counts.append(len(graphs))
+    finally:
+        dist.destroy_process_group()
+    assert counts[0] == counts[1] > 0

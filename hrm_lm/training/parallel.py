@@ -40,8 +40,7 @@ def parallelize(model: LanguageModel, config: Config, device: torch.device, worl
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
-    mesh = _nodes_mesh(device, world_size) if config.ray.parallel == "hsdp" else None
-    mesh = mesh or init_device_mesh(device.type, (world_size,))
+    mesh = _mesh(config.ray.parallel, device, world_size)
     policy = MixedPrecisionPolicy()
     if config.train.mixed_precision == "bf16":
         # Inputs are left as they are: the rotary cosines must not lose their precision.
@@ -60,24 +59,26 @@ def parallelize(model: LanguageModel, config: Config, device: torch.device, worl
     return model
 
 
-def _nodes_mesh(device: torch.device, world_size: int) -> DeviceMesh | None:
-    """Nodes by the workers of a node; None if there is only one node.
+def _mesh(parallel: str, device: torch.device, world_size: int) -> DeviceMesh:
+    """All workers; with `hsdp` nodes by the workers of a node, if there are several nodes.
 
     torchrun and Ray Train say in LOCAL_WORLD_SIZE how many workers this node has, and number the workers node by node.
     Raises UserError where a node has more workers than another.
     """
-    here = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), device=device)
-    everywhere = [torch.zeros_like(here) for _ in range(world_size)]
-    dist.all_gather(everywhere, here)
-    sizes = sorted({int(size) for size in everywhere})
-    if len(sizes) > 1:
-        raise UserError(
-            f"ray.parallel: hsdp needs equally many workers on every node, here some have {sizes[0]} and others "
-            f"{sizes[-1]}; change ray.num_workers, or take fsdp"
-        )
-    if sizes[0] == world_size:
-        return None
-    return init_device_mesh(device.type, (world_size // sizes[0], sizes[0]), mesh_dim_names=("replicate", "shard"))
+    if parallel == "hsdp":
+        here = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), device=device)
+        everywhere = [torch.zeros_like(here) for _ in range(world_size)]
+        dist.all_gather(everywhere, here)
+        sizes = sorted({int(size) for size in everywhere})
+        if len(sizes) > 1:
+            raise UserError(
+                f"ray.parallel: hsdp needs equally many workers on every node, here some have {sizes[0]} and others "
+                f"{sizes[-1]}; change ray.num_workers, or take fsdp"
+            )
+        if sizes[0] < world_size:
+            shape = (world_size // sizes[0], sizes[0])
+            return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world_size,))
 
 
 def is_sharded(model: nn.Module) -> bool:
