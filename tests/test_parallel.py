@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrm_lm.data.collate import join, pad
+from hrm_lm.data.collate import join, pad, to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
@@ -81,16 +81,19 @@ class AllGathers(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def gathers(config):
-    """Of one optimisation step: how many times weights were gathered, and of how many units."""
+def few_steps(config):
+    """The loss of three optimisation steps, how many times weights were gathered in them, and of how many units."""
     splits, rank = load_dataset(config.data, config.model, 0), dist.get_rank()
-    state = build_state(config, splits.tokenizer.vocab_size, None, rank, dist.get_world_size())
+    device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+    state = build_state(config, splits.tokenizer.vocab_size, device, rank, dist.get_world_size())
     collate = join if config.model.architecture == "prefix_lm" else pad
     batches = batches_of(splits, config, rank=rank, world_size=state.world_size, collate=collate)
+    stats = Stats(state)
     with AllGathers() as gathered:
-        train_step(state, next(batches), Stats(state))
+        for _ in range(3):
+            train_step(state, [to_device(batch, device) for batch in next(batches)], stats)
     units = sum(isinstance(module, FSDPModule) for module in state.model.modules())
-    return gathered.count, units
+    return stats.read()["loss"], gathered.count, units
 
 
 def uneven_nodes(config):
@@ -101,15 +104,17 @@ def uneven_nodes(config):
     return str(refused.value)
 
 
-def worker(rank, root, jobs, results):
+def worker(rank, root, jobs, results, backend="gloo", workers_of_a_node=2):
     """Runs `{number of workers: [(name of the result, function, *arguments)]}`, in groups of so many."""
     torch.set_num_threads(1)
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    os.environ["LOCAL_WORLD_SIZE"] = str(workers_of_a_node)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     for world_size, some in jobs.items():
         if rank >= world_size:
             continue
         store = dist.FileStore(f"{root}/store_of_{world_size}", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         for name, function, *arguments in some:
             result = function(*arguments)
             if rank == 0:
@@ -133,7 +138,7 @@ def runs(tmp_path_factory):
     two.append(("two_then_one", trained, sharded, root / "two_then_one", 6))
     two.append(("one_then_two", trained, sharded, root / "one_then_two"))
     for kind, fields in {"hybrid": HYBRID, "recipe": RECIPE}.items():
-        two.append((f"{kind}_gathers", gathers, small_config(**fields, **TWO, ray__parallel="fsdp")))
+        two.append((f"{kind}_gathers", few_steps, small_config(**fields, **TWO, ray__parallel="fsdp")))
 
     hsdp, fsdp, ddp = (small_config(**NODES, **FOUR, ray__parallel=parallel) for parallel in ("hsdp", "fsdp", "ddp"))
     train_locally(small_config(**NODES), root / "one_then_hsdp", stop_at=2)
@@ -145,12 +150,16 @@ def runs(tmp_path_factory):
     four.append(("hsdp_then_ddp", trained, ddp, root / "hsdp_then_ddp"))
     four.append(("uneven_nodes", uneven_nodes, hsdp))
 
+    return in_processes(4, root, {2: two, 4: four}), root
+
+
+def in_processes(count, root, jobs, *options):
+    """What `worker` makes of the jobs, by name."""
     multiprocessing.set_forkserver_preload(["hrm_lm.training.loop"])  # PyTorch is imported once for all
     with mp.Manager() as manager:
         results = manager.dict()
-        jobs = {2: two, 4: four}
-        mp.start_processes(worker, args=(str(root), jobs, results), nprocs=4, start_method="forkserver")
-        return dict(results), root
+        mp.start_processes(worker, (str(root), jobs, results, *options), nprocs=count, start_method="forkserver")
+        return dict(results)
 
 
 def column(reports, name):
@@ -168,8 +177,8 @@ def test_fsdp_has_the_curve_of_ddp(runs, kind):
 @pytest.mark.parametrize("kind", ["hybrid", "recipe"])
 def test_weights_are_gathered_once_in_an_optimisation_step(runs, kind):
     """Over all applications of a block, with gradient and without, the backward pass, and all micro-batches."""
-    gathered, units = runs[0][f"{kind}_gathers"]
-    assert gathered == units > 3
+    _, gathered, units = runs[0][f"{kind}_gathers"]
+    assert gathered == 3 * units > 9
 
 
 def test_workers_answer_for_the_verifier_together_sharded_or_not(runs):
@@ -298,3 +307,18 @@ def test_ddp_does_not_cut_compiled_blocks(monkeypatch):
     finally:
         dist.destroy_process_group()
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_alike_however_the_model_is_spread(tmp_path):
+    """In bf16; for `hsdp` each GPU is a node."""
+    fields = NODES | {"train__mixed_precision": "bf16", "model__d_model": 64}
+    modes = ("ddp", "fsdp", "hsdp")
+    jobs = [(mode, few_steps, small_config(**fields, **TWO, ray__parallel=mode)) for mode in modes]
+    results = in_processes(2, tmp_path, {2: jobs}, "nccl", 1)
+    print(results)
+    ddp, fsdp, hsdp = (results[mode][0] for mode in modes)
+    assert [fsdp, hsdp] == pytest.approx([ddp, ddp], rel=0.01)
+    _, gathered, units = results["fsdp"]
+    assert gathered == 3 * units > 9

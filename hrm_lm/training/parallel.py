@@ -6,9 +6,9 @@ in float32. With `hsdp` the parts are those of the workers of one node, and ever
 A worker gathers a block's weights before the block first runs, in bf16 where `train.mixed_precision` says so. They stay
 for all applications, the backward pass, and all micro-batches of an optimisation step: they do not change before its
 end, and gathering them again would cost more than it saves. So a worker holds the gathered weights of the whole model
-for most of a step. FSDP2 gathers in a stream of its own, as the CPU comes by: so a block is gathered while the block
-before it computes. Gradients are reduced in float32, a block's as soon as the backward pass has left its first
-application.
+for most of a step. FSDP2 gathers in a CUDA stream of its own, and the CPU is ahead of the GPU: so a block is gathered while
+the block before it computes. Gradients are reduced in float32, a block's as soon as the backward pass has left the
+block's first application.
 """
 
 import os
