@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrm_lm.data.collate import join, pad, to_device
+from hrm_lm.data.collate import join, to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
@@ -86,7 +86,7 @@ def few_steps(config):
     splits, rank = load_dataset(config.data, config.model, 0), dist.get_rank()
     device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
     state = build_state(config, splits.tokenizer.vocab_size, device, rank, dist.get_world_size())
-    collate = join if config.model.architecture == "prefix_lm" else pad
+    collate = state.model.collate
     batches = batches_of(splits, config, rank=rank, world_size=state.world_size, collate=collate)
     stats = Stats(state)
     with AllGathers() as gathered:
