@@ -278,8 +278,9 @@ class RayConfig(Section):
 
     num_workers: Positive = 1
     """Data-parallel workers that share each batch."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several workers hold the model: each holds all of it (`ddp`), or each holds a part (`fsdp`)."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several workers hold the model: each holds all of it (`ddp`), each holds a part (`fsdp`), or each holds a part
+    of its node's copy (`hsdp`)."""
     use_gpu: Literal["auto"] | bool = "auto"
     """Whether each worker trains on a GPU. `auto` means yes where the cluster has GPUs."""
     cpus_per_worker: Literal["auto"] | Positive = "auto"
@@ -346,8 +347,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sharded_precision(self):
-        if self.ray.parallel == "fsdp" and self.train.mixed_precision == "fp16":
-            raise ValueError("train.mixed_precision: fp16 does not go with ray.parallel fsdp; use bf16 or none")
+        parallel = self.ray.parallel
+        if parallel != "ddp" and self.train.mixed_precision == "fp16":
+            raise ValueError(f"train.mixed_precision: fp16 does not go with ray.parallel {parallel}; use bf16 or none")
         return self
 
     @model_validator(mode="after")

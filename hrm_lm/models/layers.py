@@ -52,7 +52,7 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
     """Normal with variance 1 / fan_in, truncated at two standard deviations and rescaled for what that cuts off.
 
     A uniform draw goes through the inverse of the distribution. `nn.init.trunc_normal_` of PyTorch 2.13 draws all values
-    again until they are within, which takes eight times as long: half a minute for HRM-Text B on two cores.
+    again until they are within, which takes eight times as long.
     """
     std = 1 / math.sqrt(fan_in) / 0.87962566103423978
     within = math.erf(math.sqrt(2))  # the share of values within two standard deviations

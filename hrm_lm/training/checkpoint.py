@@ -7,9 +7,10 @@
     tokenizer.json
     trainer_state.json      step, progress, scaler, format version; written last
 
-A run whose model is sharded over its workers (`ray.parallel: fsdp`) has folders `model/`, `average/` and `optimizer/`
-in place of the first three, with a file of each worker's parts, also safetensors (torch.distributed.checkpoint's
-Hugging Face format). Both kinds load into any number of workers, sharded or not.
+A run whose model is sharded over its workers (`ray.parallel: fsdp` or `hsdp`) has folders `model/`, `average/` and
+`optimizer/` in place of the first three, with a file of each worker's parts, also safetensors
+(torch.distributed.checkpoint's Hugging Face format). A part that several workers hold is saved by one of them. Both kinds
+load into any number of workers, sharded or not.
 """
 
 import json

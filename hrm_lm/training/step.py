@@ -21,7 +21,7 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
 from hrm_lm.models.layers import Block
 from hrm_lm.training.optim import WeightAverage, build_optimizer
-from hrm_lm.training.parallel import parallelize, unsynchronized
+from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
 
 
 @dataclass
@@ -86,6 +86,9 @@ def build_state(
         # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
         # make more kinds than Dynamo would keep.
         torch._dynamo.config.recompile_limit = 64
+        # Under DDP, Dynamo would cut a block where DDP's buckets end, to reduce some of its gradients before the others. Here
+        # they are ready all at once, when the first application of the block has had its backward pass.
+        torch._dynamo.config.optimize_ddp = False
         torch._functorch.config.activation_memory_budget = config.train.activation_memory
         for module in model.modules():
             if isinstance(module, Block):
@@ -160,6 +163,8 @@ def train_step(state: TrainState, micro_batches: list[AnyBatch], stats: Stats) -
                 loss = loss + config.model.hrm.deep_supervision * mean
             state.scaler.scale(loss * scale).backward()
 
+    if is_sharded(state.model):
+        forget_gathered(state.model)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
