@@ -120,9 +120,10 @@ def _prefix_lm(
     response = labels / samples - 1  # its tokens that are read: the last is a label alone
     prompt = tokens / samples - response
     pairs = samples * (prompt * prompt + prompt * response + response * (response + 1) / 2)
-    if model.core is None:
+    if model.stack is not None:
         flops = 3 * _stack(model.stack, tokens, pairs, C)
     else:
+        assert model.core is not None
         flops = _core(model.core, tokens, pairs, C, cycles, backprop_steps)
     head = 2 * linear_weights(model.head) * labels
     return flops + sum((3 if carries else 2) * head for carries in _read_states(model, cycles, backprop_steps))
