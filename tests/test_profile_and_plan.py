@@ -125,3 +125,24 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(architecture):
     count, prompt, labels = lengths
     estimate = activation_bytes(state.model, config, count * prompt, count * labels)
     assert 0.8 < estimate / real < 1.2, (estimate, real)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_table_knows_the_kernels_and_the_plan_measures(tmp_path):
+    class OnGpu(LocalSession):
+        device, event_folder = torch.device("cuda"), tmp_path / "events"
+
+    fields = {"train__mixed_precision": "bf16", "model__d_model": 256, "model__n_heads": 4, "train__steps": 20}
+    session = OnGpu(tmp_path / "run")
+    outcome = loop.train(small_config(**fields, train__profile=True), session)
+    assert outcome["status"] == "finished", outcome
+    known = loop.matrix_peak(OnGpu.device, "bf16") is not None
+    assert known == ("mfu" in session.reports[-1]) and 0 < session.reports[-1].get("mfu", 0.5) < 1, session.reports[-1]
+    text = (tmp_path / "events/profile/table.txt").read_text()
+    shares = {line.split("%")[1].strip(): float(line.split("%")[0].split()[1]) for line in text.splitlines()[3:11]}
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5), text
+    found = ("optimizer, clipping and average", "matrix products", "attention", "loss", "copies", "idle")
+    assert all(shares[name] > 0 for name in found), text
+
+    planned = plan(small_config(**fields, model__vocab_size=500), OnGpu.device)
+    assert torch.cuda.get_device_name() in planned and "20 steps of " in planned and "this GPU has" in planned, planned
