@@ -61,6 +61,10 @@ def test_a_run_whose_largest_batch_was_tried_has_the_weights_of_one_without(fiel
         assert all(p.grad is None for p in tried.model.parameters())
         assert steps_of(plain, splits) == steps_of(tried, splits)
     assert_same_weights(plain.model.state_dict(), tried.model.state_dict())
+    for p, q in zip(plain.model.parameters(), tried.model.parameters(), strict=True):
+        assert_same_weights(plain.optimizer.state[p], tried.optimizer.state[q])
+    if plain.average:
+        assert_same_weights(plain.average.tensors, tried.average.tensors)
 
 
 @pytest.mark.parametrize("fields", [SHORT, RECIPE, BY_LENGTH, BY_LENGTH | RECIPE, PACKED])

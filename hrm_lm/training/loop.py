@@ -83,11 +83,8 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 "padding": interval["padding"],
             }
             if peak:
-                steps, amounts = (
-                    range(logged_step, state.step),
-                    [interval[of] for of in ("tokens", "labels", "samples")],
-                )
-                flops = interval_flops(state.model, config, steps, *amounts)
+                amounts = interval["tokens"], interval["labels"], interval["samples"]
+                flops = interval_flops(state.model, config, range(logged_step, state.step), *amounts)
                 metrics["mfu"] = flops / (seconds * peak * session.world_size)
             logged_step = state.step
             log.write(state.step, metrics)

@@ -127,7 +127,7 @@ def _tried(state: TrainState, batch: AnyBatch) -> str | None:
 
 
 def out_of_memory(config: Config, when: str, error: str) -> str:
-    """It would only repeat itself if Ray restarted the worker."""
+    """What to tell the user. when: completes "out of memory". error: PyTorch's words, which have the GPU's numbers."""
     reason = error.partition(" If reserved")[0]
     size = "train.batch_size" if config.train.batch_tokens is None else "train.batch_tokens"
     return (
