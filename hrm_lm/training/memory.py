@@ -77,7 +77,7 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
     if config.train.compile and not config.train.length_window:
         lengths = splits.train.lengths(next(global_batches(splits.train, config.train, state.step)))
     count, prompt, labels = largest_lengths(config, lengths)
-    error = _tried(state, batch_of(state, splits.tokenizer, count, prompt, labels))
+    error = _tried(state, splits.tokenizer, count, prompt, labels)
     state.model.zero_grad(set_to_none=True)
     if state.device.type == "cuda":
         torch.cuda.empty_cache()  # training starts with the memory that it would have without this
@@ -100,8 +100,10 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
     return error
 
 
-def _tried(state: TrainState, batch: AnyBatch) -> str | None:
-    """Takes a batch forward and backward, as the largest step would. Returns the error where memory runs out."""
+def _tried(state: TrainState, tokens: SpecialTokens, *lengths: int) -> str | None:
+    """Takes a batch of `lengths` forward and backward, as the step of most cycles would. Returns the error where memory
+    runs out.
+    """
     config, parameters = state.config, list(state.model.parameters())
     # Sharded weights are gathered and gradients reduced, as ever. Replicas do not communicate: a worker that runs out
     # of memory leaves no other worker waiting.
@@ -114,6 +116,7 @@ def _tried(state: TrainState, batch: AnyBatch) -> str | None:
         try:
             # Room for what the optimizer will keep of parameters that it has not met yet.
             room = [torch.empty_like(p) for p in parameters if not state.optimizer.state.get(p) for _ in range(2)]
+            batch = batch_of(state, tokens, *lengths)
             with autocast(state.device, config.train.mixed_precision):
                 predictions = model(batch, cycles, backprop_steps)
             torch.stack([prediction.losses.sum() for prediction in predictions]).sum().backward()
