@@ -175,6 +175,9 @@ class TrainConfig(Section):
     """Steps between checkpoints that come without a validation. With 0 checkpoints come with validations only."""
     log_every: Positive = 10
     """Steps between lines of the log."""
+    profile: bool = False
+    """Whether some steps soon after the start are profiled on the first worker. `profile/` in the run's folder then has
+    a table of where a step's time goes, and the trace that it is made of. Trials of a sweep are not profiled."""
     early_stopping_patience: Count = 0
     """How many validations in a row may pass without a better `val_loss` before the run ends. With 0 the run never ends
     early."""

@@ -190,4 +190,5 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         "last_checkpoint": folder.uri_of(last),
         "tokens_per_s": round(metrics["tokens"] / seconds, 1) if seconds else None,
         "seconds": round(seconds, 2),
+        **({"mfu": round(metrics["mfu"], 4)} if "mfu" in metrics else {}),  # of the last interval
     }

@@ -68,6 +68,7 @@ class Stats:
             "loss": loss / max(labelled, 1),
             "grad_norm": grad_norm,
             "tokens": tokens,
+            "labels": labelled,
             "padding": 1 - tokens / max(positions, 1),
             "samples": samples,
             "bad_step": None if math.isinf(bad_step) else int(bad_step),
