@@ -205,7 +205,7 @@ class Head(nn.Linear):
             return self.label_losses(rows, self.weight, targets).view_as(labels)
         size = -(-len(targets) // pieces)
         losses = [
-            checkpoint(self.label_losses, some, self.weight, those, use_reentrant=False)
+            checkpoint(self.label_losses, some, self.weight, those, use_reentrant=False, preserve_rng_state=False)
             for some, those in zip(rows.split(size), targets.split(size), strict=True)
         ]
         return torch.cat(losses).view_as(labels)
