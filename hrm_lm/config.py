@@ -166,8 +166,9 @@ class TrainConfig(Section):
     faster, above all on GPUs."""
     cuda_graphs: Literal["auto"] | bool = "auto"
     """Whether steps are replayed as CUDA graphs, which keeps small models from waiting for the launches of their kernels.
-    Sizes of batches are then rounded up to few sizes. `auto` means yes on a GPU, with one worker, without `fp16` and
-    with all of `activation_memory`, for as long as a step takes less than a quarter of the GPU's memory."""
+    Sizes of batches are then rounded up to few sizes. `auto` means yes on a GPU, with one worker, without `fp16`,
+    without `batch_tokens` and with all of `activation_memory`, for as long as a step takes less than a quarter of the
+    GPU's memory."""
     activation_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the activations that a step keeps for its backward pass. What is not kept is computed again, the cheapest
     first. Less than 1 needs `compile`."""

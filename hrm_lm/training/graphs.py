@@ -11,6 +11,7 @@ All graphs share a pool of memory, which is as large as the largest of their ste
 """
 
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ SMALL = 0.25
 """Share of a GPU's memory that a step may take for `train.cuda_graphs: auto`. What a graph holds is lost to the rest."""
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all runs of a process: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class StepGraphs:
     """The graphs of a run, by the kind of step."""
 
@@ -33,7 +40,7 @@ class StepGraphs:
         self.device, self.only_small = device, only_small
         self.lr = torch.zeros((), device=device)
         """The learning rate, for the optimizer to read; float32, as fused optimizers want it."""
-        self.stream = torch.cuda.Stream(device)
+        self.stream = capture_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.given_up = False
         self.seen: set[Hashable] = set()
@@ -69,7 +76,7 @@ class StepGraphs:
             self.seen.add(key)
 
     def _run_eagerly(self, batches: list[AnyBatch], step: Callable[[list[AnyBatch]], None]) -> None:
-        """On the stream of the captures: libraries keep workspaces, and autograd keeps nodes, for each stream."""
+        """On the stream of the captures, since cuBLAS and autograd keep something for each stream."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -86,7 +93,7 @@ class StepGraphs:
             cause = error.__context__ or error  # the end of a capture complains in its turn
             if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
                 raise cause from None
-            # What PyTorch keeps of a broken capture forbids to go on without.
+            # The run cannot go on eagerly: a broken capture leaves PyTorch's allocator in the midst of it.
             reason = str(cause).strip().partition("\n")[0]
             raise UserError(
                 f"train.cuda_graphs: the step cannot be captured ({reason}); set train.cuda_graphs=false"
@@ -106,6 +113,7 @@ def step_graphs(config: Config, device: torch.device) -> StepGraphs | None:
     if wanted is True and device.type != "cuda":
         raise UserError("train.cuda_graphs: true needs a CUDA GPU; auto takes graphs where there is a GPU")
     if wanted == "auto":
-        saves_memory = config.train.activation_memory < 1
-        wanted = device.type == "cuda" and not config.graphs_obstacle and not saves_memory
+        # Batches of so many tokens hardly ever have the same shape twice.
+        unfit = config.graphs_obstacle or config.train.batch_tokens or config.train.activation_memory < 1
+        wanted = device.type == "cuda" and not unfit
     return StepGraphs(device, only_small=config.train.cuda_graphs == "auto") if wanted else None

@@ -161,6 +161,7 @@ def out_of_memory(config: Config, step: int, error: torch.OutOfMemoryError) -> s
         f"raise train.grad_accum_steps ({config.train.grad_accum_steps}), or lower {size} "
         f"({config.train.batch_tokens or config.train.batch_size}) or train.activation_memory "
         f"({config.train.activation_memory:g}; needs train.compile)"
+        + (", or set train.cuda_graphs=auto" if config.train.cuda_graphs is True else "")
     )
 
 
