@@ -166,6 +166,11 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether each transformer block is compiled (torch.compile). The start takes some seconds longer and each step is
     faster, above all on GPUs."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Whether steps are replayed as CUDA graphs, which keeps small models from waiting for the launches of their kernels.
+    Sizes of batches are then rounded up to few sizes. `auto` means yes on a GPU, with one worker, without `fp16`,
+    without `batch_tokens` and with all of `activation_memory`, for as long as a step takes less than a quarter of the
+    GPU's memory."""
     activation_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the activations that a step keeps for its backward pass. What is not kept is computed again, the cheapest
     first. Less than 1 needs `compile`."""
@@ -371,6 +376,21 @@ class Config(Section):
                 f"train.batch_size ({self.train.batch_size}) must be divisible by ray.num_workers * "
                 f"train.grad_accum_steps ({self.ray.num_workers} * {self.train.grad_accum_steps})"
             )
+        return self
+
+    @property
+    def graphs_obstacle(self) -> str | None:
+        """Why steps cannot be CUDA graphs, wherever the run takes place; None where they can."""
+        if self.ray.num_workers > 1:
+            return f"needs a single worker (ray.num_workers is {self.ray.num_workers})"
+        if self.train.mixed_precision == "fp16":
+            return "does not go with train.mixed_precision fp16; use bf16 or none"
+        return None
+
+    @model_validator(mode="after")
+    def _graphs_possible(self):
+        if self.train.cuda_graphs is True and self.graphs_obstacle:
+            raise ValueError(f"train.cuda_graphs: true {self.graphs_obstacle}")
         return self
 
     @property

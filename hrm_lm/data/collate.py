@@ -93,12 +93,12 @@ Collate = Callable[[Ragged, SpecialTokens, bool], AnyBatch]
 
 
 def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
-    """Copied to `device`; from pinned memory the copy is asynchronous."""
-    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
-
-
-def pin_memory(batch: AnyBatch) -> AnyBatch:
-    return type(batch)(*(tensor.pin_memory() for tensor in batch))
+    """Copied to `device`. What goes to a GPU goes in one piece and from pinned memory, so the copy is asynchronous."""
+    if device.type != "cuda":
+        return type(batch)(*(tensor.to(device) for tensor in batch))
+    whole = torch.cat([tensor.flatten() for tensor in batch]).pin_memory().to(device, non_blocking=True)
+    pieces = whole.split([tensor.numel() for tensor in batch])
+    return type(batch)(*(piece.view(tensor.shape) for piece, tensor in zip(pieces, batch, strict=True)))
 
 
 def pad_batch(samples: Sequence[Sample], tokens: SpecialTokens, round_up: bool = False) -> Batch:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import AnyBatch, Collate, pin_memory, to_device, without_labels
+from hrm_lm.data.collate import AnyBatch, Collate, to_device, without_labels
 from hrm_lm.data.sampler import by_length, fill_rows, global_batches, token_share, worker_share
 from hrm_lm.data.splits import Split, stream_lengths
 from hrm_lm.data.tokenizer import Tokenizer
@@ -53,9 +53,12 @@ def train_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    round_up: bool = False,
 ) -> Generator[list[AnyBatch], None, None]:
-    """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
-    batches = Batches(split, tokenizer, collate, round_up=config.length_window > 0)
+    """This worker's micro-batches of each optimisation step, from `first_step` to the last. Their sizes are rounded up
+    with `round_up` or `train.length_window`.
+    """
+    batches = Batches(split, tokenizer, collate, round_up or config.length_window > 0)
 
     def share(indices: np.ndarray) -> list[np.ndarray]:
         """Some of them empty, where fewer samples fit train.batch_tokens than there are shares."""
@@ -141,7 +144,7 @@ def prefetch(
                 copied = None
                 if stream is not None:
                     with torch.cuda.stream(stream):
-                        group = [to_device(pin_memory(batch), device) for batch in group]
+                        group = [to_device(batch, device) for batch in group]
                         copied = stream.record_event()
                 if not put((group, copied)):
                     return
@@ -160,8 +163,7 @@ def prefetch(
                 compute = torch.cuda.current_stream(device)
                 compute.wait_event(copied)
                 for batch in group:
-                    for tensor in batch:
-                        tensor.record_stream(compute)
+                    batch[0].record_stream(compute)  # the others lie in the same memory
             yield group
     finally:
         closed.set()

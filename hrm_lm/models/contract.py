@@ -94,7 +94,9 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def set_step(self, step: int) -> None:
-        """Follows schedules of the model's own, as of optimisation step `step`. A model without a schedule does nothing."""
+        """Follows schedules of the model's own, as of optimisation step `step`. A model without a schedule does nothing.
+        What changes is a tensor that keeps its place in memory, since a CUDA graph reads it there.
+        """
 
 
 def predict(head: Head, states: Tensor, labels: Tensor) -> Prediction:

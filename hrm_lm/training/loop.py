@@ -48,7 +48,14 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
     collate = layout(state.model, config.row_tokens)
     source = train_batches(
-        splits.train, splits.tokenizer, collate, config.train, state.step, session.rank, session.world_size
+        splits.train,
+        splits.tokenizer,
+        collate,
+        config.train,
+        state.step,
+        session.rank,
+        session.world_size,
+        round_up=state.graphs is not None,
     )
     batches = prefetch(source, state.device)
     if config.train.profile and session.event_folder:

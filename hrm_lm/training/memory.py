@@ -58,7 +58,9 @@ def batch_of(state: TrainState, tokens: SpecialTokens, count: int, prompt: int, 
     ids = np.full(count * (prompt + 1 + labels), tokens.eos_id, dtype=np.int64)
     samples = Ragged(ids, np.full(count, prompt), np.full(count, labels), np.ones(count, dtype=bool))
     collate = layout(state.model, state.config.row_tokens)
-    return to_device(collate(samples, tokens, state.config.train.length_window > 0), state.device)
+    return to_device(
+        collate(samples, tokens, state.graphs is not None or state.config.train.length_window > 0), state.device
+    )
 
 
 def kept_bytes(model: nn.Module, config: Config) -> dict[str, int]:
@@ -138,4 +140,5 @@ def out_of_memory(config: Config, when: str, error: str) -> str:
         f"raise train.grad_accum_steps ({config.train.grad_accum_steps}), or lower {size} "
         f"({config.train.batch_tokens or config.train.batch_size}) or train.activation_memory "
         f"({config.train.activation_memory:g}; needs train.compile)"
+        + (", or set train.cuda_graphs=auto" if config.train.cuda_graphs is True else "")
     )
