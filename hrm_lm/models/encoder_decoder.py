@@ -143,14 +143,15 @@ class HRMEncoderDecoder(LanguageModel):
         return self.training and self.config.dropout > 0
 
     def _sight(self, batch: Batch) -> Sight:
-        """Of samples in rows of their own. In a compiled block on CUDA, each call of attention would spread the mask of
-        the keys over all queries, so long rows take blocks.
+        """Of samples in rows of their own. A mask over keys alone costs nothing, except in a compiled block on CUDA: there
+        each call of attention spreads it over all queries. So long rows take blocks there.
         """
         S, T = batch.encoder_ids.shape[1], batch.decoder_input_ids.shape[1]
         keys = batch.encoder_mask[:, None, None, :].bool()
+        compiled = self.decoder[0]._compiled_call_impl is not None
 
         def over_prompts(queries: int) -> Mask:
-            if not takes_blocks(keys, queries, S, self._drops):
+            if not (compiled and takes_blocks(keys, queries, S, self._drops)):
                 return keys
             last = (batch.encoder_mask.sum(dim=1, keepdim=True) - 1).repeat(1, queries)
             return visible_blocks(torch.zeros_like(last), last, S)
