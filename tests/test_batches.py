@@ -1,20 +1,21 @@
 """Batches by length and by token budget: which samples, how they are padded, resumes and worker counts; no Ray."""
 
-from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from conftest import assert_resumes_exactly, eval_options, small_config, train_locally
 
 from hrm_lm.config import TrainConfig, load_config
-from hrm_lm.data.collate import IGNORE, pack, pack_apart, pad, pad_batch, padded_length
+from hrm_lm.data.collate import IGNORE, pack_apart, pad, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import batch_rows, global_batches, row_lengths, token_share
 from hrm_lm.data.splits import Ragged, Sample, Samples
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.models.contract import LanguageModel, layout
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.training.validation import validate
@@ -32,6 +33,7 @@ def skewed(n, seed=0, longest=512):
 
 TOKENIZER = SimpleTokenizer("x")
 SAMPLES = skewed(1000)
+DISTINCT = Samples([Sample(s.prompt, np.asarray(s.response) * 0 + 10 + i) for i, s in enumerate(SAMPLES)], TOKENIZER)
 
 
 ONE_ROW, TWO_ROWS = (2048,), (1024, 1024)
@@ -121,13 +123,30 @@ def test_workers_share_out_packed_batches_by_tokens(world_size, accum, rows):
 
 
 @PACKED_ROWS
+def test_packed_workers_read_together_what_one_reads_alone(rows):
+    def read(rank, world_size, accum, share):
+        config = PACKED.model_copy(update={"grad_accum_steps": accum})
+        collate = layout(LanguageModel(), share)
+        steps = islice(train_batches(DISTINCT, TOKENIZER, collate, config, 3, rank, world_size, rows), 12)
+        return [[batch for batch in micro if (batch.labels != IGNORE).any()] for micro in steps]
+
+    wider = (2048 // 4 + 1024,) if len(rows) == 1 else (1024 // 4 + 512,) * 2
+    for alone, *shares in zip(read(0, 1, 1, rows), *(read(rank, 2, 2, wider) for rank in range(2))):
+        labels = [
+            torch.cat([batch.labels[batch.labels != IGNORE] for batch in micro]).tolist()
+            for micro in (alone, [batch for share in shares for batch in share])
+        ]
+        assert sorted(labels[0]) == sorted(labels[1]) and len(labels[0]) > 500
+        assert {batch.num_positions for share in shares for batch in share} == {sum(wider)}
+
+
+@PACKED_ROWS
 def test_packed_validation_reads_each_sample_once_in_rows_of_one_width(rows):
-    collate = partial(pack, width=2048) if len(rows) == 1 else partial(pack_apart, rows=rows)
+    collate = layout(LanguageModel(), rows)
     workers = [list(val_batches(SAMPLES, TOKENIZER, collate, 1, rank, 3, rows=rows)) for rank in range(3)]
     assert len({len(batches) for batches in workers}) == 1, "workers that share a model run together"
     batches = [batch for worker in workers for (batch,) in worker]
-    widths = {(b.ids.shape if len(rows) == 1 else b.encoder_ids.shape + b.labels.shape) for b in batches}
-    assert widths == {(1, 2048) if len(rows) == 1 else (1, 1024, 1, 1024)}
+    assert {tuple(map(len, (b.ids if len(rows) == 1 else (b.encoder_ids[0], b.labels[0])))) for b in batches} == {rows}
     read = [n for batch in batches if (batch.labels != IGNORE).any() for n in batch.lengths.tolist()]
     assert sorted(read) == sorted(row_lengths(SAMPLES.lengths(np.arange(1000)), rows).sum(axis=1))
 
