@@ -30,6 +30,7 @@ from hrm_lm.cluster.sessions import RayTrainSession
 from hrm_lm.config import load_config, parse_config, parse_set
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import batch_rows
 from hrm_lm.data.tokenizer import model_vocab_size
 from hrm_lm.models.contract import layout
 from hrm_lm.training.loop import train
@@ -64,12 +65,14 @@ def rounds(loop_config: dict) -> list[tuple[float, float]]:
     def bare() -> float:
         gc.collect()  # compiled blocks are in cycles, and keep the last round's weights
         state = build_state(config, vocab_size, session.device)
+        step_rows, rows = batch_rows(splits.train, config)
         source = train_batches(
             splits.train,
             splits.tokenizer,
-            layout(state.model, config.row_tokens),
+            layout(state.model, rows),
             config.train,
             round_up=state.graphs is not None,
+            rows=step_rows,
         )
         ready, stats = list(prefetch(source, state.device)), Stats(state)
         for i, micro_batches in enumerate(ready):

@@ -152,8 +152,9 @@ class TrainConfig(Section):
     """How many samples are sorted by length at a time, to make batches of similar length with little padding. With 0
     batches are random."""
     packing: bool = False
-    """Whether samples lie end to end, without padding between them, each seeing itself alone (`prefix_lm` only). It needs
-    `batch_tokens`, and `length_window` says out of how many samples batches are filled."""
+    """Whether samples lie end to end, without padding between them, each seeing itself alone. It needs `batch_tokens`, and
+    `length_window` says out of how many samples batches are filled. An `encoder_decoder` packs with
+    `model.bridge.type: cross_attention` only."""
     grad_accum_steps: Positive = 1
     """Into how many parts each worker cuts its share of a batch, to save memory."""
     grad_clip: float = 0.0
@@ -347,8 +348,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _packing_possible(self):
-        if self.train.packing and self.model.architecture != "prefix_lm":
-            raise ValueError("train.packing: only model.architecture prefix_lm reads a single stream of tokens")
+        apart = self.model.architecture == "encoder_decoder"
+        if self.train.packing and apart and self.model.bridge.type == "prefix":
+            raise ValueError(
+                "train.packing: model.bridge.type prefix puts vectors before each response; use cross_attention"
+            )
         if self.train.packing and self.train.batch_tokens is None:
             raise ValueError("train.packing needs train.batch_tokens, such as 32768: it fills batches up to that")
         return self
@@ -404,6 +408,7 @@ class Config(Section):
     @property
     def row_tokens(self) -> int | None:
         """With `train.packing`, the tokens of the row that a worker takes through the model at a time: always as many.
+        An `encoder_decoder` takes two rows, which hold so many together.
 
         A batch's samples are dealt out whole, so where there are several shares a share may exceed its part by a sample.
         """

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hrm_lm.data.loading import train_batches
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import batch_rows
 from hrm_lm.errors import UserError
 from hrm_lm.models.contract import layout
 from hrm_lm.training import loop, memory, parallel
@@ -22,6 +23,7 @@ RECIPE = SHORT | {
 }  # fmt: skip
 BY_LENGTH = SHORT | {"train__length_window": 400, "train__batch_tokens": 400}
 PACKED = RECIPE | {"train__length_window": 400, "train__batch_tokens": 400, "train__packing": True}
+PACKED_APART = PACKED | {"model__architecture": "encoder_decoder"}
 
 
 @pytest.fixture
@@ -34,8 +36,11 @@ def process_group():
 def steps_of(state, splits, count=3) -> list[float]:
     """The losses of some steps."""
     stats = Stats(state)
-    collate = layout(state.model, state.config.row_tokens)
-    batches = train_batches(splits.train, splits.tokenizer, collate, state.config.train, 0, 0, state.world_size)
+    config, (step_rows, rows) = state.config, batch_rows(splits.train, state.config)
+    collate = layout(state.model, rows)
+    batches = train_batches(
+        splits.train, splits.tokenizer, collate, config.train, world_size=state.world_size, rows=step_rows
+    )
     losses = []
     for _, micro_batches in zip(range(count), batches):
         train_step(state, micro_batches, stats)
@@ -44,7 +49,7 @@ def steps_of(state, splits, count=3) -> list[float]:
 
 
 @pytest.mark.parametrize("spread", ["alone", "ddp", "fsdp"])
-@pytest.mark.parametrize("fields", [SHORT, RECIPE, PACKED])
+@pytest.mark.parametrize("fields", [SHORT, RECIPE, PACKED, PACKED_APART])
 def test_a_run_whose_largest_batch_was_tried_has_the_weights_of_one_without(fields, spread, request, monkeypatch):
     workers = 1
     if spread != "alone":
@@ -67,20 +72,20 @@ def test_a_run_whose_largest_batch_was_tried_has_the_weights_of_one_without(fiel
         assert_same_weights(plain.average.tensors, tried.average.tensors)
 
 
-@pytest.mark.parametrize("fields", [SHORT, RECIPE, BY_LENGTH, BY_LENGTH | RECIPE, PACKED])
+@pytest.mark.parametrize("fields", [SHORT, RECIPE, BY_LENGTH, BY_LENGTH | RECIPE, PACKED, PACKED_APART])
 @pytest.mark.parametrize("shares", [1, 2])
 def test_no_batch_of_training_is_larger_than_the_one_tried(fields, shares):
     config = small_config(**fields, train__grad_accum_steps=shares)
     splits = load_dataset(config.data, config.model, 0)
     state = build_state(config, splits.tokenizer.vocab_size)
-    largest = batch_of(state, splits.tokenizer, *largest_lengths(config))
-    collate = layout(state.model, config.row_tokens)
-    batches = train_batches(splits.train, splits.tokenizer, collate, config.train)
+    step_rows, rows = batch_rows(splits.train, config)
+    largest = batch_of(state, splits.tokenizer, *largest_lengths(config, rows=rows), rows)
+    batches = train_batches(splits.train, splits.tokenizer, layout(state.model, rows), config.train, rows=step_rows)
     seen = [batch for _, group in zip(range(30), batches) for batch in group]
     assert largest.num_positions >= max(batch.num_positions for batch in seen)
     if config.train.packing:
-        assert largest.ids.shape == seen[0].ids.shape, "the same row, so that it is compiled once"
-        assert len(largest.labels) >= max(len(batch.labels) for batch in seen)
+        assert largest[0].shape == seen[0][0].shape, "the same row, so that it is compiled once"
+        assert largest.labels.numel() >= max(batch.labels.numel() for batch in seen)
 
 
 def test_data_of_one_length_are_tried_at_that_length():

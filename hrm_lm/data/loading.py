@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import AnyBatch, Collate, to_device, without_labels
-from hrm_lm.data.sampler import by_length, fill_rows, global_batches, token_share, worker_share
-from hrm_lm.data.splits import Split, stream_lengths
+from hrm_lm.data.collate import AnyBatch, Collate, Rows, to_device, without_labels
+from hrm_lm.data.sampler import by_length, global_batches, packed, row_lengths, token_share, worker_share
+from hrm_lm.data.splits import Split
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 
@@ -54,22 +54,26 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     round_up: bool = False,
+    rows: Rows | None = None,
 ) -> Generator[list[AnyBatch], None, None]:
-    """This worker's micro-batches of each optimisation step, from `first_step` to the last. Their sizes are rounded up
-    with `round_up` or `train.length_window`.
+    """This worker's micro-batches of each optimisation step, from `first_step` to the last.
+
+    round_up: whether their sizes are rounded up; with `train.length_window` they are anyway. rows: what a step fills, packed.
     """
     batches = Batches(split, tokenizer, collate, round_up or config.length_window > 0)
 
     def share(indices: np.ndarray) -> list[np.ndarray]:
         """Some of them empty, where fewer samples fit train.batch_tokens than there are shares."""
-        if config.packing:
-            lengths = stream_lengths(split.lengths(indices))
+        if rows:
+            lengths = row_lengths(split.lengths(indices), rows).sum(axis=1)
             return token_share(indices, lengths, rank, world_size, config.grad_accum_steps)
         return worker_share(indices, rank, world_size, config.grad_accum_steps)
 
     steps = (
         share(indices)
-        for _, indices in zip(range(first_step, config.steps), global_batches(split, config, first_step), strict=False)
+        for _, indices in zip(
+            range(first_step, config.steps), global_batches(split, config, first_step, rows), strict=False
+        )
     )
     made: Iterable[list[AnyBatch] | UserError] = map(batches.__getitem__, steps)
     if config.loader_workers:
@@ -95,20 +99,20 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
     round_up: bool = False,
-    row_tokens: int | None = None,
+    rows: Rows | None = None,
 ) -> Generator[list[AnyBatch], None, None]:
     """This worker's share of a validation split, each sample once over all workers, alike lengths together; or with
-    `row_tokens`, as many samples as make up so many tokens.
+    `rows`, as many samples as fill these.
 
     All workers get the same number of batches, since workers that share a model must run together. A worker that has no
     sample left gets a batch without labels.
     """
     batches = Batches(split, tokenizer, collate, round_up)
-    if row_tokens:
+    if rows:
         every = np.arange(len(split))
-        rows = np.split(every, fill_rows(stream_lengths(split.lengths(every)), row_tokens))
-        rows += [every[:0]] * (-len(rows) % world_size)
-        yield from ([batches.batch(row)] for row in rows[rank::world_size])
+        runs = packed(split.lengths(every), rows)
+        runs += [every[:0]] * (-len(runs) % world_size)
+        yield from ([batches.batch(run)] for run in runs[rank::world_size])
         return
     mine = np.arange(rank, len(split), world_size)
     most = -(-len(split) // world_size)  # samples of the worker that has most

@@ -168,8 +168,8 @@ class CrossAttention(nn.Module):
         k, v = self.kv(memory).view(B, S, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """x: (B, T, C); mask: bool, broadcastable to (B, H, T, S)."""
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask = None) -> Tensor:
+        """x: (B, T, C); mask: over S keys."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)
         y = attend(q, *keys_values, mask, dropout=self.dropout if self.training else 0.0)
@@ -266,7 +266,7 @@ class Block(nn.Module):
         mask: Mask = None,
         causal: bool = False,
         cache: KVCache | None = None,
-        memory: tuple[tuple[Tensor, Tensor], Tensor | None, Tensor] | None = None,
+        memory: tuple[tuple[Tensor, Tensor], Mask, Tensor] | None = None,
     ) -> Tensor:
         """memory: keys and values to attend to, their mask and the gate that scales what comes from them."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal, cache))

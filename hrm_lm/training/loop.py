@@ -10,6 +10,7 @@ import torch
 from hrm_lm.config import Config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import batch_rows
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
@@ -46,16 +47,17 @@ def train(config: Config, session: Session) -> dict[str, Any]:
 
     peak = matrix_peak(state.device, config.train.mixed_precision)
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
-    collate = layout(state.model, config.row_tokens)
+    step_rows, rows = batch_rows(splits.train, config)
     source = train_batches(
         splits.train,
         splits.tokenizer,
-        collate,
+        layout(state.model, rows),
         config.train,
         state.step,
         session.rank,
         session.world_size,
         round_up=state.graphs is not None,
+        rows=step_rows,
     )
     batches = prefetch(source, state.device)
     if config.train.profile and session.event_folder:
@@ -99,7 +101,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(config))
+                    val = validate(state.model, splits, EvalOptions.of(config, rows=rows))
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])

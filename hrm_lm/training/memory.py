@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hrm_lm.config import Config, Cycles
-from hrm_lm.data.collate import AnyBatch, SpecialTokens, padded_length, to_device
-from hrm_lm.data.sampler import global_batches
+from hrm_lm.data.collate import AnyBatch, Rows, SpecialTokens, padded_length, to_device
+from hrm_lm.data.sampler import batch_rows, global_batches
 from hrm_lm.data.splits import Ragged, Splits
 from hrm_lm.errors import UserError
 from hrm_lm.models.contract import autocast, layout
-from hrm_lm.training.parallel import is_sharded
+from hrm_lm.training.parallel import forget_gathered, is_sharded
 from hrm_lm.training.step import TrainState, backprop_steps_of
 
 
@@ -28,16 +28,20 @@ def most_cycles(config: Config) -> tuple[Cycles, int | None]:
     return cycles, backprop_steps_of(config.model.hrm, config.train.steps - 1, cycles)
 
 
-def largest_lengths(config: Config, lengths: np.ndarray | None = None) -> tuple[int, int, int]:
+def largest_lengths(
+    config: Config, lengths: np.ndarray | None = None, rows: Rows | None = None
+) -> tuple[int, int, int]:
     """Samples of the largest micro-batch that the config allows, and the tokens of their prompts and of their labels.
 
+    rows: that it is packed into. They are always as wide, so those samples are the largest that have the most labels.
     lengths: (B, 2), of the samples of some batch. Where these are all alike, others will be, too: the model is compiled
     for that shape alone, and a larger one that never comes would cost it.
     """
     prompt, response = config.model.max_prompt_len, config.model.max_response_len
     train = config.train
-    if config.row_tokens:  # samples of as many labels as can be: each token of the row predicts one
-        return max(config.row_tokens // response, 1), 1, response
+    if rows:
+        count = max(rows[-1] // response, 1)
+        return count, 1 if len(rows) == 1 else min(max(rows[0] // count, 1), prompt), response
     if train.batch_tokens is None:
         if lengths is not None and not train.length_window and (lengths == lengths[0]).all():
             prompt, response = lengths[0].tolist()
@@ -53,11 +57,13 @@ def largest_lengths(config: Config, lengths: np.ndarray | None = None) -> tuple[
     return int(counts[best]), int(p[best]), int(r[best])
 
 
-def batch_of(state: TrainState, tokens: SpecialTokens, count: int, prompt: int, labels: int) -> AnyBatch:
+def batch_of(
+    state: TrainState, tokens: SpecialTokens, count: int, prompt: int, labels: int, rows: Rows | None = None
+) -> AnyBatch:
     """`count` samples of these lengths as training would lay them out, on the state's device. Every token is EOS."""
     ids = np.full(count * (prompt + 1 + labels), tokens.eos_id, dtype=np.int64)
     samples = Ragged(ids, np.full(count, prompt), np.full(count, labels), np.ones(count, dtype=bool))
-    collate = layout(state.model, state.config.row_tokens)
+    collate = layout(state.model, rows)
     return to_device(
         collate(samples, tokens, state.graphs is not None or state.config.train.length_window > 0), state.device
     )
@@ -75,11 +81,12 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
 
     Raises UserError instead where the model is sharded: the other workers wait for this worker, and must be ended.
     """
-    config, lengths = state.config, None
+    config, lengths, (_, rows) = state.config, None, batch_rows(splits.train, state.config)
     if config.train.compile and not config.train.length_window:
         lengths = splits.train.lengths(next(global_batches(splits.train, config.train, state.step)))
-    count, prompt, labels = largest_lengths(config, lengths)
-    error = _tried(state, splits.tokenizer, count, prompt, labels)
+    count, prompt, labels = largest_lengths(config, lengths, rows)
+    error = _tried(state, splits.tokenizer, count, prompt, labels, rows)
+    forget_gathered(state.model)
     state.model.zero_grad(set_to_none=True)
     if state.device.type == "cuda":
         torch.cuda.empty_cache()  # training starts with the memory that it would have without this
@@ -102,8 +109,10 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
     return error
 
 
-def _tried(state: TrainState, tokens: SpecialTokens, *lengths: int) -> str | None:
-    """Takes a batch of `lengths` forward and backward, as the step of most cycles would. Returns the error where memory
+def _tried(
+    state: TrainState, tokens: SpecialTokens, count: int, prompt: int, labels: int, rows: Rows | None
+) -> str | None:
+    """Takes such a batch forward and backward, as the step of most cycles would. Returns the error where memory
     runs out.
     """
     config, parameters = state.config, list(state.model.parameters())
@@ -118,7 +127,7 @@ def _tried(state: TrainState, tokens: SpecialTokens, *lengths: int) -> str | Non
         try:
             # Room for what the optimizer will keep of parameters that it has not met yet.
             room = [torch.empty_like(p) for p in parameters if not state.optimizer.state.get(p) for _ in range(2)]
-            batch = batch_of(state, tokens, *lengths)
+            batch = batch_of(state, tokens, count, prompt, labels, rows)
             with autocast(state.device, config.train.mixed_precision):
                 predictions = model(batch, cycles, backprop_steps)
             torch.stack([prediction.losses.sum() for prediction in predictions]).sum().backward()

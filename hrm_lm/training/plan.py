@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from hrm_lm.config import Config, Cycles
+from hrm_lm.data.collate import Rows
+from hrm_lm.data.sampler import divided
 from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
@@ -37,7 +39,7 @@ def plan(config: Config, device: torch.device) -> str:
     tokens = count * (prompt + labels - (config.model.architecture == "prefix_lm"))  # of a micro-batch
     flops = mean_flops(model, config, tokens, count * labels, count)
     workers, parts = config.ray.num_workers, train.grad_accum_steps
-    sharded = config.ray.parallel == "fsdp" and workers > 1
+    sharded = config.ray.parallel != "ddp" and workers > 1
     shares = workers if sharded else 1
     kept = kept_bytes(model, config)
     activations = activation_bytes(model, config, count * prompt, count * labels)
@@ -68,11 +70,21 @@ def plan(config: Config, device: torch.device) -> str:
 
 
 def lengths_of(config: Config) -> tuple[int, int, int]:
-    """Samples of the largest micro-batch, and the tokens of their prompts and labels; in a packed row the longest samples."""
+    """Samples of the largest micro-batch, and the tokens of their prompts and labels; packed the longest samples."""
     prompt, labels = config.model.max_prompt_len, config.model.max_response_len
     if config.row_tokens:
-        return config.row_tokens // (prompt + labels - 1), prompt, labels
+        one_stream = config.model.architecture == "prefix_lm"
+        return config.row_tokens // (prompt + labels - one_stream), prompt, labels
     return largest_lengths(config)
+
+
+def rows_of(config: Config) -> Rows | None:
+    """The rows that a packed micro-batch of the longest samples fills."""
+    if config.row_tokens is None:
+        return None
+    prompt, labels = config.model.max_prompt_len, config.model.max_response_len
+    one_stream = config.model.architecture == "prefix_lm"
+    return (config.row_tokens,) if one_stream else divided(config.row_tokens, prompt / (prompt + labels))
 
 
 def mean_flops(model: LanguageModel, config: Config, tokens: int, labels: int, samples: int) -> float:
@@ -152,7 +164,7 @@ def step_seconds(config: Config, vocab_size: int, device: torch.device) -> tuple
     state = build_state(config, vocab_size, device)
     state.step = config.model.hrm.backprop_warmup_steps
     stats = Stats(state)
-    batches = [batch_of(state, ByteTokenizer(), *lengths_of(config))] * config.train.grad_accum_steps
+    batches = [batch_of(state, ByteTokenizer(), *lengths_of(config), rows_of(config))] * config.train.grad_accum_steps
     start = 0.0
     for i in range(3 + MEASURED):
         if i == 3:
