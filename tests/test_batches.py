@@ -127,7 +127,7 @@ def test_packed_workers_read_together_what_one_reads_alone(rows):
     def read(rank, world_size, accum, share):
         config = PACKED.model_copy(update={"grad_accum_steps": accum})
         collate = layout(LanguageModel(), share)
-        steps = islice(train_batches(DISTINCT, TOKENIZER, collate, config, 3, rank, world_size, rows), 12)
+        steps = islice(train_batches(DISTINCT, TOKENIZER, collate, config, 3, rank, world_size, rows=rows), 12)
         return [[batch for batch in micro if (batch.labels != IGNORE).any()] for micro in steps]
 
     wider = (2048 // 4 + 1024,) if len(rows) == 1 else (1024 // 4 + 512,) * 2

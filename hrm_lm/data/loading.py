@@ -53,6 +53,7 @@ def train_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    *,
     round_up: bool = False,
     rows: Rows | None = None,
 ) -> Generator[list[AnyBatch], None, None]:
