@@ -410,13 +410,16 @@ class Config(Section):
         """With `train.packing`, the tokens of the row that a worker takes through the model at a time: always as many.
         An `encoder_decoder` takes two rows, which hold so many together.
 
-        A batch's samples are dealt out whole, so where there are several shares a share may exceed its part by a sample.
+        A batch's samples are dealt out whole, so of several shares some get more than their part: by up to a sample, or
+        by a few tokens where a share has many samples for a single row (`hrm_lm.data.sampler.token_share`).
         """
         if not self.train.packing or self.train.batch_tokens is None:
             return None
         shares = self.ray.num_workers * self.train.grad_accum_steps
+        part = -(-self.train.batch_tokens // shares)
         longest = self.model.max_prompt_len + self.model.max_response_len
-        return self.train.batch_tokens if shares == 1 else -(-self.train.batch_tokens // shares) + longest
+        alike = self.model.architecture == "prefix_lm" and part >= 16 * longest
+        return part + (0 if shares == 1 else longest // 8 if alike else longest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML-able values, nested by section."""

@@ -113,13 +113,27 @@ def test_two_rows_fill_up_alike_whatever_the_data():
 @pytest.mark.parametrize("world_size, accum", [(1, 1), (2, 1), (1, 4), (3, 2)])
 def test_workers_share_out_packed_batches_by_tokens(world_size, accum, rows):
     for batch in first_batches(PACKED, 40, rows=rows):
-        lengths = row_lengths(SAMPLES.lengths(np.array(batch)), rows).sum(axis=1)
+        lengths = row_lengths(SAMPLES.lengths(np.array(batch)), rows)
         shares = [token_share(np.array(batch), lengths, rank, world_size, accum) for rank in range(world_size)]
         assert [len(share) for share in shares] == [accum] * world_size
         micro = [indices for share in shares for indices in share]
         assert sorted(np.concatenate(micro)) == sorted(batch)
-        most = lengths.sum() / (world_size * accum) + lengths.max()
+        most = lengths.sum() / (world_size * accum) + lengths.sum(axis=1).max()
         assert used_of([m for m in micro if len(m)], rows).sum(axis=1).max() <= most
+
+
+def test_shares_of_a_packed_batch_are_alike_to_a_few_tokens():
+    """So a worker's row has next to no padding: it is as wide as its part of `train.batch_tokens`, and a little."""
+    lengths = np.random.default_rng(0).lognormal(np.log(400), 0.8, 1000).astype(int)[:, None] + 1
+    for shares in (2, 8):
+        dealt = [token_share(np.arange(1000), lengths, rank, shares, 1)[0] for rank in range(shares)]
+        tokens = [int(lengths[share].sum()) for share in dealt]
+        assert max(tokens) - min(tokens) < 20
+    config = load_config(
+        overrides={"model.architecture": "prefix_lm", "train.packing": True, "train.length_window": 1000}
+        | {"train.batch_tokens": 65_536, "ray.num_workers": 2}
+    )
+    assert config.row_tokens == 65_536 // 2 + (512 + 128) // 8
 
 
 @PACKED_ROWS

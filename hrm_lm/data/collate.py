@@ -174,9 +174,13 @@ def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Toke
 
 
 def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: int | None = None) -> TokenRows:
-    """All samples end to end in one row. width: of that row; None: as wide as the samples are long together."""
+    """All samples end to end in one row. width: of that row, which is wider where they do not fit it; None: as wide as
+    the samples are long together.
+    """
     lengths = samples.token_lens
-    width = width or int(padded_length(lengths.sum()) if round_up else lengths.sum())
+    used = int(lengths.sum())
+    if width is None or used > width:
+        width = int(padded_length(used)) if width or round_up else used
     return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up)
 
 

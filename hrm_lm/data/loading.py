@@ -66,7 +66,7 @@ def train_batches(
     def share(indices: np.ndarray) -> list[np.ndarray]:
         """Some of them empty, where fewer samples fit train.batch_tokens than there are shares."""
         if rows:
-            lengths = row_lengths(split.lengths(indices), rows).sum(axis=1)
+            lengths = row_lengths(split.lengths(indices), rows)
             return token_share(indices, lengths, rank, world_size, config.grad_accum_steps)
         return worker_share(indices, rank, world_size, config.grad_accum_steps)
 

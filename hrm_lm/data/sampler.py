@@ -11,6 +11,7 @@ responses fill rows of their own, they are ordered so that both rows fill up ali
 """
 
 from collections.abc import Iterator
+from heapq import heapreplace
 from itertools import count
 
 import numpy as np
@@ -155,7 +156,19 @@ def worker_share(indices: np.ndarray, rank: int, world_size: int, accum_steps: i
 def token_share(
     indices: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, accum_steps: int
 ) -> list[np.ndarray]:
-    """`worker_share` for samples of `lengths` (B,): micro-batches of about as many tokens, at most a sample more."""
-    starts, shares = np.cumsum(lengths) - lengths, accum_steps * world_size
-    cuts = np.searchsorted(starts, lengths.sum() * np.arange(1, shares) / shares)
-    return np.split(indices, cuts)[rank::world_size]
+    """`worker_share` for samples that take `lengths` (B, rows) of the rows: micro-batches of about as many tokens.
+
+    For a single row samples are dealt out, the longest first, each to the share that has the fewest tokens: the shares
+    are alike to a few tokens. Two rows fill up alike in the order that `balanced` made, so there a share is a run of
+    samples, and at most a sample longer than its part.
+    """
+    shares = accum_steps * world_size
+    if lengths.shape[1] > 1:
+        totals = lengths.sum(axis=1)
+        cuts = np.searchsorted(np.cumsum(totals) - totals, totals.sum() * np.arange(1, shares) / shares)
+        return np.split(indices, cuts)[rank::world_size]
+    owner, tokens = np.empty(len(indices), dtype=np.int64), [(0, share) for share in range(shares)]
+    for place in np.argsort(-lengths[:, 0], kind="stable").tolist():
+        held, owner[place] = tokens[0]
+        heapreplace(tokens, (held + int(lengths[place, 0]), int(owner[place])))
+    return [indices[owner == share] for share in range(rank, shares, world_size)]
