@@ -370,7 +370,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
             clean()
             before = allocated()
             side, told = warmed_up(make, args)
-            notes.append(note if side else f"{note}: {told}")
+            notes.append(note if side else f"{note}: {told}".removeprefix(": "))
             if side:
                 clean()
                 ready[name], held[name] = side, allocated() - before
