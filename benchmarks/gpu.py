@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
     prompts: int = 32
     dataset: int = 70_000
     trainer_steps: int = 60
-    small_steps: int = 1000
+    small_steps: int = 400
     overrides: tuple[tuple[str, Any], ...] = ()
 
 
@@ -149,7 +149,7 @@ class Table:
     def add(self, section: str, preset: str, arm: str, **row: Any) -> None:
         row = {"section": section, "preset": preset, "arm": arm, **row}
         rates = row.get("rates") or []
-        shown = row | {"spread": f"{min(rates):,.0f} to {max(rates):,.0f}" if len(rates) > 1 else ""}
+        shown = row | {"spread": f"{_shown(min(rates))} to {_shown(max(rates))}" if len(rates) > 1 else ""}
         self._print([_shown(shown.get(column)) for column in self.COLUMNS])
         if self.output is None:
             return
@@ -160,7 +160,7 @@ class Table:
             rows = {_key(known): known for known in json.loads(file.read() or "{}").get("rows", [])}
             rows[_key(row)] = row | self.origin
             content = {
-                "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+                "device": _device_name(),
                 "torch": torch.__version__,
                 "transformers": _transformers_version(),
                 "rows": sorted(rows.values(), key=_key),
@@ -370,7 +370,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
             clean()
             before = allocated()
             side, told = warmed_up(make, args)
-            notes.append(note if side else f"{note}: {told}")
+            notes.append(note if side else f"{note}: {told}".removeprefix(": "))
             if side:
                 clean()
                 ready[name], held[name] = side, allocated() - before
@@ -378,22 +378,28 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
                 break
         rows[name]["note"] = "; ".join(filter(None, notes))
 
+    side = None  # `ready` alone holds them, and lets go of what does not fit
     rates: dict[str, list[float]] = {name: [] for name in ready}
     peaks = dict.fromkeys(ready, 0)
     for turn in range(args.rounds):
         for name in list(ready)[:: -1 if turn % 2 else 1]:
             clean()  # the other side's activations must not crowd this side's out
-            ready[name].step()
-            synchronize()
             if DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            tokens = sum(ready[name].step() for _ in range(args.steps))
-            synchronize()
+            try:
+                ready[name].step()
+                synchronize()
+                start = time.perf_counter()
+                tokens = sum(ready[name].step() for _ in range(args.steps))
+                synchronize()
+            except torch.OutOfMemoryError:
+                rows[name]["note"] += "; out of memory beside the other side"
+                del ready[name], held[name]
+                continue
             rates[name].append(tokens / (time.perf_counter() - start))
             if DEVICE.type == "cuda":
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if DEVICE.type == "cuda" and name in _device_name()), None)
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in _device_name()), None)
     for name in ready:
         row, others = rows[name], sum(held.values()) - held[name]
         row |= {"rate": statistics.median(rates[name]), "unit": "tokens/s", "rates": rates[name]}
@@ -465,12 +471,12 @@ def real(preset: str, args: argparse.Namespace, table: Table) -> None:
     batches = packed_batches(args)
     padded = [real_samples(rng, args.sizes, padded=True) for _ in range(args.sizes.batches)]
     parts = PARTS[preset]
-    ways = [("whole", "compiled", parts), ("layers", "layers compiled", 2 * parts), ("no", "eager", 4 * parts)]
+    ways = {"whole": ("compiled", parts), "layers": ("layers compiled", 2 * parts), "no": ("eager", 4 * parts)}
     sides: dict[str, Attempts] = {
         "ours": [(_our_note(config), lambda: ours(config, batches))],
         "transformers": [
-            (f"{note}{_in(n)}", lambda compiled=compiled, n=n: theirs(config, padded, compiled, n))
-            for compiled, note, n in ways
+            (ways[how][0] + _in(ways[how][1]), lambda how=how: theirs(config, padded, how, ways[how][1]))
+            for how in args.compiled
         ],
     }
     for name, row in compare(chosen(sides, args), args).items():
@@ -489,7 +495,8 @@ def memory(preset: str, args: argparse.Namespace, table: Table) -> None:
 
 def trainer(preset: str, args: argparse.Namespace, table: Table) -> None:
     """The tokens/s of each logging interval but the first, which holds the compilation."""
-    sizes, alone = args.sizes, None
+    clean()  # the command's processes need the memory that earlier sections held
+    sizes, alone = args.sizes, table.rate("trainer", preset, "1")
     bare = table.rate("real", preset, "ours")
     with tempfile.TemporaryDirectory(prefix="gpu_") as folder:
         write_dataset(Path(folder) / "data", sizes)
@@ -619,7 +626,8 @@ class LocalSession:
     rank, world_size, device, display, event_folder = 0, 1, DEVICE, "none", None
 
     def __init__(self, folder: str):
-        self.folder, self.steps_per_s = folder, 0.0
+        self.folder = folder
+        self.seconds: list[float] = []
 
     def restored(self):
         return nullcontext()
@@ -628,33 +636,37 @@ class LocalSession:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        self.steps_per_s = metrics["step"] / metrics["seconds"]
+        self.seconds.append(metrics["seconds"])
 
 
 def small(args: argparse.Namespace, table: Table) -> None:
-    """Bare steps take batches that are ready; the loop loads, logs and checks as in a run."""
-    fields = {"data.dataset": "synthetic", "train.steps": args.sizes.small_steps, "train.log_every": 100}
+    """Bare steps take batches that are ready; the loop loads, logs and checks as in a run. Time is taken of the second half
+    of the steps, when nothing is prepared any more.
+    """
+    half = args.sizes.small_steps // 2
+    fields = {"data.dataset": "synthetic", "train.steps": 2 * half, "train.checkpoint_every": half}
     config = load_config(overrides=fields | parse_set(args.set))
     splits = load_dataset(config.data, config.model, config.train.seed)
     collate = build_state(config, splits.tokenizer.vocab_size).model.collate
     ready = list(prefetch(train_batches(splits.train, splits.tokenizer, collate, config.train), DEVICE))
-    session = LocalSession(args.temporary)
 
     def bare() -> float:
         state = build_state(config, splits.tokenizer.vocab_size, DEVICE)
         stats = Stats(state)
-        for micro_batches in ready[:10]:
+        for micro_batches in ready[:half]:
             train_step(state, micro_batches, stats)
         stats.read()  # waits for the device
         start = time.perf_counter()
-        for micro_batches in ready[10:]:
+        for micro_batches in ready[half:]:
             train_step(state, micro_batches, stats)
         stats.read()
-        return (len(ready) - 10) / (time.perf_counter() - start)
+        return half / (time.perf_counter() - start)
 
     def loop() -> float:
+        session = LocalSession(args.temporary)
         train(config, session)
-        return session.steps_per_s
+        first, last = session.seconds
+        return half / (last - first)
 
     try:
         with limited(args.limit):
@@ -709,6 +721,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", type=some, default=SECTIONS, metavar="SECTION,...", help=", ".join(SECTIONS))
     parser.add_argument("--presets", type=some, default=["b"], metavar="PRESET,...", help="b, l, xl")
     parser.add_argument("--sides", type=some, default=["ours", "transformers"], help="ours, transformers")
+    parser.add_argument(
+        "--compiled", type=some, default=["whole", "layers", "no"], metavar="HOW,...",
+        help="what of Transformers' model is tried in `real`, in this order: whole, layers, no",
+    )  # fmt: skip
     parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], help="of trainer [1,2]")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="of a round")
@@ -717,7 +733,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="the JSON file [benchmarks/results/<device>.json; none if --quick]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled")
     args = parser.parse_args(argv)
-    for name, known in (("only", SECTIONS), ("presets", ACTIVATION_MEMORY), ("sides", ["ours", "transformers"])):
+    known_values = {
+        "only": SECTIONS, "presets": ACTIVATION_MEMORY, "sides": ["ours", "transformers"],
+        "compiled": ["whole", "layers", "no"],
+    }  # fmt: skip
+    for name, known in known_values.items():
         if unknown := [value for value in getattr(args, name) if value not in known]:
             parser.error(f"--{name}: {', '.join(unknown)}: known are {', '.join(known)}")
     args.sizes = TINY if args.quick else Sizes()
