@@ -647,8 +647,11 @@ def small(args: argparse.Namespace, table: Table) -> None:
     fields = {"data.dataset": "synthetic", "train.steps": 2 * half, "train.checkpoint_every": half}
     config = load_config(overrides=fields | parse_set(args.set))
     splits = load_dataset(config.data, config.model, config.train.seed)
-    collate = build_state(config, splits.tokenizer.vocab_size).model.collate
-    ready = list(prefetch(train_batches(splits.train, splits.tokenizer, collate, config.train), DEVICE))
+    state = build_state(config, splits.tokenizer.vocab_size, DEVICE)
+    source = train_batches(
+        splits.train, splits.tokenizer, state.model.collate, config.train, round_up=state.graphs is not None
+    )
+    ready = list(prefetch(source, DEVICE))
 
     def bare() -> float:
         state = build_state(config, splits.tokenizer.vocab_size, DEVICE)
