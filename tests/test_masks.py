@@ -104,7 +104,7 @@ def test_an_encoder_decoder_with_blocks_predicts_what_it_predicts_with_dense_mas
 
 def attended(q, k, v, gradient, mask, dtype) -> dict[str, torch.Tensor]:
     """What attention gives, and its gradients, from inputs in `dtype`."""
-    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
     out = layers.attend(*inputs, mask)
     out.backward(gradient.to(dtype))
     return dict(zip(("out", "dq", "dk", "dv"), (x.float() for x in (out.detach(), *(x.grad for x in inputs)))))

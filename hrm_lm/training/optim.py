@@ -98,7 +98,7 @@ class AdamAtan2(torch.optim.Optimizer):
                 # Infinity times 0 is not 0, so it is the bits of the gradients that are multiplied.
                 torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], taken.int())
                 lr = lr * taken
-                torch._foreach_add_(steps, taken)
+                torch._foreach_add_(steps, [taken] * len(steps))  # a single tensor would be read by the CPU
                 torch._foreach_mul_(m, 1 - (1 - beta1) * taken)
                 torch._foreach_add_(m, gradients, alpha=1 - beta1)
                 torch._foreach_mul_(v, 1 - (1 - beta2) * taken)
