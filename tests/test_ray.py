@@ -52,26 +52,37 @@ def test_two_workers_train_as_one(cluster, in_folder):
 
 def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(cluster, in_folder):
     options = {"train__val_every": 3, "train__steps": 6, "ray__run_name": "s", "model__architecture": "prefix_lm"}
-    run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
-    result = run(small_config(**options | {"train__steps": 9}))
-    for steps in (6, 9):
-        alone = train_locally(small_config(**options | {"train__steps": steps}), in_folder / "alone")
-    assert result["step"] == 9 and result["val_loss"] == pytest.approx(alone.reports[-1]["val_loss"], rel=1e-5)
+    sharded = run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
+    alone = train_locally(small_config(**options), in_folder / "alone")
+    assert sharded["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
+    shutil.copytree(sharded["last_checkpoint"], in_folder / "sharded/step_000006")
+    longer = small_config(**options | {"train__steps": 9})
+    (one,), (other,) = (train_locally(longer, in_folder / folder).reports for folder in ("sharded", "alone"))
+    assert one["step"] == 9 and one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
 
 
-def test_checkpoints_between_validations_leave_the_best_one_where_it_is(cluster, in_folder):
-    options = {"train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100}
-    overfits = {"optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8}
-    result = run(small_config(**options, **overfits, ray__run_name="r", ray__num_to_keep=9))
-    kept, last = RunFolder("runs", "r").checkpoints()
+OVERFITS = {
+    "train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100,
+    "optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def overfitted(cluster, tmp_path_factory):
+    """The storage of the finished run "r", whose best validation is its first, and its result."""
+    storage = tmp_path_factory.mktemp("overfitted") / "runs"
+    options = {"ray__storage_path": str(storage), "ray__run_name": "r", "ray__num_to_keep": 9}
+    return storage, run(small_config(**OVERFITS, **options))
+
+
+def test_checkpoints_between_validations_leave_the_best_one_where_it_is(overfitted, in_folder):
+    storage, result = overfitted
+    kept, last = RunFolder(str(storage), "r").checkpoints()
     assert kept[0][1]["step"] == 20 and [metrics["step"] for _, metrics in kept[-3:]] == [45, 30, 15]
     assert last == result["last_checkpoint"] and Path(last).name == "checkpoint_00000060"
     assert result["best_step"] == 20 and Path(result["best_checkpoint"]).name == "checkpoint_00000020"
-    alone = train_locally(small_config(**options, **overfits), in_folder / "alone").reports
+    alone = train_locally(small_config(**OVERFITS), in_folder / "alone").reports
     assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone if "val_loss" in m), rel=1e-5)
-    options["train__steps"] = 75  # goes on from a list of checkpoints in which some have no score
-    longer = run(small_config(**options, **overfits, ray__run_name="r", ray__num_to_keep=9))
-    assert longer["step"] == 75 and longer["best_step"] == 20
 
 
 PID_DATA = """
@@ -153,22 +164,28 @@ def test_what_ray_up_may_add_counts_as_room(cluster, in_folder, monkeypatch):
         plan_workers(small_config(ray__use_gpu=True, ray__num_workers=9, train__batch_size=9))
 
 
-def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(cluster, in_folder, capsys):
-    first = run(small_config(ray__run_name="r"))
-    capsys.readouterr()
+def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(overfitted, in_folder, capsys):
+    storage, first = overfitted
+    shutil.copytree(storage, in_folder / "runs")
+
+    def again(resume="auto", **overrides):
+        return run(small_config(**OVERFITS | overrides, ray__run_name="r", ray__num_to_keep=9), resume)
+
     saved = in_folder / "runs/r/config.yaml"
     saved.write_text(saved.read_text().replace("  val_samples: 500\n", ""))  # of before that field was there
-    again = run(small_config(ray__run_name="r"))
-    assert again == first and "nothing to do" in capsys.readouterr().err
+    paths = ("best_checkpoint", "last_checkpoint")
+    moved = {name: first[name].replace(str(storage), str(in_folder / "runs")) for name in paths}
+    assert again() == first | moved and "nothing to do" in capsys.readouterr().err
     with pytest.raises(UserError, match="already has checkpoints"):
-        run(small_config(ray__run_name="r"), resume="never")
+        again(resume="never")
     with pytest.raises(UserError, match=r"train.seed \(0 -> 1\)"):
-        run(small_config(ray__run_name="r", train__seed=1))
+        again(train__seed=1)
     with RunFolder(str(in_folder / "runs"), "r").lock():
         with pytest.raises(UserError, match=f"trained by process {os.getpid()}"):
-            run(small_config(ray__run_name="r", train__steps=20))
-    longer = run(small_config(ray__run_name="r", train__steps=20, optim__lr=1e-3))
-    assert longer["step"] == 20 and "optim.lr: 0.002 -> 0.001" in capsys.readouterr().err
+            again(train__steps=75)
+    longer = again(train__steps=75, optim__lr=1e-3)  # goes on from a list of checkpoints of which some have no score
+    assert longer["step"] == 75 and longer["best_step"] == 20
+    assert "optim.lr: 0.02 -> 0.001" in capsys.readouterr().err
 
 
 def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):
