@@ -3,6 +3,7 @@
 Most tests run the real loop in this process through `LocalSession`, without Ray.
 """
 
+import functools
 import json
 import os
 import signal
@@ -219,13 +220,30 @@ def driver(in_folder):
 def cluster(tmp_path_factory):
     """The address of two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
+    from ray._private.parameter import RayParams
 
     from hrm_lm.cluster.start import init_ray
 
     os.environ["HRM_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the workers' too
-    init_ray(num_cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        # An agent of Ray listens on a fixed port. A Ray that another has forestalled, such as a driver's, waits for seconds.
+        elsewhere = functools.partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+        patch.setattr(RayParams, "__init__", elsewhere)
+        init_ray(num_cpus=2)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+def held_by_ray() -> dict[str, float]:
+    """The CPUs and GPUs of the cluster that are not free."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return {
+        kind: total[kind] - free.get(kind, 0)
+        for kind in ("CPU", "GPU")
+        if total.get(kind, 0) - free.get(kind, 0) > 1e-6
+    }
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from conftest import (
     ROOT,
     assert_same_weights,
+    held_by_ray,
     kill_processes_with,
     small_config,
     train_locally,
@@ -116,16 +117,16 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
     assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
 
 
-def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in_folder, driver):
+def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(cluster, in_folder, driver):
     options = {"train__val_every": 20, "train__steps": 200, "train__log_every": 20}
     (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
-    command = ["-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
+    command = ["-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r", "--save_dir", in_folder / "runs"]
     folder = RunFolder(str(in_folder / "runs"), "r")
-    killed = driver(*command)
+    killed = driver(*command, joins=cluster)
     wait_until(lambda: folder.has_checkpoints() or killed.poll() is not None)
     killed.kill()
-    kill_processes_with(driver.mark)  # its Ray would take half a minute to end
     assert "finished" not in killed.communicate()[0], "the run was over before the kill"
+    wait_until(lambda: not held_by_ray())  # its workers have ended
 
     again = driver(*command)
     out, err = again.communicate()

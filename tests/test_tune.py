@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, processes_with, small_config, wait_until
+from conftest import ROOT, held_by_ray, processes_with, small_config, wait_until
 
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
@@ -87,17 +87,6 @@ def test_a_scheduler_needs_validations_to_judge_by(tmp_path):
 
 
 # --- searches ----------------------------------------------------------------------------------------------------
-
-
-def held_by_ray() -> dict[str, float]:
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    return {
-        kind: total[kind] - free.get(kind, 0)
-        for kind in ("CPU", "GPU")
-        if total.get(kind, 0) - free.get(kind, 0) > 1e-6
-    }
 
 
 def placement_groups_alive() -> list[str]:
