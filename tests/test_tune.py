@@ -193,6 +193,7 @@ def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_fold
     trials = search(
         in_folder,
         {"optim.lr": {"grid": [1e-2, 1e-6]}},
+        base={**BASE, "train": {**BASE["train"], "steps": 10}},
         num_samples=1,
         workers_per_trial=2,
         max_concurrent_trials=1,
