@@ -16,6 +16,7 @@ import tempfile
 import time
 
 import ray
+import ray.tune
 
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import init_ray
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6)
     args = parser.parse_args()
     init_ray()
-    original = sweeps.trial_kind
+    original, options = sweeps.trains_in_process, ray.tune.TuneConfig
     table = [f"{'':24}{'whole sweep':>12}  seconds from a trial's end to the next one's (median)"]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/sweep.yaml"
@@ -49,7 +50,8 @@ def main() -> None:
             ("in process", True, False),
             ("TorchTrainer", False, False),
         ):
-            sweeps.trial_kind = lambda sweep: (in_process, reuse)
+            sweeps.trains_in_process = lambda sweep: in_process
+            ray.tune.TuneConfig = lambda **fields: options(**fields | {"reuse_actors": reuse})
             sweep = Sweep(path, {"tune.num_samples": args.trials})
             start = time.perf_counter()
             results = sweeps.build_tuner(sweep, RunFolder(folder, name.replace(" ", "_")), resume=False).fit()
@@ -57,7 +59,7 @@ def main() -> None:
             ends = sorted(result.metrics["timestamp"] for result in results)
             gaps = [b - a for a, b in itertools.pairwise(ends)]
             table.append(f"{name:24}{seconds:10.1f} s  {statistics.median(gaps):6.1f}")
-    sweeps.trial_kind = original
+    sweeps.trains_in_process, ray.tune.TuneConfig = original, options
     ray.shutdown()
     print("\n".join(table))
 

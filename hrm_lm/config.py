@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import resolve, without_secrets
+from hrm_lm.filesystem import read_text, resolve, without_secrets
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -468,18 +468,18 @@ def with_bases(values: dict[str, Any], place: str) -> list[Layer]:
     base cannot be read or comes round in a circle.
     """
     layers: list[Layer] = []
-    way, seen, own = [_shown(place)], [_identity(place)], True
+    way, seen, own = [without_secrets(place)], [_identity(place)], True
     while True:
         own = own and is_own(place)  # a stranger's file does not make its base the user's own
         values = dict(values)
         base = values.pop("base", None)
-        layers.insert(0, Layer(_shown(place), values, own))
+        layers.insert(0, Layer(without_secrets(place), values, own))
         if base is None:
             return layers
         if not isinstance(base, str):
             raise UserError(f"{' -> '.join(way)}: base must be the path or URI of a config, not {base!r}")
         place = _beside(place, base)
-        way.append(_shown(place))
+        way.append(without_secrets(place))
         if _identity(place) in seen:
             raise UserError(f"{' -> '.join(way)}: the bases go round in a circle")
         seen.append(_identity(place))
@@ -526,16 +526,9 @@ def _identity(place: str) -> str:
     return place if "://" in place else str(Path(place).resolve())
 
 
-def _shown(place: str) -> str:
-    if "://" not in place:
-        return place
-
-    return without_secrets(place)
-
-
 def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
     """A YAML file (path or URI) that holds a mapping. Raises UserError, naming it as `shown`, where it does not."""
-    shown = shown or _shown(str(path))
+    shown = shown or without_secrets(str(path))
     try:
         raw = yaml.safe_load(_read(str(path)))
     except OSError as error:
@@ -549,11 +542,8 @@ def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
 
 def _read(place: str) -> str:
     if "://" not in place:
-        return Path(place).read_text(encoding="utf-8")
-
-    fs, path = resolve(place)
-    with fs.open_input_stream(path) as stream:
-        return stream.read().decode("utf-8")
+        return Path(place).read_text(encoding="utf-8")  # a pipe, too, which pyarrow does not read
+    return read_text(*resolve(place))
 
 
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:

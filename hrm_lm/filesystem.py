@@ -34,10 +34,15 @@ def shown(fs: pyarrow.fs.FileSystem, path: str) -> str:
     return schemes.get(fs.type_name, f"{fs.type_name}://") + path
 
 
+def read_bytes(fs: pyarrow.fs.FileSystem, path: str) -> bytes:
+    """A file's bytes. Raises OSError."""
+    with fs.open_input_file(path) as file:  # unlike a stream, it is never decompressed for its name
+        return file.read()
+
+
 def read_text(fs: pyarrow.fs.FileSystem, path: str) -> str:
     """A file's text. Raises OSError, and UnicodeDecodeError where it is no UTF-8."""
-    with fs.open_input_file(path) as file:  # unlike a stream, it is never decompressed for its name
-        return file.read().decode("utf-8")
+    return read_bytes(fs, path).decode("utf-8")
 
 
 def reason(error: OSError) -> str:

@@ -3,6 +3,8 @@
 Most tests run the real loop in this process through `LocalSession`, without Ray.
 """
 
+import functools
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +31,7 @@ from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.loop import train
 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how often the controller looks at its workers
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each run; no test drains a node
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for a second one
@@ -191,13 +194,18 @@ def kill_processes_with(text: str) -> None:
 def driver(in_folder):
     """`driver("-m", module, ...)` starts a command with a Ray of its own; what is left of both ends with the test.
 
-    `driver.mark` is in the environment of all these processes.
+    joins: the address of a cluster that the command takes in place of its own Ray, as a job of that cluster.
+    `driver.mark` is in the environment of all these processes, a job's workers included.
     """
 
-    def start(*arguments, **options) -> subprocess.Popen:
+    def start(*arguments, joins: str | None = None, **options) -> subprocess.Popen:
+        environment = dict([start.mark.split("=", 1)])
+        if joins:
+            job = json.dumps({"runtime_env": {"env_vars": environment}})
+            environment |= {"RAY_ADDRESS": joins, "RAY_JOB_CONFIG_JSON_ENV_VAR": job}
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            env=os.environ | dict([start.mark.split("=", 1)]),
+            env=os.environ | environment,
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
@@ -210,24 +218,40 @@ def driver(in_folder):
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """Two CPUs of Ray, shared by all tests that need a cluster."""
+    """The address of two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
+    from ray._private.parameter import RayParams
 
     from hrm_lm.cluster.start import init_ray
 
     os.environ["HRM_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the workers' too
-    init_ray(num_cpus=2)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # An agent of Ray listens on a fixed port. A Ray that another has forestalled, such as a driver's, waits for seconds.
+        elsewhere = functools.partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+        patch.setattr(RayParams, "__init__", elsewhere)
+        init_ray(num_cpus=2)
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """`bucket(path)` is the URI of a path in an empty bucket; `bucket.fs` its file system."""
+def held_by_ray() -> dict[str, float]:
+    """The CPUs and GPUs of the cluster that are not free."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return {
+        kind: total[kind] - free.get(kind, 0)
+        for kind in ("CPU", "GPU")
+        if total.get(kind, 0) - free.get(kind, 0) > 1e-6
+    }
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """`bucket(path)` is the URI of a path in a bucket that a file's tests share; `bucket.fs` its file system."""
     moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
-    monkeypatch.setenv("HRM_LM_CACHE", str(tmp_path / "cache"))
     host, port = server.get_host_and_port()
 
     def uri(path):
@@ -236,7 +260,9 @@ def bucket(monkeypatch, tmp_path):
     uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
     uri.fs.create_dir("bucket")
     uri.fs.delete_dir_contents("bucket")  # moto keeps what an earlier server of this process held
-    yield uri
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HRM_LM_CACHE", str(tmp_path_factory.mktemp("bucket") / "cache"))
+        yield uri
     server.stop()
 
 

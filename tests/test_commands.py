@@ -274,6 +274,12 @@ def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, 
     )
     code, out, err = command(evaluate, "--checkpoint", checkpoint, "--dataset", tmp_path / "other.jsonl")
     assert code == 0 and json.loads(out)["val_loss"] > 0, err
+    code, out, err = command(evaluate, "--checkpoint", checkpoint, "--set", "data.tokenizer=bytes")
+    assert (
+        code == 2
+        and not out
+        and err == "error: data.tokenizer: a checkpoint is scored with its own tokenizer; leave it out\n"
+    )
 
 
 # --- code that a stranger's config names ----------------------------------------------------------------------------

@@ -184,6 +184,9 @@ class Mine(ByteTokenizer):
 
 number = 5
 
+def without_arguments():
+    raise AssertionError("it was called")
+
 def build(config, seed):
     return Splits([("a", "b")], [("c", "d")], Mine())
 """
@@ -194,6 +197,7 @@ def build(config, seed):
     [
         ("foreign:build", "has a tokenizer that no checkpoint could bring back"),
         ("foreign:number", "is int, not a function"),
+        ("foreign:without_arguments", r"must be a function \(config, seed\): too many positional arguments"),
         ("..:x", "is not module:function"),
     ],
 )

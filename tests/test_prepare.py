@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from conftest import kill_processes_with, processes_with, small_config, train_locally, wait_until
+from conftest import processes_with, small_config, train_locally, wait_until
 
 from hrm_lm.commands.help import field_docs
 from hrm_lm.commands.prepare import main
@@ -450,10 +450,10 @@ def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_w
     assert code == 0, err
     work = tmp_path / "killed/.prepare"
     for step, results in (("survey", "survey-*.json"), ("write_shard", "shard-*.json")):
-        killed = driver("-c", KILLED_IN_STEP, step, *arguments("killed"), stdout=DEVNULL, stderr=DEVNULL)
+        command_of = ("-c", KILLED_IN_STEP, step, *arguments("killed"))
+        killed = driver(*command_of, joins=cluster, stdout=DEVNULL, stderr=DEVNULL)
         assert killed.wait() == -signal.SIGKILL
-        kill_processes_with(driver.mark)  # its Ray would take half a minute to end, and may write until then
-        wait_until(lambda: not processes_with(driver.mark))
+        wait_until(lambda: not processes_with(driver.mark))  # its workers may write until then
         assert len(list(work.glob(results))) >= 2 and not (tmp_path / "killed/meta.json").exists()
         with pytest.raises(UserError):
             load(tmp_path / "killed")

@@ -1,42 +1,96 @@
 """Object storage from end to end: input, prepared dataset and checkpoints in S3, as `moto` serves it."""
 
+import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
 
 import pyarrow.fs
 import pytest
 from conftest import small_config
 
-from hrm_lm.cluster.run import run
+from hrm_lm.cluster.run import check_resume, run
+from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.data.prepared.cache import cache_folder
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.models.build import build_model
+from hrm_lm.training.checkpoint import Progress, save_model
 
 
-def test_input_dataset_and_checkpoints_live_in_object_storage(cluster, command, bucket, tmp_path):
+@pytest.fixture(scope="module")
+def prepared(cluster, bucket):
+    """What `prepare` did in storage: its arguments, and what it returned and said."""
     for name in ("a", "b"):
         with bucket.fs.open_output_stream(f"bucket/in/{name}.jsonl.gz") as file:  # pyarrow compresses it for its name
             for i in range(100):
                 file.write(json.dumps({"prompt": f"{name}{i}?", "response": str(i)}).encode() + b"\n")
-    options = ["--output", bucket("out"), "--tokenizer", "characters", "--val_fraction", 0.2, "--shard_mb", 0.0005]
-    code, out, err = command(prepare, "--input", bucket("in"), *options)
+    options = ["--output", bucket("out"), "--tokenizer", "characters", "--val_fraction", "0.2", "--shard_mb", "0.0005"]
+    arguments = ["--input", bucket("in"), *options]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = prepare(arguments)
+    return arguments, code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, bucket, tmp_path_factory):
+    """The fields of a run that was trained in storage, from a checkpoint that is there, its result and what it said."""
+    fields = {
+        "train__val_every": 3, "train__steps": 6, "train__init_from": bucket("first"), "data__dataset": bucket("out"),
+        "ray__storage_path": bucket("runs"), "ray__run_name": "r",
+    }  # fmt: skip
+    config, first = small_config(**fields), tmp_path_factory.mktemp("first")
+    tokenizer = load_dataset(config.data, config.model, 0).tokenizer
+    save_model(first, build_model(config.model, tokenizer.vocab_size), config, tokenizer, Progress())
+    here = pyarrow.fs.LocalFileSystem()
+    pyarrow.fs.copy_files(str(first), "bucket/first", source_filesystem=here, destination_filesystem=bucket.fs)
+    assert not cache_folder().exists(), "checking a dataset fetches none of it"
+    with redirect_stderr(io.StringIO()) as err:
+        return fields, run(config), err.getvalue()
+
+
+def test_a_run_in_object_storage_has_curves_and_uris_and_is_resumed_without_a_download(
+    trained, bucket, capsys, monkeypatch
+):
+    fields, result, err = trained
+    assert result["best_checkpoint"].startswith("s3://bucket/runs/r/checkpoint_0000000")
+    assert result["last_checkpoint"] == "s3://bucket/runs/r/checkpoint_00000006"
+    assert "run 'r' in s3://bucket/runs/r\n" in err and "secret" not in err
+    found = {info.base_name: info for info in bucket.fs.get_file_info(pyarrow.fs.FileSelector("bucket/runs/r"))}
+    (events,) = (info for name, info in found.items() if name.startswith("events.out.tfevents."))
+    assert events.size > 500
+    with bucket.fs.open_input_stream("bucket/runs/r/result.json") as file:
+        assert "s3://bucket/runs/r/checkpoint" in file.read().decode()
+
+    monkeypatch.setattr(pyarrow.fs, "copy_files", lambda *_, **__: pytest.fail("a checkpoint was downloaded"))
+    assert run(small_config(**fields)) == result
+    assert "already at step 6 of 6" in capsys.readouterr().err
+    other = small_config(**fields | {"train__init_from": bucket("other")})
+    check_resume(other, RunFolder(bucket("runs"), "r"), "auto")
+    assert "  train.init_from: s3://bucket/first -> s3://bucket/other\n" in capsys.readouterr().err
+
+
+def test_input_dataset_and_checkpoints_live_in_object_storage(prepared, trained, command, bucket):
+    arguments, code, out, err = prepared
     assert code == 0, err
     assert "in s3://bucket/out;" in out and "secret" not in out + err
-    assert command(prepare, "--input", bucket("in"), *options)[1] == out, "it was finished"
+    assert command(prepare, *arguments)[1] == out, "it was finished"
     found = {info.base_name for info in bucket.fs.get_file_info(pyarrow.fs.FileSelector("bucket/out"))}
     assert {"meta.json", "tokenizer.json", "report.json", "train-00000.bin"} <= found and ".prepare" not in found
 
-    options = {"train__val_every": 3, "train__steps": 6, "ray__storage_path": bucket("runs"), "ray__run_name": "r"}
-    config = small_config(data__dataset=bucket("out"), **options)
+    fields, result, _ = trained
+    config = small_config(**fields)
     splits = load_dataset(config.data, config.model, 0)
-    assert not cache_folder().exists(), "checking a dataset fetches none of it"
     decoded = sorted(splits.tokenizer.decode(sample.prompt) for split in (splits.train, splits.val) for sample in split)
     assert decoded == sorted(f"{name}{i}?" for name in ("a", "b") for i in range(100))
-    result = run(config)
     assert result["status"] == "finished" and result["step"] == 6
-    assert run(small_config(data__dataset=bucket("out"), **options | {"train__steps": 9}))["step"] == 9
+    longer = small_config(**fields | {"train__steps": 9, "ray__run_name": "longer"})
+    pyarrow.fs.copy_files(
+        "bucket/runs/r", "bucket/runs/longer", source_filesystem=bucket.fs, destination_filesystem=bucket.fs
+    )
+    assert run(longer)["step"] == 9
     code, out, err = command(generate, "--save_dir", bucket("runs"), "--prompt", "a1?")
     assert code == 0 and len(out.splitlines()) == 1, err
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import (
     ROOT,
     assert_same_weights,
+    held_by_ray,
     kill_processes_with,
     small_config,
     train_locally,
@@ -52,26 +53,37 @@ def test_two_workers_train_as_one(cluster, in_folder):
 
 def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(cluster, in_folder):
     options = {"train__val_every": 3, "train__steps": 6, "ray__run_name": "s", "model__architecture": "prefix_lm"}
-    run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
-    result = run(small_config(**options | {"train__steps": 9}))
-    for steps in (6, 9):
-        alone = train_locally(small_config(**options | {"train__steps": steps}), in_folder / "alone")
-    assert result["step"] == 9 and result["val_loss"] == pytest.approx(alone.reports[-1]["val_loss"], rel=1e-5)
+    sharded = run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
+    alone = train_locally(small_config(**options), in_folder / "alone")
+    assert sharded["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
+    shutil.copytree(sharded["last_checkpoint"], in_folder / "sharded/step_000006")
+    longer = small_config(**options | {"train__steps": 9})
+    (one,), (other,) = (train_locally(longer, in_folder / folder).reports for folder in ("sharded", "alone"))
+    assert one["step"] == 9 and one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
 
 
-def test_checkpoints_between_validations_leave_the_best_one_where_it_is(cluster, in_folder):
-    options = {"train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100}
-    overfits = {"optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8}
-    result = run(small_config(**options, **overfits, ray__run_name="r", ray__num_to_keep=9))
-    kept, last = RunFolder("runs", "r").checkpoints()
+OVERFITS = {
+    "train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100,
+    "optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def overfitted(cluster, tmp_path_factory):
+    """The storage of the finished run "r", whose best validation is its first, and its result."""
+    storage = tmp_path_factory.mktemp("overfitted") / "runs"
+    options = {"ray__storage_path": str(storage), "ray__run_name": "r", "ray__num_to_keep": 9}
+    return storage, run(small_config(**OVERFITS, **options))
+
+
+def test_checkpoints_between_validations_leave_the_best_one_where_it_is(overfitted, in_folder):
+    storage, result = overfitted
+    kept, last = RunFolder(str(storage), "r").checkpoints()
     assert kept[0][1]["step"] == 20 and [metrics["step"] for _, metrics in kept[-3:]] == [45, 30, 15]
     assert last == result["last_checkpoint"] and Path(last).name == "checkpoint_00000060"
     assert result["best_step"] == 20 and Path(result["best_checkpoint"]).name == "checkpoint_00000020"
-    alone = train_locally(small_config(**options, **overfits), in_folder / "alone").reports
+    alone = train_locally(small_config(**OVERFITS), in_folder / "alone").reports
     assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone if "val_loss" in m), rel=1e-5)
-    options["train__steps"] = 75  # goes on from a list of checkpoints in which some have no score
-    longer = run(small_config(**options, **overfits, ray__run_name="r", ray__num_to_keep=9))
-    assert longer["step"] == 75 and longer["best_step"] == 20
 
 
 PID_DATA = """
@@ -105,16 +117,16 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
     assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
 
 
-def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(in_folder, driver):
+def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(cluster, in_folder, driver):
     options = {"train__val_every": 20, "train__steps": 200, "train__log_every": 20}
     (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
-    command = ["-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r"]
+    command = ["-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r", "--save_dir", in_folder / "runs"]
     folder = RunFolder(str(in_folder / "runs"), "r")
-    killed = driver(*command)
+    killed = driver(*command, joins=cluster)
     wait_until(lambda: folder.has_checkpoints() or killed.poll() is not None)
     killed.kill()
-    kill_processes_with(driver.mark)  # its Ray would take half a minute to end
     assert "finished" not in killed.communicate()[0], "the run was over before the kill"
+    wait_until(lambda: not held_by_ray())  # its workers have ended
 
     again = driver(*command)
     out, err = again.communicate()
@@ -153,22 +165,28 @@ def test_what_ray_up_may_add_counts_as_room(cluster, in_folder, monkeypatch):
         plan_workers(small_config(ray__use_gpu=True, ray__num_workers=9, train__batch_size=9))
 
 
-def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(cluster, in_folder, capsys):
-    first = run(small_config(ray__run_name="r"))
-    capsys.readouterr()
+def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(overfitted, in_folder, capsys):
+    storage, first = overfitted
+    shutil.copytree(storage, in_folder / "runs")
+
+    def again(resume="auto", **overrides):
+        return run(small_config(**OVERFITS | overrides, ray__run_name="r", ray__num_to_keep=9), resume)
+
     saved = in_folder / "runs/r/config.yaml"
     saved.write_text(saved.read_text().replace("  val_samples: 500\n", ""))  # of before that field was there
-    again = run(small_config(ray__run_name="r"))
-    assert again == first and "nothing to do" in capsys.readouterr().err
+    paths = ("best_checkpoint", "last_checkpoint")
+    moved = {name: first[name].replace(str(storage), str(in_folder / "runs")) for name in paths}
+    assert again() == first | moved and "nothing to do" in capsys.readouterr().err
     with pytest.raises(UserError, match="already has checkpoints"):
-        run(small_config(ray__run_name="r"), resume="never")
+        again(resume="never")
     with pytest.raises(UserError, match=r"train.seed \(0 -> 1\)"):
-        run(small_config(ray__run_name="r", train__seed=1))
+        again(train__seed=1)
     with RunFolder(str(in_folder / "runs"), "r").lock():
         with pytest.raises(UserError, match=f"trained by process {os.getpid()}"):
-            run(small_config(ray__run_name="r", train__steps=20))
-    longer = run(small_config(ray__run_name="r", train__steps=20, optim__lr=1e-3))
-    assert longer["step"] == 20 and "optim.lr: 0.002 -> 0.001" in capsys.readouterr().err
+            again(train__steps=75)
+    longer = again(train__steps=75, optim__lr=1e-3)  # goes on from a list of checkpoints of which some have no score
+    assert longer["step"] == 75 and longer["best_step"] == 20
+    assert "optim.lr: 0.02 -> 0.001" in capsys.readouterr().err
 
 
 def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):

@@ -4,12 +4,11 @@ import errno
 import fcntl
 import os
 
-import pyarrow.fs
 import pytest
-from conftest import small_config, train_locally
+from conftest import small_config
 
 from hrm_lm.cluster import run_folder
-from hrm_lm.cluster.run import check_resume, checked_dataset, run
+from hrm_lm.cluster.run import checked_dataset, run
 from hrm_lm.cluster.run_folder import RunFolder, outliving
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
@@ -112,30 +111,3 @@ def test_what_a_user_reads_of_a_run_in_object_storage_is_a_uri_without_secrets(b
     with pytest.raises(UserError, match="^s3://bucket/nothing: no such folder"):
         with local_copy(bucket("nothing")):
             pass
-
-
-def test_a_run_in_object_storage_has_curves_and_uris_and_is_resumed_without_a_download(
-    cluster, in_folder, bucket, capsys, monkeypatch
-):
-    train_locally(small_config(train__steps=1), in_folder / "first")
-    pyarrow.fs.copy_files(
-        str(in_folder / "first/step_000001"), "bucket/first", destination_filesystem=bucket.fs,
-        source_filesystem=pyarrow.fs.LocalFileSystem(),
-    )  # fmt: skip
-    options = {"train__val_every": 3, "train__steps": 6, "ray__storage_path": bucket("runs"), "ray__run_name": "r"}
-    result = run(small_config(**options, train__init_from=bucket("first")))
-    assert result["best_checkpoint"].startswith("s3://bucket/runs/r/checkpoint_0000000")
-    assert result["last_checkpoint"] == "s3://bucket/runs/r/checkpoint_00000006"
-    err = capsys.readouterr().err
-    assert "run 'r' in s3://bucket/runs/r\n" in err and "secret" not in err
-    found = {info.base_name: info for info in bucket.fs.get_file_info(pyarrow.fs.FileSelector("bucket/runs/r"))}
-    (events,) = (info for name, info in found.items() if name.startswith("events.out.tfevents."))
-    assert events.size > 500
-    with bucket.fs.open_input_stream("bucket/runs/r/result.json") as file:
-        assert "s3://bucket/runs/r/checkpoint" in file.read().decode()
-
-    monkeypatch.setattr(pyarrow.fs, "copy_files", lambda *_, **__: pytest.fail("a checkpoint was downloaded"))
-    assert run(small_config(**options, train__init_from=bucket("first"))) == result
-    assert "already at step 6 of 6" in capsys.readouterr().err
-    check_resume(small_config(**options, train__init_from=bucket("other")), RunFolder(bucket("runs"), "r"), "auto")
-    assert "  train.init_from: s3://bucket/first -> s3://bucket/other\n" in capsys.readouterr().err

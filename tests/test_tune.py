@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, kill_processes_with, small_config, wait_until
+from conftest import ROOT, held_by_ray, processes_with, small_config, wait_until
 
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
+from hrm_lm.commands.tune import main as tune_main
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.tuning.space import Sweep, point
@@ -92,17 +93,6 @@ def test_a_scheduler_needs_validations_to_judge_by(tmp_path):
 
 
 # --- searches ----------------------------------------------------------------------------------------------------
-
-
-def held_by_ray() -> dict[str, float]:
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    return {
-        kind: total[kind] - free.get(kind, 0)
-        for kind in ("CPU", "GPU")
-        if total.get(kind, 0) - free.get(kind, 0) > 1e-6
-    }
 
 
 def placement_groups_alive() -> list[str]:
@@ -209,6 +199,7 @@ def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_fold
     trials = search(
         in_folder,
         {"optim.lr": {"grid": [1e-2, 1e-6]}},
+        base={**BASE, "train": {**BASE["train"], "steps": 10}},
         num_samples=1,
         workers_per_trial=2,
         max_concurrent_trials=1,
@@ -219,11 +210,11 @@ def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_fold
     wait_until(lambda: not held_by_ray() and not placement_groups_alive())
 
 
-def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_folder, driver):
+def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(cluster, in_folder, driver, command):
     base = {**BASE, "train": {**BASE["train"], "steps": 200, "val_every": 10, "checkpoint_every": 0}}
     file = sweep_file(in_folder, {"optim.lr": {"loguniform": [1e-3, 1e-2]}}, base=base, num_samples=3, scheduler="fifo")
-    command = ["-m", "ray_jobs.tune", "--config", file, "--run_name", "s"]
-    killed = driver(*command, stderr=subprocess.STDOUT)
+    arguments = ["--config", file, "--run_name", "s", "--save_dir", in_folder / "runs"]
+    killed = driver("-m", "ray_jobs.tune", *arguments, joins=cluster, stderr=subprocess.STDOUT)
     seen = {}
     for line in killed.stdout:
         if ": step " in line:
@@ -232,18 +223,16 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(in_fol
             if len(seen) == 2 and min(seen.values()) >= 50:
                 break
     killed.kill()
-    kill_processes_with(driver.mark)  # its Ray would take half a minute to end
     killed.communicate()
-    refused = driver(*command)
-    err = refused.communicate()[1]
-    assert refused.returncode == 2 and "--resume continues it" in err
+    wait_until(lambda: not processes_with(driver.mark) and not held_by_ray())
+    code, out, err = command(tune_main, *arguments)
+    assert code == 2 and "--resume continues it" in err
     # Tune notes what there is once a second: as if newer checkpoints had replaced since what it knows of.
     for checkpoint in (in_folder / "runs/s/trials").glob("*/checkpoint_*"):
         checkpoint.rename(checkpoint.with_name(f"checkpoint_{int(checkpoint.name[-6:]) + 100:06d}"))
 
-    again = driver(*command, "--resume")
-    out, err = again.communicate()
-    assert again.returncode == 0, err
+    code, out, err = command(tune_main, *arguments, "--resume")
+    assert code == 0, err
     table = rows(in_folder)
     assert (
         len(table) == 3

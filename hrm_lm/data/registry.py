@@ -6,7 +6,9 @@ the function reads the rest from `config.dataset`.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hrm_lm.config import DataConfig, ModelConfig
@@ -126,4 +128,9 @@ def function(name: str) -> Callable[[DataConfig, int], Splits]:
         raise UserError(f"data.dataset: {name!r} is not module:function") from None
     if not callable(found):
         raise UserError(f"data.dataset: {name} is {type(found).__name__}, not a function of the data config and a seed")
+    with suppress(ValueError):  # what is written in C may not tell its signature
+        try:
+            inspect.signature(found).bind(None, 0)
+        except TypeError as error:
+            raise UserError(f"data.dataset: {name} must be a function (config, seed): {error}") from None
     return found

@@ -14,7 +14,7 @@ import pyarrow.fs
 
 from hrm_lm.config import ModelConfig
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import resolve, without_secrets
+from hrm_lm.filesystem import read_text, resolve, without_secrets
 
 BYTES, CHARACTERS = "bytes", "characters"
 """Names of tokenizers that need no file. CHARACTERS is made of a corpus: the characters that occur in it."""
@@ -175,12 +175,12 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
         fs, path = resolve(name)
         if fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
             path, shown = f"{path}/tokenizer.json", f"{shown.rstrip('/')}/tokenizer.json"
-        text = _read_text(fs, path)
+        text = read_text(fs, path)
         fields = json.loads(text)
         if not isinstance(fields, dict) or "type" in fields:
             return tokenizer_from_json(text)
         try:
-            names = json.loads(_read_text(fs, f"{path.rpartition('/')[0]}/tokenizer_config.json"))
+            names = json.loads(read_text(fs, f"{path.rpartition('/')[0]}/tokenizer_config.json"))
         except FileNotFoundError:
             names = {}
         return hugging_face_tokenizer(fields, names, special_ids)
@@ -247,8 +247,3 @@ def model_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
             f"model.vocab_size: {model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the tokenizer"
         )
     return model.vocab_size
-
-
-def _read_text(fs: pyarrow.fs.FileSystem, path: str) -> str:
-    with fs.open_input_stream(path) as stream:
-        return stream.read().decode()

@@ -8,6 +8,7 @@ import torch
 
 from hrm_lm.config import Layer, config_of
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import chosen_cycles
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import load_model
@@ -26,8 +27,10 @@ def evaluate(
 
     overrides: fields of the checkpoint's config by their dotted path; a `data.dataset` there takes the place of its
     dataset or mixture. Cycle counts of None are the trained ones. Raises UserError for a torn checkpoint, a dataset that
-    cannot be read, a dataset that is code which `overrides` does not name, and for impossible cycles.
+    cannot be read, a dataset that is code which `overrides` does not name, another tokenizer, and for impossible cycles.
     """
+    if "data.tokenizer" in overrides:
+        raise UserError("data.tokenizer: a checkpoint is scored with its own tokenizer; leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _, checkpoint = load_model(folder, device)
     cycles = chosen_cycles(checkpoint.config.model.hrm, h_cycles, l_cycles)

@@ -10,7 +10,8 @@
 A run whose model is sharded over its workers (`ray.parallel: fsdp` or `hsdp`) has folders `model/`, `average/` and
 `optimizer/` in place of the first three, with a file of each worker's parts, also safetensors
 (torch.distributed.checkpoint's Hugging Face format). A part that several workers hold is saved by one of them. Both kinds
-load into any number of workers, sharded or not.
+load into any number of workers, sharded or not. torch.distributed takes most of a second to import, so the functions that
+need it import it.
 """
 
 import json
@@ -19,17 +20,14 @@ import struct
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
 
 from hrm_lm.config import Config, flatten, parse_config
 from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
@@ -37,8 +35,9 @@ from hrm_lm.errors import UserError
 from hrm_lm.filesystem import one_line, read_text, reason, shown
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
-from hrm_lm.training.optim import new_slots
-from hrm_lm.training.step import TrainState
+
+if TYPE_CHECKING:
+    from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1
 
@@ -86,7 +85,7 @@ class Checkpoint:
     scaler: dict
 
 
-def save_checkpoint(path: Path, state: TrainState, progress: Progress, tokenizer: Tokenizer) -> None:
+def save_checkpoint(path: Path, state: "TrainState", progress: Progress, tokenizer: Tokenizer) -> None:
     """Writes `state` into the existing folder `path`. All workers write a sharded state, rank 0 the rest."""
     _save(path / "optimizer", _optimizer_tensors(state))
     if state.average:
@@ -185,7 +184,7 @@ def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
         _fill(dict(model.named_parameters()), checkpoint.path / "average")
 
 
-def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
+def load_state(checkpoint: Checkpoint, state: "TrainState") -> None:
     """Continues a run exactly: weights, their average, optimizer, scaler and step."""
     _fill(state.model.state_dict(), checkpoint.path / "model")
     if state.average and checkpoint.config.train.ema_decay:
@@ -206,8 +205,10 @@ def load_model(path: str | Path, device: torch.device | None = None) -> tuple[La
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
 
 
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+def _optimizer_tensors(state: "TrainState") -> dict[str, Tensor]:
     """The optimizer's own tensors as `<slot>/<parameter name>`, made where it has not taken a step yet."""
+    from hrm_lm.training.optim import new_slots
+
     tensors, names = {}, {p: name for name, p in state.model.named_parameters()}
     for group in state.optimizer.param_groups:
         for p in group["params"]:
@@ -216,11 +217,18 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which is the only other class that a state's tensors have."""
+    return type(tensor) not in (Tensor, nn.Parameter)
+
+
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes `<path>.safetensors`, or of sharded tensors this worker's part, a file of its own in the folder `path`."""
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+    if any(_is_sharded(tensor) for tensor in tensors.values()):
+        import torch.distributed.checkpoint as dcp
+
+        writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
     else:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -239,11 +247,15 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
         _check_fit(own, {name: tensor.shape for name, tensor in saved.items()}, file)
         for name, tensor in own.items():
             value = saved[name].to(tensor.device)
-            if isinstance(tensor, DTensor):
+            if _is_sharded(tensor):
+                from torch.distributed.tensor import distribute_tensor
+
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.copy_(value)
         return
-    reader = HuggingFaceStorageReader(str(path))
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         saved = reader.read_metadata().state_dict_metadata
         _check_fit(own, {name: parts.size for name, parts in saved.items()}, path)

@@ -76,7 +76,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
 
     options, space = sweep.tune, sweep.param_space()
     resources = trial_resources(sweep)
-    in_process, reuse_actors = trial_kind(sweep)
+    in_process = trains_in_process(sweep)
     setup = TrialSetup(
         base=sweep.base,
         metric=options.metric,
@@ -119,7 +119,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
             scheduler=scheduler(sweep),
             time_budget_s=options.time_budget_s,
             # Trials that HyperBand pauses and takes up again may wait for ever for a process that is to be reused.
-            reuse_actors=reuse_actors and options.scheduler != "hyperband",
+            reuse_actors=in_process and options.scheduler != "hyperband",
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -154,15 +154,14 @@ def workers_that_fit(cluster: dict[str, float], resources: dict[str, float]) -> 
     return min(int(cluster.get(kind, 0) / amount + 1e-6) for kind, amount in resources.items())
 
 
-def trial_kind(sweep: Sweep) -> tuple[bool, bool]:
-    """Whether a trial trains in Tune's own process, and whether the next trial takes that process over.
+def trains_in_process(sweep: Sweep) -> bool:
+    """Whether a trial trains in Tune's own process, which the next trial takes over.
 
     Measured (benchmarks/trial_startup.py): a trial starts at once in a process that it takes over, after seconds in a
     new process, and after many seconds with a TorchTrainer. The process that launches a TorchTrainer ends with its
     trial, so that Ray ends the workers of a trial that was stopped.
     """
-    alone = sweep.tune.workers_per_trial == 1
-    return alone, alone
+    return sweep.tune.workers_per_trial == 1
 
 
 def search_algorithm(sweep: Sweep, at_once: int):

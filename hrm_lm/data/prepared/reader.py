@@ -21,7 +21,7 @@ from hrm_lm.data.prepared.format import FORMAT_VERSION, META, TOKENIZER
 from hrm_lm.data.splits import Limits, Prompt, Split, Splits, too_long
 from hrm_lm.data.tokenizer import tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import resolve, without_secrets
+from hrm_lm.filesystem import read_bytes, resolve, without_secrets
 
 
 class PreparedSplit(FlatSplit):
@@ -82,13 +82,13 @@ def load_prepared(location: str) -> Splits:
             raise UserError(
                 f"{shown}: no {META} there: not a prepared dataset, or ray_jobs.prepare has not finished it"
             )
-        raw = _read(fs, f"{path}/{META}")
+        raw = read_bytes(fs, f"{path}/{META}")
         meta = _parse(raw, f"{shown}/{META}")
         for name, (size, _) in meta["files"].items():
             if sizes.get(name) != size:
                 there = f"has {sizes[name]} bytes" if name in sizes else "is missing"
                 raise UserError(f"{shown}/{name}: {there}, {META} says {size} bytes: torn or changed; prepare it again")
-        text = _read(fs, f"{path}/{TOKENIZER}")
+        text = read_bytes(fs, f"{path}/{TOKENIZER}")
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {' '.join(str(error).split())}") from None
     if hashlib.sha256(text).hexdigest() != meta["files"][TOKENIZER][1]:
@@ -109,11 +109,6 @@ def load_prepared(location: str) -> Splits:
         PreparedSplit(meta["splits"][split], dtype, open_file, f"{shown}: {split}") for split in ("train", "val")
     )
     return Splits(train, val, tokenizer)
-
-
-def _read(fs: pyarrow.fs.FileSystem, path: str) -> bytes:
-    with fs.open_input_stream(path) as file:
-        return file.read()
 
 
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
