@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
 from hrm_lm.data.collate import Batch
+from hrm_lm.models import cache
+from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Block, CrossAttention, Head, KVCache, ScaledEmbedding, Stack, rms_norm, rotary
+from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, ScaledEmbedding, Stack, rms_norm, rotary
 
 
 class Bridge(nn.Module):
@@ -47,12 +49,9 @@ class Bridge(nn.Module):
 
 
 @dataclass
-class Decoding:
-    """Where a generation stands: what the decoder attends to, and its cache."""
-
+class Decoding(cache.Decoding):
     memory: list
-    caches: list[KVCache]
-    position: int
+    """What each decoder block attends to besides its own past."""
 
 
 class HRMEncoderDecoder(LanguageModel):
@@ -91,10 +90,13 @@ class HRMEncoderDecoder(LanguageModel):
         keys, gate = mask[:, None, None, :].bool(), self.bridge.scale()
         return [(block.cross.keys_values(states), keys, gate) for block in self.decoder]
 
-    def _decode(self, x: Tensor, memory: list, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
-        rope = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.head_dim)
+    def _decode(
+        self, x: Tensor, positions: Tensor, memory: list, mask: Mask = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """mask: of x's tokens; None where each sees all before it."""
+        rope = rotary(positions, self.head_dim)
         for i, block in enumerate(self.decoder):
-            x = block(x, rope, causal=True, cache=caches[i] if caches else None, memory=memory[i])
+            x = block(x, rope, mask, causal=mask is None, cache=caches[i] if caches else None, memory=memory[i])
         return x
 
     def _decoder_inputs(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ class HRMEncoderDecoder(LanguageModel):
         states = []
         for z_h in encoded:
             x = self._decoder_inputs(z_h, batch.encoder_mask, batch.decoder_input_ids)
-            x = self._decode(x, self._cross(z_h, batch.encoder_mask))
+            positions = torch.arange(x.shape[1], device=x.device)
+            x = self._decode(x, positions, self._cross(z_h, batch.encoder_mask))
             states.append(self.norm(x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]))  # without the prefix
         return states
 
@@ -125,15 +128,35 @@ class HRMEncoderDecoder(LanguageModel):
         """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the first new token's logits (B, V) and
         where decoding stands.
         """
-        mask = torch.arange(prompt_ids.shape[1], device=prompt_ids.device) < prompt_lens[:, None]
-        states = self.encode(prompt_ids, mask, cycles)[-1]
-        x = self._decoder_inputs(states, mask, prompt_ids.new_full((len(prompt_ids), 1), bos_id))
-        caches = [KVCache(x.shape[1] + max_new_tokens) for _ in self.decoder]
-        decoding = Decoding(self._cross(states, mask), caches, x.shape[1])
-        return self.head(self.norm(self._decode(x, decoding.memory, caches=caches)[:, -1])), decoding
+        B, S = prompt_ids.shape
+        mask = torch.arange(S, device=prompt_ids.device) < prompt_lens[:, None]
+        width = 1 + (self.config.bridge.prefix_len if self.config.bridge.type == "prefix" else 0)
+        cursor = Cursor(B, width, max_new_tokens, prompt_ids.device)
+        caches = [KVCache(cursor) for _ in self.decoder]
+        positions = torch.arange(width, device=prompt_ids.device)
+        logits, memories = [], []
+        for rows in cursor.prompts(S):
+            states = self.encode(prompt_ids[rows], mask[rows], cycles)[-1]
+            x = self._decoder_inputs(states, mask[rows], prompt_ids.new_full((len(states), 1), bos_id))
+            memories.append(self._cross(states, mask[rows]))
+            x = self._decode(x, positions, memories[-1], caches=caches)
+            logits.append(self.head(self.norm(x[:, -1])))
+        cursor.start(positions[None] < width, positions.new_full((B,), width), caches[0].k.dtype)
+        memory = [joined(pieces) for pieces in zip(*memories, strict=True)]
+        return torch.cat(logits), Decoding(cursor, [caches], memory)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
-        x = self._decode(self.embedding(tokens[:, None]), decoding.memory, decoding.position, decoding.caches)
-        decoding.position += 1
+        cursor, (caches,) = decoding.cursor, decoding.caches
+        x = self.embedding(tokens[:, None])
+        x = self._decode(x, cursor.positions[:, None], decoding.memory, cursor.mask(), caches)
+        cursor.advance()
         return self.head(self.norm(x[:, -1]))
+
+
+def joined(memories: tuple) -> tuple | None:
+    """What a block attends to, from that of some samples each."""
+    if len(memories) == 1 or memories[0] is None:
+        return memories[0]
+    keys_values, masks, gates = zip(*memories, strict=True)
+    return tuple(map(torch.cat, zip(*keys_values, strict=True))), torch.cat(masks), gates[0]

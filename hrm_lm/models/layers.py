@@ -1,4 +1,4 @@
-"""Transformer parts: rotary positions, attention with a key-value cache, SwiGLU, the pre-norm block.
+"""Transformer parts: rotary positions, attention, SwiGLU, the pre-norm block.
 
 Chosen: pre-norm with RMSNorm, rotary positions (no learned positions), SwiGLU, no biases, fused qkv and gate-up
 projections. Attention goes through `scaled_dot_product_attention`, or through flex attention where the mask is a
@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from hrm_lm.data.collate import IGNORE
+from hrm_lm.models.cache import KVCache
 
 Rotary = tuple[Tensor, Tensor]
 Mask: TypeAlias = Tensor | BlockMask | None
@@ -96,25 +97,6 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of one attention, filled from the left. k, v: (B, H, capacity, D)."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0
-        self.k: Tensor = None  # made when the first keys say what of
-        self.v: Tensor = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, T, D) and returns all that is held, (B, H, length, D)."""
-        if self.k is None:
-            self.k = k.new_empty(*k.shape[:2], self.capacity, k.shape[3])
-            self.v = torch.empty_like(self.k)
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
 @cache
 def compiled_flex_attention():
     """Uncompiled, flex attention would hold all scores in memory."""
@@ -147,7 +129,6 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)
-            causal = causal and T > 1
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         if gate:
             y = torch.sigmoid(gate[0]) * y
