@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-READ_STEP = 128
-"""On CUDA, attention reads a multiple of so many cached places, hiding what is not filled yet. So shapes seldom change.
-On CPU it reads what is filled, since reading more takes longer there."""
+READ_STEP = {"cpu": 1, "cuda": 128}
+"""By the kind of device: attention reads a multiple of so many cached places, hiding what is not filled yet. So shapes
+seldom change on CUDA. On CPU it reads what is filled and no more."""
 PROMPT_TOKENS = 1 << 15
 """Prompts are read so many tokens at a time, padding included, and at least a whole prompt."""
 
@@ -24,7 +24,7 @@ class Cursor:
     def __init__(self, samples: int, width: int, max_new_tokens: int, device: torch.device):
         """width: places that prompts take."""
         self.samples, self.device = samples, device
-        self.step = READ_STEP if device.type == "cuda" else 1
+        self.step = READ_STEP[device.type]
         self.length = width  # that of `place`, as the host counts
         self.capacity = self._rounded(width + max_new_tokens)
         self.rows: slice | None = None
@@ -44,14 +44,20 @@ class Cursor:
             yield self.rows
         self.rows = None
 
-    def start(self, visible: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
+    def start(self, visible: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
         """Prompts are read. visible: (B or 1, width) bool, whether a place holds a token rather than padding. positions:
-        (B,), of each sample's next token. dtype: that of the cached keys.
+        (B,) or (1,), of each sample's next token. rope: the rotary cosines and sines of all positions, (capacity, D).
+        dtype: that of the cached keys.
         """
-        self.positions = positions.clone()
+        self.positions, self.table = positions.clone(), rope
         # Added to scores: attention would make this of a bool mask at every call.
         self.hidden = torch.full((len(visible), 1, 1, self.capacity), -torch.inf, dtype=dtype, device=self.device)
         self.hidden[:, 0, 0, : visible.shape[1]].masked_fill_(visible, 0.0)
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the next token's position, (B or 1, 1, 1, D)."""
+        cos, sin = (values.index_select(0, self.positions)[:, None, None] for values in self.table)
+        return cos, sin
 
     @property
     def keys(self) -> int:
@@ -91,7 +97,7 @@ class KVCache:
         if cursor.rows is not None:
             T = k.shape[2]
             self.k[cursor.rows, :, :T], self.v[cursor.rows, :, :T] = k, v
-            return k, v
+            return self.k[cursor.rows, :, :T], self.v[cursor.rows, :, :T]
         self.k.index_copy_(2, cursor.place, k)
         self.v.index_copy_(2, cursor.place, v)
         return self.k[:, :, : cursor.keys], self.v[:, :, : cursor.keys]

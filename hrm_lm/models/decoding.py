@@ -87,7 +87,8 @@ def graphed(model: LanguageModel) -> Callable[[Tensor, Decoding], Tensor]:
     The first step of a number runs without a graph, and so makes ready what must not happen during a capture: kernels are
     loaded, libraries take their workspace, autocast casts weights. Logits are overwritten by the next step.
     """
-    graph, captured, seen = None, 0, 0
+    graph: torch.cuda.CUDAGraph | None = None
+    captured = seen = 0
     token = logits = torch.empty(0)
 
     def decode(tokens: Tensor, decoding: Decoding) -> Tensor:
@@ -97,14 +98,15 @@ def graphed(model: LanguageModel) -> Callable[[Tensor, Decoding], Tensor]:
             token.copy_(tokens)
             decoding.cursor.length += 1
         elif keys == seen:
-            token, graph = tokens.clone(), torch.cuda.CUDAGraph()
+            token, new = tokens.clone(), torch.cuda.CUDAGraph()
             # The thread that makes batches ready may use the GPU meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(new, capture_error_mode="thread_local"):
                 logits = model.decode(token, decoding)
-            captured = keys
+            graph, captured = new, keys  # the device was waited for, and has done with the graph before
         else:
             seen = keys
             return model.decode(tokens, decoding)
+        assert graph is not None
         graph.replay()
         return logits
 

@@ -16,7 +16,7 @@ from hrm_lm.models import cache
 from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, ScaledEmbedding, Stack, rms_norm, rotary
+from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, Rotary, ScaledEmbedding, Stack, rms_norm, rotary
 
 
 class Bridge(nn.Module):
@@ -91,10 +91,9 @@ class HRMEncoderDecoder(LanguageModel):
         return [(block.cross.keys_values(states), keys, gate) for block in self.decoder]
 
     def _decode(
-        self, x: Tensor, positions: Tensor, memory: list, mask: Mask = None, caches: list[KVCache] | None = None
+        self, x: Tensor, rope: Rotary, memory: list, mask: Mask = None, caches: list[KVCache] | None = None
     ) -> Tensor:
         """mask: of x's tokens; None where each sees all before it."""
-        rope = rotary(positions, self.head_dim)
         for i, block in enumerate(self.decoder):
             x = block(x, rope, mask, causal=mask is None, cache=caches[i] if caches else None, memory=memory[i])
         return x
@@ -117,8 +116,8 @@ class HRMEncoderDecoder(LanguageModel):
         states = []
         for z_h in encoded:
             x = self._decoder_inputs(z_h, batch.encoder_mask, batch.decoder_input_ids)
-            positions = torch.arange(x.shape[1], device=x.device)
-            x = self._decode(x, positions, self._cross(z_h, batch.encoder_mask))
+            rope = rotary(torch.arange(x.shape[1], device=x.device), self.head_dim)
+            x = self._decode(x, rope, self._cross(z_h, batch.encoder_mask))
             states.append(self.norm(x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]))  # without the prefix
         return states
 
@@ -133,23 +132,22 @@ class HRMEncoderDecoder(LanguageModel):
         width = 1 + (self.config.bridge.prefix_len if self.config.bridge.type == "prefix" else 0)
         cursor = Cursor(B, width, max_new_tokens, prompt_ids.device)
         caches = [KVCache(cursor) for _ in self.decoder]
-        positions = torch.arange(width, device=prompt_ids.device)
+        cos, sin = rotary(torch.arange(cursor.capacity, device=prompt_ids.device), self.head_dim)
         logits, memories = [], []
         for rows in cursor.prompts(S):
             states = self.encode(prompt_ids[rows], mask[rows], cycles)[-1]
             x = self._decoder_inputs(states, mask[rows], prompt_ids.new_full((len(states), 1), bos_id))
             memories.append(self._cross(states, mask[rows]))
-            x = self._decode(x, positions, memories[-1], caches=caches)
+            x = self._decode(x, (cos[:width], sin[:width]), memories[-1], caches=caches)
             logits.append(self.head(self.norm(x[:, -1])))
-        cursor.start(positions[None] < width, positions.new_full((B,), width), caches[0].k.dtype)
+        cursor.start(mask.new_ones(1, width), cursor.place, (cos, sin), caches[0].k.dtype)
         memory = [joined(pieces) for pieces in zip(*memories, strict=True)]
         return torch.cat(logits), Decoding(cursor, [caches], memory)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
         cursor, (caches,) = decoding.cursor, decoding.caches
-        x = self.embedding(tokens[:, None])
-        x = self._decode(x, cursor.positions[:, None], decoding.memory, cursor.mask(), caches)
+        x = self._decode(self.embedding(tokens[:, None]), cursor.rope(), decoding.memory, cursor.mask(), caches)
         cursor.advance()
         return self.head(self.norm(x[:, -1]))
 

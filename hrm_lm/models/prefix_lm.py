@@ -93,20 +93,22 @@ class HRMPrefixLM(LanguageModel):
             stacks = ([self.core.l_stack] * cycles.l + [self.core.h_stack]) * cycles.h
         cursor = Cursor(B, S, max_new_tokens, prompt_ids.device)
         caches = [[KVCache(cursor) for _ in stack.blocks] for stack in stacks]
-        positions = torch.arange(S, device=prompt_ids.device)
-        visible, rope = positions < prompt_lens[:, None], rotary(positions, self.head_dim)
+        positions = torch.arange(cursor.capacity, device=prompt_ids.device)
+        visible = positions[:S] < prompt_lens[:, None]
+        cos, sin = rotary(positions, self.head_dim)
         logits = []
         for rows in cursor.prompts(S):
-            states = self._states(prompt_ids[rows], rope, visible[rows, None, None], cycles, caches=caches)[-1]
+            states = self._states(
+                prompt_ids[rows], (cos[:S], sin[:S]), visible[rows, None, None], cycles, caches=caches
+            )[-1]
             logits.append(self.head(states[torch.arange(len(states), device=states.device), prompt_lens[rows] - 1]))
-        cursor.start(visible, prompt_lens, caches[0][0].k.dtype)
+        cursor.start(visible, prompt_lens, (cos, sin), caches[0][0].k.dtype)
         return torch.cat(logits), Decoding(cursor, caches, cycles)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
         cursor = decoding.cursor
-        rope = rotary(cursor.positions[:, None], self.head_dim)
-        states = self._states(tokens[:, None], rope, cursor.mask(), decoding.cycles, caches=decoding.caches)
+        states = self._states(tokens[:, None], cursor.rope(), cursor.mask(), decoding.cycles, caches=decoding.caches)
         cursor.advance()
         return self.head(states[-1][:, -1])
 
