@@ -1,17 +1,25 @@
 """What the loop costs: steps/s of `train_loop_per_worker`'s loop under TorchTrainer over the bare step's.
 
 Both sides alternate in one Ray Train worker, in rounds; the medians are compared. The loop's side loads, prefetches,
-logs and writes event files; the bare one takes batches that are ready through `train_step`.
+logs and writes event files; the bare one takes batches that are ready through `train_step`. Of each run the second half
+is timed: the first half compiles and captures what it needs.
 
-    python benchmarks/loop_overhead.py [--rounds 7] [--set PATH=VALUE ...]
+    python benchmarks/loop_overhead.py [--rounds 7] [--steps 400] [--set PATH=VALUE ...]
+    python benchmarks/loop_overhead.py --preset b --steps 40    # HRM-Text B, 32 sequences of 1,024 tokens; on a GPU
 """
 
 import argparse
+import gc
+import json
 import os
+import random
 import statistics
+import string
 import tempfile
 import time
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import ray
 from pyarrow.fs import LocalFileSystem
@@ -22,36 +30,61 @@ from hrm_lm.cluster.sessions import RayTrainSession
 from hrm_lm.config import load_config, parse_config, parse_set
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import batch_rows
+from hrm_lm.data.tokenizer import model_vocab_size
+from hrm_lm.models.contract import layout
 from hrm_lm.training.loop import train
 from hrm_lm.training.step import Stats, build_state, train_step
+
+PRESET_B = Path(__file__).parent.parent / "configs" / "hrm_text_b.yaml"
 
 
 class FreshSession(RayTrainSession):
     """Every round starts anew, whatever was reported before."""
 
     def restored(self):
+        self.reports = []
         return nullcontext()
 
     def report(self, metrics, checkpoint):
-        self.steps_per_s = metrics["step"] / metrics["seconds"]
+        self.reports.append((metrics["step"], metrics["seconds"]))
+
+    @property
+    def steps_per_s(self) -> float:
+        """Between the checkpoint after half of the steps and the last."""
+        (half, before), (steps, after) = self.reports
+        return (steps - half) / (after - before)
 
 
 def rounds(loop_config: dict) -> list[tuple[float, float]]:
     config = parse_config(loop_config["config"])
     session = FreshSession(os.getcwd(), "lines", (LocalFileSystem(), loop_config["event_folder"]))
     splits = load_dataset(config.data, config.model, config.train.seed)
-    collate = build_state(config, splits.tokenizer.vocab_size).model.collate
-    ready = list(prefetch(train_batches(splits.train, splits.tokenizer, collate, config.train), session.device))
+    vocab_size, half = model_vocab_size(config.model, splits.tokenizer), config.train.steps // 2
 
     def bare() -> float:
-        state = build_state(config, splits.tokenizer.vocab_size, session.device)
-        stats, start = Stats(state), time.perf_counter()
-        for micro_batches in ready:
+        gc.collect()  # compiled blocks are in cycles, and keep the last round's weights
+        state = build_state(config, vocab_size, session.device)
+        step_rows, rows = batch_rows(splits.train, config)
+        source = train_batches(
+            splits.train,
+            splits.tokenizer,
+            layout(state.model, rows),
+            config.train,
+            round_up=state.graphs is not None,
+            rows=step_rows,
+        )
+        ready, stats = list(prefetch(source, state.device)), Stats(state)
+        for i, micro_batches in enumerate(ready):
+            if i == half:
+                stats.read()  # waits for the device
+                start = time.perf_counter()
             train_step(state, micro_batches, stats)
-        stats.read()  # waits for the device
-        return len(ready) / (time.perf_counter() - start)
+        stats.read()
+        return (len(ready) - half) / (time.perf_counter() - start)
 
     def loop() -> float:
+        gc.collect()
         train(config, session)
         return session.steps_per_s
 
@@ -59,17 +92,37 @@ def rounds(loop_config: dict) -> list[tuple[float, float]]:
     return [(loop(), bare()) if i % 2 else (bare(), loop())[::-1] for i in range(loop_config["rounds"])]
 
 
+def fixed_lengths(folder: str, samples: int = 2000) -> str:
+    """A JSONL file of random letters: with the bytes as tokens, 512 of each prompt and of each response."""
+    letters, path = random.Random(0), f"{folder}/letters.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(samples):
+            prompt, response = ("".join(letters.choices(string.ascii_letters, k=k)) for k in (512, 511))  # and EOS
+            file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--preset", choices=("default", "b"), default="default")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     args = parser.parse_args()
-    config = load_config(overrides={"data.dataset": "synthetic"} | parse_set(args.set))
 
     ray.init(logging_level="error")
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     resources = {"CPU": 1, "GPU": 1} if gpus else {"CPU": cpus}
     with tempfile.TemporaryDirectory() as folder:
+        fields: dict[str, Any] = {"train.steps": args.steps, "train.checkpoint_every": args.steps // 2}
+        fields |= {"data.dataset": "synthetic"}
+        if args.preset == "b":
+            fields |= {
+                "data.dataset": fixed_lengths(folder), "data.tokenizer": "bytes", "model.vocab_size": 65_536,
+                "model.max_prompt_len": 512, "model.max_response_len": 512, "model.hrm.backprop_warmup_steps": 0,
+                "train.batch_size": 32, "train.val_every": 0, "train.log_every": 10,
+            }  # fmt: skip
+        config = load_config(PRESET_B if args.preset == "b" else None, fields | parse_set(args.set))
         trainer = TorchTrainer(
             rounds,
             train_loop_config={"config": config.to_dict(), "event_folder": folder, "rounds": args.rounds},

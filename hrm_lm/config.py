@@ -118,14 +118,16 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw", "adam_atan2"] = "adamw"
-    """The optimizer. `adam_atan2` is what the published HRM-Text recipe takes (`hrm_lm.training.optim`)."""
+    name: Literal["adamw", "adam_atan2", "muon"] = "adamw"
+    """The optimizer. `adam_atan2` is what the published HRM-Text recipe takes. `muon` makes the updates of the blocks'
+    matrices orthogonal and leaves all other parameters to AdamW; `lr` and `weight_decay` of `adamw` carry over
+    (`hrm_lm.training.optim`)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """The learning rate after warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay rates of the averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """What keeps `adamw` from a division by zero. `adam_atan2` does not divide and ignores it."""
+    """What keeps AdamW from a division by zero. `adam_atan2` does not divide and ignores it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay. Norms, gates and embeddings do not decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -150,8 +152,9 @@ class TrainConfig(Section):
     """How many samples are sorted by length at a time, to make batches of similar length with little padding. With 0
     batches are random."""
     packing: bool = False
-    """Whether samples lie end to end, without padding between them, each seeing itself alone (`prefix_lm` only). It needs
-    `batch_tokens`, and `length_window` says out of how many samples batches are filled."""
+    """Whether samples lie end to end, without padding between them, each seeing itself alone. It needs `batch_tokens`, and
+    `length_window` says out of how many samples batches are filled. An `encoder_decoder` packs with
+    `model.bridge.type: cross_attention` only."""
     grad_accum_steps: Positive = 1
     """Into how many parts each worker cuts its share of a batch, to save memory."""
     grad_clip: float = 0.0
@@ -164,6 +167,11 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether each transformer block is compiled (torch.compile). The start takes some seconds longer and each step is
     faster, above all on GPUs."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Whether steps are replayed as CUDA graphs, which keeps small models from waiting for the launches of their kernels.
+    Sizes of batches are then rounded up to few sizes. `auto` means yes on a GPU, with one worker, without `fp16`,
+    without `batch_tokens` and with all of `activation_memory`, for as long as a step takes less than a quarter of the
+    GPU's memory."""
     activation_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the activations that a step keeps for its backward pass. What is not kept is computed again, the cheapest
     first. Less than 1 needs `compile`."""
@@ -173,6 +181,9 @@ class TrainConfig(Section):
     """Steps between checkpoints that come without a validation. With 0 checkpoints come with validations only."""
     log_every: Positive = 10
     """Steps between lines of the log."""
+    profile: bool = False
+    """Whether some steps soon after the start are profiled on the first worker. `profile/` in the run's folder then has
+    a table of where a step's time goes, and the trace that it is made of. Trials of a sweep are not profiled."""
     early_stopping_patience: Count = 0
     """How many validations in a row may pass without a better `val_loss` before the run ends. With 0 the run never ends
     early."""
@@ -276,8 +287,9 @@ class RayConfig(Section):
 
     num_workers: Positive = 1
     """Data-parallel workers that share each batch."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several workers hold the model: each holds all of it (`ddp`), or each holds a part (`fsdp`)."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several workers hold the model: each holds all of it (`ddp`), each holds a part (`fsdp`), or each holds a part
+    of its node's copy (`hsdp`)."""
     use_gpu: Literal["auto"] | bool = "auto"
     """Whether each worker trains on a GPU. `auto` means yes where the cluster has GPUs."""
     cpus_per_worker: Literal["auto"] | Positive = "auto"
@@ -336,16 +348,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _packing_possible(self):
-        if self.train.packing and self.model.architecture != "prefix_lm":
-            raise ValueError("train.packing: only model.architecture prefix_lm reads a single stream of tokens")
+        apart = self.model.architecture == "encoder_decoder"
+        if self.train.packing and apart and self.model.bridge.type == "prefix":
+            raise ValueError(
+                "train.packing: model.bridge.type prefix puts vectors before each response; use cross_attention"
+            )
         if self.train.packing and self.train.batch_tokens is None:
             raise ValueError("train.packing needs train.batch_tokens, such as 32768: it fills batches up to that")
         return self
 
     @model_validator(mode="after")
     def _sharded_precision(self):
-        if self.ray.parallel == "fsdp" and self.train.mixed_precision == "fp16":
-            raise ValueError("train.mixed_precision: fp16 does not go with ray.parallel fsdp; use bf16 or none")
+        parallel = self.ray.parallel
+        if parallel != "ddp" and self.train.mixed_precision == "fp16":
+            raise ValueError(f"train.mixed_precision: fp16 does not go with ray.parallel {parallel}; use bf16 or none")
+        return self
+
+    @model_validator(mode="after")
+    def _muon_precision(self):
+        if self.optim.name == "muon" and self.train.mixed_precision == "fp16":
+            raise ValueError("train.mixed_precision: fp16 does not go with optim.name muon; use bf16 or none")
         return self
 
     @model_validator(mode="after")
@@ -361,6 +383,21 @@ class Config(Section):
         return self
 
     @property
+    def graphs_obstacle(self) -> str | None:
+        """Why steps cannot be CUDA graphs, wherever the run takes place; None where they can."""
+        if self.ray.num_workers > 1:
+            return f"needs a single worker (ray.num_workers is {self.ray.num_workers})"
+        if self.train.mixed_precision == "fp16":
+            return "does not go with train.mixed_precision fp16; use bf16 or none"
+        return None
+
+    @model_validator(mode="after")
+    def _graphs_possible(self):
+        if self.train.cuda_graphs is True and self.graphs_obstacle:
+            raise ValueError(f"train.cuda_graphs: true {self.graphs_obstacle}")
+        return self
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples that one worker takes through the model at a time; with `train.batch_tokens`, the longest ones."""
         if self.train.batch_tokens is not None:
@@ -371,14 +408,18 @@ class Config(Section):
     @property
     def row_tokens(self) -> int | None:
         """With `train.packing`, the tokens of the row that a worker takes through the model at a time: always as many.
+        An `encoder_decoder` takes two rows, which hold so many together.
 
-        A batch's samples are dealt out whole, so where there are several shares a share may exceed its part by a sample.
+        A batch's samples are dealt out whole, so of several shares some get more than their part: by up to a sample, or
+        by a few tokens where a share has many samples for a single row (`hrm_lm.data.sampler.token_share`).
         """
         if not self.train.packing or self.train.batch_tokens is None:
             return None
         shares = self.ray.num_workers * self.train.grad_accum_steps
+        part = -(-self.train.batch_tokens // shares)
         longest = self.model.max_prompt_len + self.model.max_response_len
-        return self.train.batch_tokens if shares == 1 else -(-self.train.batch_tokens // shares) + longest
+        alike = self.model.architecture == "prefix_lm" and part >= 16 * longest
+        return part + (0 if shares == 1 else longest // 8 if alike else longest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML-able values, nested by section."""

@@ -1,20 +1,21 @@
 """Batches by length and by token budget: which samples, how they are padded, resumes and worker counts; no Ray."""
 
-from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from conftest import assert_resumes_exactly, eval_options, small_config, train_locally
 
 from hrm_lm.config import TrainConfig, load_config
-from hrm_lm.data.collate import IGNORE, pack, pad, pad_batch, padded_length
+from hrm_lm.data.collate import IGNORE, pack_apart, pad, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.sampler import global_batches, token_share
-from hrm_lm.data.splits import Sample, Samples, stream_lengths
+from hrm_lm.data.sampler import batch_rows, global_batches, row_lengths, token_share
+from hrm_lm.data.splits import Ragged, Sample, Samples
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.models.contract import LanguageModel, layout
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.training.validation import validate
@@ -32,10 +33,20 @@ def skewed(n, seed=0, longest=512):
 
 TOKENIZER = SimpleTokenizer("x")
 SAMPLES = skewed(1000)
+DISTINCT = Samples([Sample(s.prompt, np.asarray(s.response) * 0 + 10 + i) for i, s in enumerate(SAMPLES)], TOKENIZER)
 
 
-def first_batches(config, number, first=0, samples=SAMPLES):
-    return [batch.tolist() for batch in islice(global_batches(samples, config, first), number)]
+ONE_ROW, TWO_ROWS = (2048,), (1024, 1024)
+PACKED_ROWS = pytest.mark.parametrize("rows", [ONE_ROW, TWO_ROWS])
+
+
+def first_batches(config, number, first=0, samples=SAMPLES, rows=None):
+    return [batch.tolist() for batch in islice(global_batches(samples, config, first, rows), number)]
+
+
+def used_of(batches, rows):
+    """(N, len(rows)): tokens of each batch in each row."""
+    return np.array([row_lengths(SAMPLES.lengths(np.array(batch)), rows).sum(axis=0) for batch in batches])
 
 
 def padding(batches):
@@ -43,10 +54,13 @@ def padding(batches):
     return 1 - tokens / sum(b.encoder_mask.numel() + b.decoder_mask.numel() for b in batches)
 
 
-@pytest.mark.parametrize("config, window", [(BY_SIZE, 240), (BY_TOKENS, 250), (PACKED, 250)])
-def test_every_window_holds_each_of_its_samples_once(config, window):
+@pytest.mark.parametrize(
+    "config, window, rows",
+    [(BY_SIZE, 240, None), (BY_TOKENS, 250, None), (PACKED, 250, ONE_ROW), (PACKED, 250, TWO_ROWS)],
+)
+def test_every_window_holds_each_of_its_samples_once(config, window, rows):
     row, windows = [], 0
-    for batch in first_batches(config, 500):
+    for batch in first_batches(config, 500, rows=rows):
         row += batch
         if len(row) >= (windows + 1) * window:
             there = range(windows * window, (windows + 1) * window)
@@ -55,12 +69,12 @@ def test_every_window_holds_each_of_its_samples_once(config, window):
     assert windows > 5, "more than one epoch"
 
 
-@pytest.mark.parametrize("config", [BY_SIZE, BY_TOKENS, PACKED])
-def test_batch_k_is_the_same_from_wherever_one_starts(config):
-    straight = first_batches(config, 60)
+@pytest.mark.parametrize("config, rows", [(BY_SIZE, None), (BY_TOKENS, None), (PACKED, ONE_ROW), (PACKED, TWO_ROWS)])
+def test_batch_k_is_the_same_from_wherever_one_starts(config, rows):
+    straight = first_batches(config, 60, rows=rows)
     for first in (1, 17, 45):
-        assert first_batches(config, 60 - first, first) == straight[first:]
-    assert straight != first_batches(config.model_copy(update={"seed": 1}), 60)
+        assert first_batches(config, 60 - first, first, rows=rows) == straight[first:]
+    assert straight != first_batches(config.model_copy(update={"seed": 1}), 60, rows=rows)
 
 
 def test_a_token_budget_is_kept_and_filled():
@@ -73,32 +87,91 @@ def test_a_token_budget_is_kept_and_filled():
     assert np.median(used) > 0.8 * 2048  # windows of 250 samples cut coarsely
 
 
-def test_packed_rows_have_no_padding_but_for_the_last_sample_that_did_not_fit():
-    batches = first_batches(PACKED, 400)
-    used = np.array([stream_lengths(SAMPLES.lengths(np.array(batch))).sum() for batch in batches])
-    assert used.max() <= 2048 and np.median(used) > 0.85 * 2048  # samples of up to 1,023 tokens
+@PACKED_ROWS
+def test_packed_rows_have_no_padding_but_for_the_last_sample_that_did_not_fit(rows):
+    used = used_of(first_batches(PACKED, 400, rows=rows), rows)
+    assert (used <= rows).all()
+    assert np.median(used.sum(axis=1)) > 0.8 * 2048  # samples of up to 1,023 tokens
 
 
+def test_two_rows_fill_up_alike_whatever_the_data():
+    """Prompts of 40 tokens and responses of 8 on average, some of either long; the widths are measured."""
+    lengths = np.random.default_rng(0).exponential((40, 8), (4000, 2)).astype(int) + 1
+    split = Samples([Sample(np.full(p, 5), np.full(r, 6)) for p, r in lengths], TOKENIZER)
+    fields = {"train.packing": True, "train.batch_tokens": 4096, "train.length_window": 1000}
+    config = load_config(overrides=fields)
+    step_rows, rows = batch_rows(split, config)
+    assert sum(step_rows) == sum(rows) == 4096 and step_rows[0] == pytest.approx(4096 * 41 / 51, rel=0.03)
+    used = np.array([split.lengths(np.array(b)).sum(axis=0) for b in first_batches(config.train, 200, 0, split, rows)])
+    assert (used <= rows).all() and np.median(used.sum(axis=1)) > 0.95 * 4096
+    shared = load_config(overrides=fields | {"train.grad_accum_steps": 4})
+    assert batch_rows(split, shared)[0] == step_rows, "batches do not depend on how they are shared out"
+    assert sum(batch_rows(split, shared)[1]) == shared.row_tokens == 1024 + 640
+
+
+@PACKED_ROWS
 @pytest.mark.parametrize("world_size, accum", [(1, 1), (2, 1), (1, 4), (3, 2)])
-def test_workers_share_out_packed_batches_by_tokens(world_size, accum):
-    for batch in first_batches(PACKED, 40):
-        lengths = stream_lengths(SAMPLES.lengths(np.array(batch)))
+def test_workers_share_out_packed_batches_by_tokens(world_size, accum, rows):
+    for batch in first_batches(PACKED, 40, rows=rows):
+        lengths = row_lengths(SAMPLES.lengths(np.array(batch)), rows)
         shares = [token_share(np.array(batch), lengths, rank, world_size, accum) for rank in range(world_size)]
         assert [len(share) for share in shares] == [accum] * world_size
         micro = [indices for share in shares for indices in share]
         assert sorted(np.concatenate(micro)) == sorted(batch)
-        most = lengths.sum() / (world_size * accum) + lengths.max()
-        assert max(stream_lengths(SAMPLES.lengths(m)).sum() for m in micro if len(m)) <= most
+        most = lengths.sum() / (world_size * accum) + lengths.sum(axis=1).max()
+        assert used_of([m for m in micro if len(m)], rows).sum(axis=1).max() <= most
 
 
-def test_packed_validation_reads_each_sample_once_in_rows_of_one_width():
-    collate = partial(pack, width=2048)
-    workers = [list(val_batches(SAMPLES, TOKENIZER, collate, 1, rank, 3, row_tokens=2048)) for rank in range(3)]
+def test_shares_of_a_packed_batch_are_alike_to_a_few_tokens():
+    """So a worker's row has next to no padding: it is as wide as its part of `train.batch_tokens`, and a little."""
+    lengths = np.random.default_rng(0).lognormal(np.log(400), 0.8, 1000).astype(int)[:, None] + 1
+    for shares in (2, 8):
+        dealt = [token_share(np.arange(1000), lengths, rank, shares, 1)[0] for rank in range(shares)]
+        tokens = [int(lengths[share].sum()) for share in dealt]
+        assert max(tokens) - min(tokens) < 20
+    config = load_config(
+        overrides={"model.architecture": "prefix_lm", "train.packing": True, "train.length_window": 1000}
+        | {"train.batch_tokens": 65_536, "ray.num_workers": 2}
+    )
+    assert config.row_tokens == 65_536 // 2 + (512 + 128) // 8
+
+
+@PACKED_ROWS
+def test_packed_workers_read_together_what_one_reads_alone(rows):
+    def read(rank, world_size, accum, share):
+        config = PACKED.model_copy(update={"grad_accum_steps": accum})
+        collate = layout(LanguageModel(), share)
+        steps = islice(train_batches(DISTINCT, TOKENIZER, collate, config, 3, rank, world_size, rows=rows), 12)
+        return [[batch for batch in micro if (batch.labels != IGNORE).any()] for micro in steps]
+
+    wider = (2048 // 4 + 1024,) if len(rows) == 1 else (1024 // 4 + 512,) * 2
+    for alone, *shares in zip(read(0, 1, 1, rows), *(read(rank, 2, 2, wider) for rank in range(2))):
+        labels = [
+            torch.cat([batch.labels[batch.labels != IGNORE] for batch in micro]).tolist()
+            for micro in (alone, [batch for share in shares for batch in share])
+        ]
+        assert sorted(labels[0]) == sorted(labels[1]) and len(labels[0]) > 500
+        assert {batch.num_positions for share in shares for batch in share} == {sum(wider)}
+
+
+@PACKED_ROWS
+def test_packed_validation_reads_each_sample_once_in_rows_of_one_width(rows):
+    collate = layout(LanguageModel(), rows)
+    workers = [list(val_batches(SAMPLES, TOKENIZER, collate, 1, rank, 3, rows=rows)) for rank in range(3)]
     assert len({len(batches) for batches in workers}) == 1, "workers that share a model run together"
     batches = [batch for worker in workers for (batch,) in worker]
-    assert {tuple(batch.ids.shape) for batch in batches} == {(1, 2048)}
+    assert {tuple(map(len, (b.ids if len(rows) == 1 else (b.encoder_ids[0], b.labels[0])))) for b in batches} == {rows}
     read = [n for batch in batches if (batch.labels != IGNORE).any() for n in batch.lengths.tolist()]
-    assert sorted(read) == sorted(stream_lengths(SAMPLES.lengths(np.arange(1000))))
+    assert sorted(read) == sorted(row_lengths(SAMPLES.lengths(np.arange(1000)), rows).sum(axis=1))
+
+
+def test_rows_that_samples_do_not_fit_give_way_to_one_another():
+    """So what a step takes of memory is bounded, whatever is long: two rows hold as much as a single row would."""
+    for sizes, widths in [((30, 4), (32, 32)), ((4, 40), (24, 40)), ((60, 4), (60, 4)), ((40, 10), (40, 24))]:
+        sample = Sample([5] * sizes[0], [6] * (sizes[1] - 1))
+        batch = pack_apart(Ragged.of([sample]), TOKENIZER, rows=(32, 32))
+        assert (batch.encoder_ids.shape[1], batch.labels.shape[1]) == widths
+        assert batch.num_positions == 64 and int(batch.num_tokens) == sum(sizes)
 
 
 def test_batches_come_in_no_order_of_length():
@@ -175,6 +248,7 @@ BY_LENGTH = [
         "model__max_response_len": 20,
     },
 ]
+BY_LENGTH.append(BY_LENGTH[2] | {"model__architecture": "encoder_decoder"})
 
 
 @pytest.mark.parametrize("options", BY_LENGTH)
@@ -183,8 +257,9 @@ def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options):
     assert_resumes_exactly(small_config(train__val_every=1, **data, **options), tmp_path, 4, 9)
 
 
-def test_packing_changes_no_validation_loss(tmp_path):
-    options = {k: v for k, v in BY_LENGTH[2].items() if k != "train__packing"}
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+def test_packing_changes_no_validation_loss(tmp_path, architecture):
+    options = BY_LENGTH[1] | {"model__architecture": architecture}
     losses = [
         train_locally(small_config(**options, train__packing=packing, train__steps=1), tmp_path / str(packing)).reports
         for packing in (False, True)
@@ -192,7 +267,8 @@ def test_packing_changes_no_validation_loss(tmp_path):
     assert losses[1][0]["val_exact_match"] == losses[0][0]["val_exact_match"]
     model = load_model(max((tmp_path / "True").glob("step_*")))[0]
     splits = load_dataset(small_config().data, small_config().model, 0)
-    padded, packed = (validate(model, splits, eval_options(8, row_tokens=tokens)) for tokens in (None, 160))
+    rows = (160,) if architecture == "prefix_lm" else (100, 60)
+    padded, packed = (validate(model, splits, eval_options(8, rows=rows)) for rows in (None, rows))
     assert packed["val_loss"] == pytest.approx(padded["val_loss"], rel=1e-5)
 
 
@@ -222,8 +298,8 @@ def test_the_share_of_padding_is_reported(tmp_path):
     [
         ({"train.batch_tokens": 4096}, "train.batch_tokens needs train.length_window"),
         ({"train.batch_tokens": 100, "train.length_window": 64}, r"train.batch_tokens \(100\) is less than one sample"),
-        ({"train.packing": True}, "train.packing: only model.architecture prefix_lm"),
-        ({"train.packing": True, "model.architecture": "prefix_lm"}, "train.packing needs train.batch_tokens"),
+        ({"train.packing": True, "model.bridge.type": "prefix"}, "train.packing: model.bridge.type prefix puts"),
+        ({"train.packing": True}, "train.packing needs train.batch_tokens"),
         ({"train.length_window": 8}, r"train.length_window \(8\) is smaller than train.batch_size \(64\)"),
     ],
 )

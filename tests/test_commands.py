@@ -145,7 +145,7 @@ def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
     )
     code, out, err = command(
         train, "--dataset", "synthetic", "--steps", 7, "--val_every", 3, "--save_dir", "s", "--mixed_precision",
-        "bf16", "--grad_clip", 1.5, "--run_name", "n", "--num_workers", 2, "--use_gpu", "true", "--resume", "never",
+        "bf16", "--grad_clip", 1.5, "--run_name", "n", "--num_workers", 2, "--use_gpu", "true", "--resume", "never", "--profile",
         "--set", "model.hrm.h_cycles=4",
     )  # fmt: skip
     ((config, resume),) = seen
@@ -157,6 +157,7 @@ def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
     )
     assert (config.train.mixed_precision, config.train.grad_clip, config.ray.run_name) == ("bf16", 1.5, "n")
     assert (config.ray.num_workers, config.ray.use_gpu, config.model.hrm.h_cycles, resume) == (2, True, 4, "never")
+    assert config.train.profile
 
 
 # --- generate ----------------------------------------------------------------------------------------------------

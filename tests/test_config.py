@@ -75,6 +75,12 @@ def test_a_mistake_is_one_line_that_names_the_path(assignment, message):
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_fp16_does_not_go_with_a_sharded_model(parallel):
+    with pytest.raises(UserError, match=f"fp16 does not go with ray.parallel {parallel}"):
+        load_config(overrides={"ray.parallel": parallel, "train.mixed_precision": "fp16"})
+
+
 def test_every_mistake_is_told_at_once():
     with pytest.raises(UserError) as error:
         load_config(overrides={"optim.lr": -1, "train.setps": 5})

@@ -21,7 +21,9 @@ KINDS = {
     "prefix_lm_plain": {"model__architecture": "prefix_lm", "model__hrm__h_cycles": 0},
 }
 MODELS = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-PROMPTS = [torch.randint(4, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 19, 1, 8, 30)]
+PROMPTS = [
+    torch.randint(4, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 19, 1, 8, 30)
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -3,15 +3,13 @@ import torch
 from conftest import small_config
 
 from hrm_lm.config import Cycles
-from hrm_lm.data.collate import pack
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.models import layers
 from hrm_lm.models.build import build_model
-from hrm_lm.models.contract import LanguageModel
+from hrm_lm.models.contract import LanguageModel, layout
 from hrm_lm.models.hrm import HRMCore, carries_gradient
 from hrm_lm.models.layers import Stack, rotary
-from hrm_lm.models.prefix_lm import BLOCK, visible_blocks, visible_keys
 
 VOCAB = 20
 CYCLES = Cycles(2, 2)
@@ -57,38 +55,36 @@ def test_a_sample_gets_the_same_losses_alone_and_beside_longer_ones(kind):
         torch.testing.assert_close(together[:3], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_samples_packed_into_a_row_get_the_losses_and_gradients_they_get_in_rows_of_their_own():
-    model, some = build(model__architecture="prefix_lm"), samples((3, 2), (9, 7), (1, 0), (5, 4))
+PACKABLE = {
+    "prefix_lm": {"model__architecture": "prefix_lm"},
+    "encoder_decoder": {},
+    "plain_encoder_decoder": {"model__hrm__h_cycles": 0},
+    "deeply_supervised": {"model__hrm__deep_supervision": 0.5, "model__decoder_layers": 2},
+}
+
+
+@pytest.mark.parametrize("kind", PACKABLE.values(), ids=PACKABLE)
+def test_packed_samples_get_the_losses_and_gradients_they_get_in_rows_of_their_own(kind):
+    model, some = build(**kind), samples((3, 2), (9, 7), (1, 0), (5, 4))
+    rows = (40,) if "model__architecture" in kind else (23, 40)
+    packed = layout(model, rows).func
     results = []
     for batch in (
         batch_of(model, *some),
-        pack(Ragged.of(some), SimpleTokenizer),
-        pack(Ragged.of(some), SimpleTokenizer, True),
+        packed(Ragged.of(some), SimpleTokenizer),
+        packed(Ragged.of(some), SimpleTokenizer, True),
+        layout(model, rows)(Ragged.of(some), SimpleTokenizer, True),
     ):
         model.zero_grad()
-        each = losses(model, batch)
+        predictions = model(batch, model.config.hrm.cycles)
+        each = torch.stack([prediction.losses[batch.labels >= 0] for prediction in predictions])
         each.sum().backward()
-        results.append((each.detach(), [p.grad.clone() for p in model.parameters()]))
-    for each, gradients in results[1:]:
+        per_sample = batch.per_sample(predictions[-1].losses.detach())
+        results.append((each.detach(), per_sample, [p.grad.clone() for p in model.parameters()]))
+    for each, per_sample, gradients in results[1:]:
         torch.testing.assert_close(each, results[0][0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(gradients, results[0][1], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("width", [300, 384])
-def test_blocks_of_the_mask_hold_what_the_mask_holds(width):
-    batch = pack(Ragged.of(samples((90, 30), (1, 0), (2, 140), (20, 9))), SimpleTokenizer, width=width)
-    mask, blocks = visible_keys(batch)[0, 0], visible_blocks(batch)
-    side = -(-width // BLOCK)
-    tiles = torch.nn.functional.pad(mask, (0, side * BLOCK - width) * 2).view(side, BLOCK, side, BLOCK)
-    for q in range(side):
-        partial = blocks.kv_indices[0, 0, q, : blocks.kv_num_blocks[0, 0, q]].tolist()
-        whole = blocks.full_kv_indices[0, 0, q, : blocks.full_kv_num_blocks[0, 0, q]].tolist()
-        assert not set(partial) & set(whole)
-        for k in range(side):
-            assert k in partial + whole or not tiles[q, :, k].any()
-            assert k not in whole or tiles[q, :, k].all()
-    places = torch.arange(width)
-    assert torch.equal(blocks.mask_mod(torch.tensor(0), None, places[:, None], places), mask)
+        torch.testing.assert_close(per_sample, results[0][1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients, results[0][2], atol=1e-5, rtol=1e-4)
 
 
 def test_losses_made_in_pieces_are_those_made_at_once(monkeypatch):

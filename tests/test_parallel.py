@@ -1,21 +1,29 @@
-"""Sharded training on two processes (gloo), without Ray: the curve of DDP, and checkpoints that know no worker count."""
+"""Sharded training on two processes (gloo), and on four that stand for two nodes, without Ray: the curve of DDP, and
+checkpoints that know no worker count.
+"""
 
 import contextlib
+import multiprocessing
+import os
 import shutil
-import socket
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import LocalSession, eval_options, small_config, train_locally
+from conftest import LocalSession, assert_same_weights, batches_of, eval_options, small_config, train_locally
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hrm_lm.data.collate import join, to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.loop import train
+from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.training.validation import validate
 
 HYBRID = {"train__val_every": 2, "train__grad_accum_steps": 2}
@@ -26,18 +34,21 @@ RECIPE = {
 SCORED = {
     "data__dataset": "reasoning_gym:syllogism", "data__val_samples": 9, "model__max_response_len": 5, "optim__lr": 0.03,
 }  # fmt: skip
-TWO = {"ray__num_workers": 2}
+MUON = HYBRID | {"optim__name": "muon"}
+NODES = {
+    "train__steps": 4, "train__val_every": 2, "train__grad_accum_steps": 2, "model__architecture": "prefix_lm",
+    "train__ema_decay": 0.7, "model__hrm__backprop_steps": 4, "train__grad_clip": 0.5,
+}  # fmt: skip
+TWO, FOUR = {"ray__num_workers": 2}, {"ray__num_workers": 4}
 pytestmark = pytest.mark.slow
 
 
-class TwoProcesses(LocalSession):
-    """Both ranks write into one folder, as Ray makes one checkpoint of what several workers report."""
+class OneOfMany(LocalSession):
+    """All ranks write into one folder, as Ray makes one checkpoint of what several workers report."""
 
-    world_size = 2
-
-    def __init__(self, rank, folder, stop_at):
+    def __init__(self, folder, stop_at):
         super().__init__(folder, stop_at)
-        self.rank, self.progress = rank, "none"
+        self.rank, self.world_size, self.progress = dist.get_rank(), dist.get_world_size(), "none"
 
     def new_folder(self):
         (self.folder / "new").mkdir(exist_ok=True)
@@ -54,51 +65,134 @@ class TwoProcesses(LocalSession):
             raise KeyboardInterrupt
 
 
-def worker(rank, port, jobs, results):
+def trained(config, folder, stop_at=None):
+    session = OneOfMany(folder, stop_at)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(config, session)
+    return session.reports
+
+
+class AllGathers(TorchDispatchMode):
+    """Counts them for as long as it lasts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.c10d._allgather_base_.default
+        return op(*args, **(kwargs or {}))
+
+
+def few_steps(config):
+    """The loss of three optimisation steps, how many times weights were gathered in them, and of how many units."""
+    splits, rank = load_dataset(config.data, config.model, 0), dist.get_rank()
+    device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+    state = build_state(config, splits.tokenizer.vocab_size, device, rank, dist.get_world_size())
+    collate = state.model.collate
+    batches = batches_of(splits, config, rank=rank, world_size=state.world_size, collate=collate)
+    stats = Stats(state)
+    with AllGathers() as gathered:
+        for _ in range(3):
+            train_step(state, [to_device(batch, device) for batch in next(batches)], stats)
+    units = sum(isinstance(module, FSDPModule) for module in state.model.modules())
+    return stats.read()["loss"], gathered.count, units
+
+
+def uneven_nodes(config):
+    """What a user is told where three workers are on one node, and one on another."""
+    os.environ["LOCAL_WORLD_SIZE"] = "3" if dist.get_rank() < 3 else "1"
+    try:
+        build_state(config, 64, None, dist.get_rank(), dist.get_world_size())
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def worker(rank, root, jobs, results, backend="gloo", workers_of_a_node=2):
+    """Runs `{number of workers: [(name of the result, function, *arguments)]}`, in groups of so many."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name, config, folder, stop_at in jobs:
-        session = TwoProcesses(rank, folder, stop_at)
-        with contextlib.suppress(KeyboardInterrupt):
-            train(config, session)
-        if rank == 0:
-            results[name] = session.reports
-    dist.destroy_process_group()
+    os.environ["LOCAL_WORLD_SIZE"] = str(workers_of_a_node)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    for world_size, some in jobs.items():
+        if rank >= world_size:
+            continue
+        store = dist.FileStore(f"{root}/store_of_{world_size}", world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        for name, function, *arguments in some:
+            result = function(*arguments)
+            if rank == 0:
+                results[name] = result
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs of two processes, in one pair of them: their losses by name, and the folder they are in."""
+    """All runs of several processes, in one set of them: their results by name, and the folder they are in."""
     root = tmp_path_factory.mktemp("runs")
     train_locally(small_config(**RECIPE), root / "one_then_two", stop_at=6)
-    both = {"hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED}
-    jobs = [
-        (f"{kind}_{parallel}", small_config(**fields, **TWO, ray__parallel=parallel), root / f"{kind}_{parallel}", None)
+    both = {
+        "hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED,
+        "muon": MUON,
+    }  # fmt: skip
+    two = [
+        (name, trained, small_config(**fields, **TWO, ray__parallel=parallel), root / name)
         for kind, fields in both.items()
         for parallel in ("ddp", "fsdp")
+        for name in [f"{kind}_{parallel}"]
     ]
     sharded = small_config(**RECIPE, **TWO, ray__parallel="fsdp")
-    jobs.append(("two_then_one", sharded, root / "two_then_one", 6))
-    jobs.append(("one_then_two", sharded, root / "one_then_two", None))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    two.append(("two_then_one", trained, sharded, root / "two_then_one", 6))
+    two.append(("one_then_two", trained, sharded, root / "one_then_two"))
+    for kind, fields in {"hybrid": HYBRID, "recipe": RECIPE}.items():
+        two.append((f"{kind}_gathers", few_steps, small_config(**fields, **TWO, ray__parallel="fsdp")))
+
+    hsdp, fsdp, ddp = (small_config(**NODES, **FOUR, ray__parallel=parallel) for parallel in ("hsdp", "fsdp", "ddp"))
+    train_locally(small_config(**NODES), root / "one_then_hsdp", stop_at=2)
+    four = [("hsdp", trained, hsdp, root / "hsdp")]
+    four.append(("one_then_hsdp", trained, hsdp, root / "one_then_hsdp"))
+    four.append(("hsdp_then_fsdp", trained, hsdp, root / "hsdp_then_fsdp", 2))
+    four.append(("hsdp_then_fsdp", trained, fsdp, root / "hsdp_then_fsdp"))
+    four.append(("hsdp_then_ddp", trained, hsdp, root / "hsdp_then_ddp", 2))
+    four.append(("hsdp_then_ddp", trained, ddp, root / "hsdp_then_ddp"))
+    four.append(("uneven_nodes", uneven_nodes, hsdp))
+
+    return in_processes(4, root, {2: two, 4: four}), root
+
+
+def in_processes(count, root, jobs, *options):
+    """What `worker` makes of the jobs, by name."""
+    multiprocessing.set_forkserver_preload(["hrm_lm.training.loop"])  # PyTorch is imported once for all
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, args=(port, jobs, results), nprocs=2)
-        return dict(results), root
+        mp.start_processes(worker, (str(root), jobs, results, *options), nprocs=count, start_method="forkserver")
+        return dict(results)
 
 
 def column(reports, name):
     return [metrics[name] for metrics in reports]
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "recipe"])
+@pytest.mark.parametrize("kind", ["hybrid", "recipe", "muon"])
 def test_fsdp_has_the_curve_of_ddp(runs, kind):
     ddp, fsdp = (runs[0][f"{kind}_{parallel}"] for parallel in ("ddp", "fsdp"))
     assert len(ddp) == 6
     for name in ("loss", "val_loss", "grad_norm"):
         assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
+
+
+def test_sharded_muon_has_the_weights_and_the_momentum_of_one_worker(runs, tmp_path):
+    train_locally(small_config(**MUON), tmp_path / "one")
+    shutil.copytree(runs[1] / "muon_fsdp", tmp_path / "two")
+    one, two = (train_locally(small_config(**MUON, train__steps=14), tmp_path / folder) for folder in ("one", "two"))
+    assert column(one.reports, "step") == column(two.reports, "step") == [14]
+    assert_same_weights(one.last_weights(), two.last_weights(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "recipe"])
+def test_weights_are_gathered_once_in_an_optimisation_step(runs, kind):
+    """Over all applications of a block, with gradient and without, the backward pass, and all micro-batches."""
+    _, gathered, units = runs[0][f"{kind}_gathers"]
+    assert gathered == 3 * units > 9
 
 
 def test_workers_answer_for_the_verifier_together_sharded_or_not(runs):
@@ -167,3 +261,78 @@ def test_a_sharded_checkpoint_with_a_part_missing_or_torn_is_refused(runs, tmp_p
             load_model(tmp_path / "c")
         file.write_bytes(copy)
     load_model(tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run that four workers on two nodes share, on one worker."""
+    return train_locally(small_config(**NODES), tmp_path_factory.mktemp("alone"))
+
+
+def test_sharded_within_nodes_and_replicated_over_them_trains_as_one_worker(runs, alone):
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert column(runs[0]["hsdp"], name) == pytest.approx(column(alone.reports, name), rel=1e-5)
+    last = max((runs[1] / "hsdp").glob("step_*"))
+    averaged = load_model(last)[0].state_dict()
+    assert_same_weights(averaged, alone.last_weights(), atol=1e-5, rtol=1e-4)
+    saved = [part for file in (last / "model").glob("*.safetensors") for part in load_file(file).items()]
+    assert sum(part.numel() for _, part in saved) == sum(map(torch.numel, averaged.values())), "each part is saved once"
+    assert Counter(name for name, _ in saved)["head.weight"] == 2, "a part for each worker of a node"
+
+
+@pytest.mark.parametrize("name", ["one_then_hsdp", "hsdp_then_fsdp", "hsdp_then_ddp"])
+def test_a_run_goes_on_however_it_was_spread_before(runs, alone, name):
+    rest = runs[0][name]
+    assert column(rest, "step") == [4]
+    assert column(rest, "loss") == pytest.approx(column(alone.reports, "loss")[1:], rel=1e-5)
+    assert column(rest, "val_loss") == pytest.approx(column(alone.reports, "val_loss")[1:], rel=1e-5)
+
+
+def test_a_checkpoint_of_several_nodes_resumes_on_one_worker(runs, alone, tmp_path):
+    shutil.copytree(min((runs[1] / "hsdp").glob("step_*")), tmp_path / "run/step_000002")
+    rest = train_locally(small_config(**NODES), tmp_path / "run")
+    assert column(rest.reports, "val_loss") == pytest.approx(column(alone.reports, "val_loss")[1:], rel=1e-5)
+    assert_same_weights(rest.last_weights(), alone.last_weights(), atol=1e-5, rtol=1e-4)
+
+
+def test_nodes_with_unequally_many_workers_are_refused(runs):
+    assert "some have 1 and others 3" in runs[0]["uneven_nodes"]
+
+
+def test_ddp_does_not_cut_compiled_blocks(monkeypatch):
+    graphs = []
+
+    def compile_fx(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    config = small_config(model__architecture="prefix_lm", model__d_model=256, train__compile=True)
+    splits = load_dataset(config.data, config.model, 0)
+    counts = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for world_size in (1, 2):  # alone, and in DDP
+            torch._dynamo.reset()
+            graphs.clear()
+            state = build_state(config, splits.tokenizer.vocab_size, world_size=world_size)
+            train_step(state, next(batches_of(splits, config, collate=join)), Stats(state))
+            counts.append(len(graphs))
+    finally:
+        dist.destroy_process_group()
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_alike_however_the_model_is_spread(tmp_path):
+    """In bf16; for `hsdp` each GPU is a node."""
+    fields = NODES | {"train__mixed_precision": "bf16", "model__d_model": 64}
+    modes = ("ddp", "fsdp", "hsdp")
+    jobs = [(mode, few_steps, small_config(**fields, **TWO, ray__parallel=mode)) for mode in modes]
+    results = in_processes(2, tmp_path, {2: jobs}, "nccl", 1)
+    print(results)
+    ddp, fsdp, hsdp = (results[mode][0] for mode in modes)
+    assert [fsdp, hsdp] == pytest.approx([ddp, ddp], rel=0.01)
+    _, gathered, units = results["fsdp"]
+    assert gathered == 3 * units > 9

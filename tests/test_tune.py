@@ -14,7 +14,7 @@ from hrm_lm.commands.generate import main as generate
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.tuning.space import Sweep, point
-from hrm_lm.tuning.sweep import run_sweep
+from hrm_lm.tuning.sweep import run_sweep, workers_that_fit
 
 # Trials also save checkpoints between validations, which none of this may take for results.
 BASE = small_config(train__steps=20, train__val_every=5, train__checkpoint_every=3, train__log_every=5).to_dict()
@@ -32,6 +32,12 @@ def search(folder: Path, space: dict, name="s", resume=False, **tune):
 
 def rows(folder: Path, name="s") -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "runs" / name / "trials.csv").open()))
+
+
+@pytest.mark.parametrize("trials", range(1, 65))
+def test_as_many_trials_fit_a_gpu_as_their_share_of_it_says(trials):
+    assert workers_that_fit({"CPU": 64, "GPU": 1}, {"CPU": 1, "GPU": 1 / trials}) == trials
+    assert workers_that_fit({"CPU": 64, "GPU": 1}, {"CPU": 1, "GPU": 1.01 / trials}) == trials - 1
 
 
 # --- the file ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ def plan_workers(config: Config) -> "ScalingConfig":
         use_gpu = num_gpus > 0 or any(node.get("GPU", 0) for node in growth)
     if config.train.mixed_precision == "fp16" and not use_gpu:
         raise UserError("train.mixed_precision: fp16 needs a CUDA GPU and the cluster has none; use bf16 or none")
+    if config.train.cuda_graphs is True and not use_gpu:
+        raise UserError("train.cuda_graphs: true needs a CUDA GPU and the cluster has none; use auto")
 
     cpus = config.ray.cpus_per_worker
     if cpus == "auto":

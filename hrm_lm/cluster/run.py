@@ -88,7 +88,7 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
     if refused := obstacles(saved.config, config):
         what = ", ".join(f"{key} ({_change(*values)})" for key, values in refused.items())
         raise UserError(
-            f"run {folder.name!r} cannot be resumed with another model shape or sample order: {what}\n"
+            f"run {folder.name!r} cannot be resumed with another model shape, sample order or optimizer state: {what}\n"
             "give another --run_name, or --init_from its checkpoint to take only the weights"
         )
     say(f"resuming from step {saved.progress.step}")
@@ -190,4 +190,5 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         "last_checkpoint": folder.uri_of(last),
         "tokens_per_s": round(metrics["tokens"] / seconds, 1) if seconds else None,
         "seconds": round(seconds, 2),
+        **({"mfu": round(metrics["mfu"], 4)} if "mfu" in metrics else {}),  # of the last interval
     }

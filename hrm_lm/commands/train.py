@@ -37,24 +37,26 @@ def main(argv: Sequence[str] | None = None, dry_run: int = 0) -> int:
         type=int,
         choices=(0, 1),
         default=dry_run,
-        help="1: one step on random data without Ray, printing the loss (default: %(default)s)",
+        help="1: one step on random data without Ray, printing its loss and what the run will take (default: %(default)s)",
     )
     for flag, path in FLAGS.items():
         if flag not in ("run_name", "save_dir"):
             parser.add_argument(f"--{flag}", metavar="VALUE", help=field_help(path))
+    parser.add_argument("--profile", action="store_true", help=field_help("train.profile"))
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="what to do if the run is there")
     args = parser.parse_args(argv)
 
     flags = {path: getattr(args, flag) for flag, path in FLAGS.items() if getattr(args, flag) is not None}
     named = {path: value for path, value in flags.items() if path in NAMES}  # a run may be called 2024, or on
     given = [f"{path}={value}" for path, value in flags.items() if path not in NAMES]
+    given += ["train.profile=true"] * args.profile
     layers = read_layers(args.config) if args.config else []
     overrides = named | parse_set(given) | parse_set(args.set)
     config = config_of(layers, overrides)
     if args.dry_run:
-        from hrm_lm.training.train import dry_run_loss
+        from hrm_lm.training.train import dry_run as run_dry
 
-        print(f"loss {dry_run_loss(config):.4f}")
+        run_dry(config)
         return 0
 
     from hrm_lm.cluster.run import run

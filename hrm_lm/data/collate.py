@@ -1,8 +1,9 @@
 """Samples to a batch: the one place where BOS, EOS, labels and padding are made.
 
-There are two layouts. `Batch` is the guide's: prompts and responses apart, in five tensors. `TokenRows` is a single
-token stream of prompt and response, which a decoder-only model reads; samples stand in rows of their own (`join`) or lie
-end to end in one row (`pack`). The model says which layout it wants (`LanguageModel.collate`).
+The model says which layout it wants (`LanguageModel.collate`). `Batch` is the guide's: prompts and responses apart, in
+five tensors. `TokenRows` is a single token stream of prompt and response, which a decoder-only model reads. In both,
+samples stand in rows of their own (`pad`, `join`), or they are packed: they lie end to end in a row (`pack`), or in two
+rows, one of prompts and one of responses (`pack_apart`, which makes a `PackedBatch`).
 """
 
 from collections.abc import Callable, Sequence
@@ -87,18 +88,56 @@ class TokenRows(NamedTuple):
         return sums.index_add(0, self.label_sample, values)
 
 
-AnyBatch = Batch | TokenRows
+class PackedBatch(NamedTuple):
+    """B samples, the prompts end to end in a row of S tokens, the responses end to end in a row of T; all int64.
+
+    What a token of either row may see of the prompts is a range: its own sample's prompt. Padding of the encoder's row
+    sees itself, and padding of the decoder's row sees what the last sample sees.
+    """
+
+    encoder_ids: Tensor  # (1, S)
+    encoder_positions: Tensor  # (1, S): within the prompt
+    encoder_sees_from: Tensor  # (1, S): the first token of the encoder's row that a token of it may see
+    encoder_sees_to: Tensor  # (1, S): the last one
+    decoder_input_ids: Tensor  # (1, T): of each sample BOS + response[:-1]
+    decoder_positions: Tensor  # (1, T): within the sample; a token sees as many before it in the decoder's row
+    decoder_sees_from: Tensor  # (1, T): the first token of the encoder's row that a token may see
+    decoder_sees_to: Tensor  # (1, T): the last one
+    labels: Tensor  # (1, T): the responses, IGNORE at padding
+    label_sample: Tensor  # (1, T): the number of each label's sample
+    lengths: Tensor  # (B,): tokens of each sample
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        return self.lengths.sum()
+
+    @property
+    def num_positions(self) -> int:
+        return self.encoder_ids.numel() + self.decoder_input_ids.numel()
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        sums = values.new_zeros(self.num_samples)
+        return sums.index_add(0, self.label_sample[0], values[0])
+
+
+Rows = tuple[int, ...]
+"""Tokens of the rows that packed samples lie in: of the single row, or of the encoder's and of the decoder's."""
+AnyBatch = Batch | TokenRows | PackedBatch
 Collate = Callable[[Ragged, SpecialTokens, bool], AnyBatch]
 """(samples, special tokens, whether sizes are rounded up to one of few) -> batch."""
 
 
 def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
-    """Copied to `device`; from pinned memory the copy is asynchronous."""
-    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
-
-
-def pin_memory(batch: AnyBatch) -> AnyBatch:
-    return type(batch)(*(tensor.pin_memory() for tensor in batch))
+    """Copied to `device`. What goes to a GPU goes in one piece and from pinned memory, so the copy is asynchronous."""
+    if device.type != "cuda":
+        return type(batch)(*(tensor.to(device) for tensor in batch))
+    whole = torch.cat([tensor.flatten() for tensor in batch]).pin_memory().to(device, non_blocking=True)
+    pieces = whole.split([tensor.numel() for tensor in batch])
+    return type(batch)(*(piece.view(tensor.shape) for piece, tensor in zip(pieces, batch, strict=True)))
 
 
 def pad_batch(samples: Sequence[Sample], tokens: SpecialTokens, round_up: bool = False) -> Batch:
@@ -135,10 +174,58 @@ def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Toke
 
 
 def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: int | None = None) -> TokenRows:
-    """All samples end to end in one row. width: of that row; None: as wide as the samples are long together."""
+    """All samples end to end in one row. width: of that row, which is wider where they do not fit it; None: as wide as
+    the samples are long together.
+    """
     lengths = samples.token_lens
-    width = width or int(padded_length(lengths.sum()) if round_up else lengths.sum())
+    used = int(lengths.sum())
+    if width is None or used > width:
+        width = int(padded_length(used)) if width or round_up else used
     return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up)
+
+
+def pack_apart(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, rows: Rows | None = None) -> PackedBatch:
+    """All prompts end to end in one row, and all responses in another. rows: what the two rows hold; None: what it takes.
+
+    Where a side does not fit its row, the other row gives way: both together hold what `rows` do.
+    """
+    prompt_lens, label_lens, sizes = samples.prompt_lens, samples.label_lens, samples.sizes
+    used = np.array([prompt_lens.sum(), label_lens.sum()])
+    if rows is None:
+        s, t = (padded_length(used) if round_up else used).tolist()
+    else:
+        s = int(np.clip(rows[0], used[0], sum(rows) - used[1]))
+        t = sum(rows) - s
+    first = np.cumsum(sizes) - sizes  # of each sample in `ids`
+    ids = samples.ids.astype(np.int64)
+    ids[first + prompt_lens] = tokens.bos_id
+    ids[(first + sizes - 1)[samples.ends]] = tokens.eos_id
+    within = np.arange(len(ids)) - np.repeat(first, sizes)
+    after = within - np.repeat(prompt_lens, sizes)  # BOS at 0, the labels from 1 on
+    prompt, read = after < 0, (after >= 0) & (after < np.repeat(label_lens, sizes))
+
+    def row(values: np.ndarray, width: int, padding: Any) -> np.ndarray:
+        laid = np.empty((1, width), np.int64)
+        laid[:] = padding
+        laid[0, : len(values)] = values
+        return laid
+
+    starts = np.cumsum(prompt_lens) - prompt_lens
+    ends, places = starts + prompt_lens - 1, np.arange(s)
+    arrays = (
+        row(ids[prompt], s, tokens.pad_id),
+        row(within[prompt], s, 0),
+        row(np.repeat(starts, prompt_lens), s, places),
+        row(np.repeat(ends, prompt_lens), s, places),
+        row(ids[read], t, tokens.pad_id),
+        row(after[read], t, 0),
+        row(np.repeat(starts, label_lens), t, starts[-1]),
+        row(np.repeat(ends, label_lens), t, ends[-1]),
+        row(ids[after > 0], t, IGNORE),
+        row(np.repeat(np.arange(len(sizes)), label_lens), t, 0),
+        prompt_lens + label_lens,
+    )
+    return PackedBatch(*map(torch.from_numpy, arrays))
 
 
 def _rows(

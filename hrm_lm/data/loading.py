@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import AnyBatch, Collate, pin_memory, to_device, without_labels
-from hrm_lm.data.sampler import by_length, fill_rows, global_batches, token_share, worker_share
-from hrm_lm.data.splits import Split, stream_lengths
+from hrm_lm.data.collate import AnyBatch, Collate, Rows, to_device, without_labels
+from hrm_lm.data.sampler import by_length, global_batches, packed, row_lengths, token_share, worker_share
+from hrm_lm.data.splits import Split
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 
@@ -53,20 +53,28 @@ def train_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    *,
+    round_up: bool = False,
+    rows: Rows | None = None,
 ) -> Generator[list[AnyBatch], None, None]:
-    """This worker's micro-batches of each optimisation step, from `first_step` to the last."""
-    batches = Batches(split, tokenizer, collate, round_up=config.length_window > 0)
+    """This worker's micro-batches of each optimisation step, from `first_step` to the last.
+
+    round_up: whether their sizes are rounded up; with `train.length_window` they are anyway. rows: what a step fills, packed.
+    """
+    batches = Batches(split, tokenizer, collate, round_up or config.length_window > 0)
 
     def share(indices: np.ndarray) -> list[np.ndarray]:
         """Some of them empty, where fewer samples fit train.batch_tokens than there are shares."""
-        if config.packing:
-            lengths = stream_lengths(split.lengths(indices))
+        if rows:
+            lengths = row_lengths(split.lengths(indices), rows)
             return token_share(indices, lengths, rank, world_size, config.grad_accum_steps)
         return worker_share(indices, rank, world_size, config.grad_accum_steps)
 
     steps = (
         share(indices)
-        for _, indices in zip(range(first_step, config.steps), global_batches(split, config, first_step), strict=False)
+        for _, indices in zip(
+            range(first_step, config.steps), global_batches(split, config, first_step, rows), strict=False
+        )
     )
     made: Iterable[list[AnyBatch] | UserError] = map(batches.__getitem__, steps)
     if config.loader_workers:
@@ -92,20 +100,20 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
     round_up: bool = False,
-    row_tokens: int | None = None,
+    rows: Rows | None = None,
 ) -> Generator[list[AnyBatch], None, None]:
     """This worker's share of a validation split, each sample once over all workers, alike lengths together; or with
-    `row_tokens`, as many samples as make up so many tokens.
+    `rows`, as many samples as fill these.
 
     All workers get the same number of batches, since workers that share a model must run together. A worker that has no
     sample left gets a batch without labels.
     """
     batches = Batches(split, tokenizer, collate, round_up)
-    if row_tokens:
+    if rows:
         every = np.arange(len(split))
-        rows = np.split(every, fill_rows(stream_lengths(split.lengths(every)), row_tokens))
-        rows += [every[:0]] * (-len(rows) % world_size)
-        yield from ([batches.batch(row)] for row in rows[rank::world_size])
+        runs = packed(split.lengths(every), rows)
+        runs += [every[:0]] * (-len(runs) % world_size)
+        yield from ([batches.batch(run)] for run in runs[rank::world_size])
         return
     mine = np.arange(rank, len(split), world_size)
     most = -(-len(split) // world_size)  # samples of the worker that has most
@@ -141,7 +149,7 @@ def prefetch(
                 copied = None
                 if stream is not None:
                     with torch.cuda.stream(stream):
-                        group = [to_device(pin_memory(batch), device) for batch in group]
+                        group = [to_device(batch, device) for batch in group]
                         copied = stream.record_event()
                 if not put((group, copied)):
                     return
@@ -160,8 +168,7 @@ def prefetch(
                 compute = torch.cuda.current_stream(device)
                 compute.wait_event(copied)
                 for batch in group:
-                    for tensor in batch:
-                        tensor.record_stream(compute)
+                    batch[0].record_stream(compute)  # the others lie in the same memory
             yield group
     finally:
         closed.set()

@@ -6,24 +6,26 @@ step. Batches are cut from an endless row of epochs, each a permutation of its o
 With `train.length_window` the row is cut into windows of so many samples, and each window by itself into batches of
 samples of similar length, in a random order. `train.batch_tokens` makes the number of batches of a window depend on
 its samples, so finding batch k counts through the windows before it: lengths only, some 50 ms for 65,536 samples.
-With `train.packing` lengths need not be alike, so the samples of a window stay in the order of the row.
+With `train.packing` lengths need not be alike. The samples of a window stay in the order of the row; where prompts and
+responses fill rows of their own, they are ordered so that both rows fill up alike (`balanced`).
 """
 
 from collections.abc import Iterator
+from heapq import heapreplace
 from itertools import count
 
 import numpy as np
 
-from hrm_lm.config import TrainConfig
-from hrm_lm.data.collate import padded_length
+from hrm_lm.config import Config, TrainConfig
+from hrm_lm.data.collate import Rows, padded_length
 from hrm_lm.data.splits import Split, stream_lengths
 
 
-def global_batches(split: Split, config: TrainConfig, first: int = 0) -> Iterator[np.ndarray]:
-    """Indices of the samples of global batches `first`, `first + 1` and so on, without end."""
+def global_batches(split: Split, config: TrainConfig, first: int = 0, rows: Rows | None = None) -> Iterator[np.ndarray]:
+    """Indices of the samples of global batches `first`, `first + 1` and so on, without end. rows: what each fills, packed."""
     start, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
     for window in count(start):
-        batches = window_batches(split, config, window)
+        batches = window_batches(split, config, window, rows)
         yield from batches[skip:]
         skip = max(skip - len(batches), 0)
 
@@ -34,15 +36,15 @@ def window_size(config: TrainConfig) -> int:
     return size if config.batch_tokens else size - size % config.batch_size
 
 
-def window_batches(split: Split, config: TrainConfig, window: int) -> list[np.ndarray]:
+def window_batches(split: Split, config: TrainConfig, window: int, rows: Rows | None = None) -> list[np.ndarray]:
     """The batches of a window: each of its samples once."""
     size = window_size(config)
     indices = split.order(window * size, (window + 1) * size, config.seed)
     if not config.length_window:
         return list(indices.reshape(-1, config.batch_size))
     lengths = split.lengths(indices)
-    if config.packing and config.batch_tokens:
-        return np.split(indices, fill_rows(stream_lengths(lengths), config.batch_tokens))
+    if rows:
+        return [indices[run] for run in packed(lengths, rows)]
     padded = padded_length(lengths)
     if config.batch_tokens:
         order = by_length(lengths, padded.sum() / config.batch_tokens)
@@ -79,12 +81,67 @@ def fill(lengths: np.ndarray, tokens: int) -> list[int]:
     return cuts
 
 
-def fill_rows(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Where to cut samples of `lengths` (N,) into runs of at most `tokens` tokens, each run as long as fits."""
-    ends, cuts, start = np.cumsum(lengths), [], 0
+def batch_rows(split: Split, config: Config) -> tuple[Rows | None, Rows | None]:
+    """With `train.packing`, the rows that a batch fills, and those that a worker takes through the model at a time.
+
+    An `encoder_decoder` takes two rows. Prompts have the same share of both, that of the split's first window, so the
+    widths are the same for all workers and after a restart. Together the two rows hold what a single row would.
+    """
+    train, row_tokens = config.train, config.row_tokens
+    if row_tokens is None or train.batch_tokens is None:
+        return None, None
+    if config.model.architecture == "prefix_lm":
+        return (train.batch_tokens,), (row_tokens,)
+    lengths = split.lengths(split.order(0, window_size(train), train.seed)).sum(axis=0)
+    share = float(lengths[0] / lengths.sum())
+    return divided(train.batch_tokens, share), divided(row_tokens, share)
+
+
+def divided(tokens: int, share: float) -> Rows:
+    """An encoder's and a decoder's row of so many tokens together.
+
+    The encoder's is a multiple of about a 256th of them: of 128 for 32,768 tokens, as the blocks of flex attention are.
+    """
+    step = max(8, 2 ** (tokens.bit_length() - 9))
+    prompts = min(max(round(tokens * share / step) * step, step), tokens - step)
+    return prompts, tokens - prompts
+
+
+def row_lengths(lengths: np.ndarray, rows: Rows) -> np.ndarray:
+    """What samples of `lengths` (N, 2) take of each row: (N, len(rows))."""
+    return stream_lengths(lengths)[:, None] if len(rows) == 1 else lengths
+
+
+def packed(lengths: np.ndarray, rows: Rows) -> list[np.ndarray]:
+    """Samples of `lengths` (N, 2), in runs that fit `rows`: the places of each run's samples."""
+    order = np.arange(len(lengths)) if len(rows) == 1 else balanced(lengths)
+    return np.split(order, fill_rows(row_lengths(lengths[order], rows), rows))
+
+
+def balanced(lengths: np.ndarray) -> np.ndarray:
+    """An order (N,) of samples of `lengths` (N, 2): in every run of it prompts have about the share that they have in all.
+
+    A sample leans to the side of which it has more than that share. Samples that lean to the same side keep their order.
+    The two sides are merged so that both have given the same part of what they lean.
+    """
+    lean = np.subtract(*(lengths / lengths.sum(axis=0)).T)
+    given = np.empty_like(lean)
+    for side in (lean > 0, lean <= 0):
+        leans = np.abs(lean[side])
+        given[side] = (np.cumsum(leans) - leans / 2) / (leans.sum() or 1)
+    return np.argsort(given, kind="stable")
+
+
+def fill_rows(lengths: np.ndarray, rows: Rows) -> list[int]:
+    """Where to cut samples of `lengths` (N, len(rows)) into runs that fit `rows`, each run as long as fits.
+
+    A sample that fits no row has a run of its own.
+    """
+    ends, cuts, start = np.cumsum(lengths, axis=0), [], 0
     while True:
-        used = int(ends[start - 1]) if start else 0
-        start = max(int(np.searchsorted(ends, used + tokens, side="right")), start + 1)
+        full = (ends[start - 1] if start else 0) + np.array(rows)
+        fitting = min(int(np.searchsorted(ends[:, i], full[i], side="right")) for i in range(len(rows)))
+        start = max(fitting, start + 1)
         if start >= len(lengths):
             return cuts
         cuts.append(start)
@@ -99,7 +156,19 @@ def worker_share(indices: np.ndarray, rank: int, world_size: int, accum_steps: i
 def token_share(
     indices: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, accum_steps: int
 ) -> list[np.ndarray]:
-    """`worker_share` for samples of `lengths` (B,): micro-batches of about as many tokens, at most a sample more."""
-    starts, shares = np.cumsum(lengths) - lengths, accum_steps * world_size
-    cuts = np.searchsorted(starts, lengths.sum() * np.arange(1, shares) / shares)
-    return np.split(indices, cuts)[rank::world_size]
+    """`worker_share` for samples that take `lengths` (B, rows) of the rows: micro-batches of about as many tokens.
+
+    For a single row samples are dealt out, the longest first, each to the share that has the fewest tokens: the shares
+    are alike to a few tokens. Two rows fill up alike in the order that `balanced` made, so there a share is a run of
+    samples, and at most a sample longer than its part.
+    """
+    shares = accum_steps * world_size
+    if lengths.shape[1] > 1:
+        totals = lengths.sum(axis=1)
+        cuts = np.searchsorted(np.cumsum(totals) - totals, totals.sum() * np.arange(1, shares) / shares)
+        return np.split(indices, cuts)[rank::world_size]
+    owner, tokens = np.empty(len(indices), dtype=np.int64), [(0, share) for share in range(shares)]
+    for place in np.argsort(-lengths[:, 0], kind="stable").tolist():
+        held, owner[place] = tokens[0]
+        heapreplace(tokens, (held + int(lengths[place, 0]), int(owner[place])))
+    return [indices[owner == share] for share in range(rank, shares, world_size)]

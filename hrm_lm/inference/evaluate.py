@@ -41,7 +41,7 @@ def evaluate(
     precision = config.train.mixed_precision
     if precision == "fp16" and device.type != "cuda":
         precision = "none"  # fp16 is CUDA's alone
-    options = EvalOptions.of(config, cycles=cycles, batch_size=batch_size, mixed_precision=precision, row_tokens=None)
+    options = EvalOptions.of(config, cycles=cycles, batch_size=batch_size, mixed_precision=precision)
     scores = validate(model, splits, options)
     return {"step": checkpoint.progress.step, "samples": len(splits.val), **scores}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, Cycles, ModelConfig
-from hrm_lm.data.collate import AnyBatch, Collate, SpecialTokens, pack, pad
+from hrm_lm.data.collate import AnyBatch, Collate, Rows, SpecialTokens, pack, pack_apart, pad
 from hrm_lm.data.splits import Ragged
 from hrm_lm.models.cache import Decoding
 from hrm_lm.models.layers import Head
@@ -33,7 +33,7 @@ class EvalOptions:
     batch_size: int = 64
     round_up: bool = False
     """Whether sizes are rounded up to those that training has seen, for compiled models."""
-    row_tokens: int | None = None
+    rows: Rows | None = None
     """Samples lie end to end in rows of so many tokens, instead of `batch_size` of them in rows of their own."""
 
     @classmethod
@@ -44,14 +44,15 @@ class EvalOptions:
             mixed_precision=config.train.mixed_precision,
             batch_size=config.micro_batch_size,
             round_up=config.train.length_window > 0,
-            row_tokens=config.row_tokens,
         )
         return replace(options, **changes)
 
 
-def layout(model: LanguageModel, row_tokens: int | None) -> Collate:
-    """How samples become the model's batches: as its architecture wants, or with `row_tokens` packed into such a row."""
-    return model.collate if row_tokens is None else partial(pack, width=row_tokens)
+def layout(model: LanguageModel, rows: Rows | None) -> Collate:
+    """How samples become the model's batches: as its architecture wants, or with `rows` packed into these."""
+    if rows is None:
+        return model.collate
+    return partial(pack, width=rows[0]) if len(rows) == 1 else partial(pack_apart, rows=rows)
 
 
 class Prediction(NamedTuple):
@@ -97,7 +98,9 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def set_step(self, step: int) -> None:
-        """Follows schedules of the model's own, as of optimisation step `step`. A model without a schedule does nothing."""
+        """Follows schedules of the model's own, as of optimisation step `step`. A model without a schedule does nothing.
+        What changes is a tensor that keeps its place in memory, since a CUDA graph reads it there.
+        """
 
 
 def predict(head: Head, states: Tensor, labels: Tensor) -> Prediction:

@@ -6,17 +6,19 @@ gate scales what crosses the bridge. `h_cycles: 0` leaves the core out: the base
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
-from hrm_lm.data.collate import Batch
+from hrm_lm.data.collate import Batch, PackedBatch
 from hrm_lm.models import cache
 from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, Rotary, ScaledEmbedding, Stack, rms_norm, rotary
+from hrm_lm.models.masks import takes_blocks, visible, visible_blocks
 
 
 class Bridge(nn.Module):
@@ -42,10 +44,20 @@ class Bridge(nn.Module):
     def scale(self) -> Tensor:
         return self.open * torch.sigmoid(self.gate)
 
-    def prefix(self, states: Tensor, mask: Tensor) -> Tensor:
-        """states: (B, S, C). Returns (B, prefix_len, C): attention pooling by learned queries."""
+    def prefix(self, states: Tensor, mask: Mask) -> Tensor:
+        """states: (B, S, C); mask: over S keys. Returns (B, prefix_len, C): attention pooling by learned queries."""
         queries = self.queries.expand(len(states), -1, -1).to(states.dtype)
         return self.scale() * self.pool(queries, self.pool.keys_values(states), mask)
+
+
+class Sight(NamedTuple):
+    """Where the tokens of a batch stand in their samples, and what they see."""
+
+    encoder_positions: Tensor  # (S,) or (B, S)
+    encoder_mask: Mask
+    decoder_positions: Tensor  # (T,) or (B, T); the vectors of the prefix bridge count
+    decoder_mask: Mask  # None: all before
+    cross_mask: Mask
 
 
 @dataclass
@@ -76,19 +88,20 @@ class HRMEncoderDecoder(LanguageModel):
     def set_step(self, step: int) -> None:
         self.bridge.set_step(step)
 
-    def encode(self, ids: Tensor, mask: Tensor, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
-        """ids, mask: (B, S). Returns the core's state after each H-cycle, each (B, S, C)."""
-        rope = rotary(torch.arange(ids.shape[1], device=ids.device), self.head_dim)
-        keys = mask[:, None, None, :].bool()
-        x = self.encoder(self.embedding(ids), rope, keys)
-        return [x] if self.core is None else self.core(x, rope, keys, cycles, backprop_steps)
+    def encode(
+        self, ids: Tensor, positions: Tensor, mask: Mask, cycles: Cycles, backprop_steps: int | None = None
+    ) -> list[Tensor]:
+        """ids: (B, S). Returns the core's state after each H-cycle, each (B, S, C)."""
+        rope = rotary(positions, self.head_dim)
+        x = self.encoder(self.embedding(ids), rope, mask)
+        return [x] if self.core is None else self.core(x, rope, mask, cycles, backprop_steps)
 
-    def _cross(self, states: Tensor, mask: Tensor) -> list:
+    def _cross(self, states: Tensor, mask: Mask) -> list:
         """What each decoder block attends to besides its own past: keys and values, mask, gate."""
         if self.config.bridge.type == "prefix":
             return [None] * len(self.decoder)
-        keys, gate = mask[:, None, None, :].bool(), self.bridge.scale()
-        return [(block.cross.keys_values(states), keys, gate) for block in self.decoder]
+        gate = self.bridge.scale()
+        return [(block.cross.keys_values(states), mask, gate) for block in self.decoder]
 
     def _decode(
         self, x: Tensor, rope: Rotary, memory: list, mask: Mask = None, caches: list[KVCache] | None = None
@@ -98,28 +111,70 @@ class HRMEncoderDecoder(LanguageModel):
             x = block(x, rope, mask, causal=mask is None, cache=caches[i] if caches else None, memory=memory[i])
         return x
 
-    def _decoder_inputs(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+    def _decoder_inputs(self, states: Tensor, mask: Mask, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
         if self.config.bridge.type == "prefix":
-            x = torch.cat([self.bridge.prefix(states, mask[:, None, None, :].bool()).to(x.dtype), x], dim=1)
+            x = torch.cat([self.bridge.prefix(states, mask).to(x.dtype), x], dim=1)
         return x
 
-    def forward(self, batch: Batch, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
+    def forward(
+        self, batch: Batch | PackedBatch, cycles: Cycles, backprop_steps: int | None = None
+    ) -> list[Prediction]:
         """The last prediction is the model's answer; see `LanguageModel`."""
         return [predict(self.head, states, batch.labels) for states in self.states(batch, cycles, backprop_steps)]
 
-    def states(self, batch: Batch, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
+    def states(self, batch: Batch | PackedBatch, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
         """What the head reads, (B, T, C), aligned with `batch.labels`, for each prediction that is due."""
-        encoded = self.encode(batch.encoder_ids, batch.encoder_mask, cycles, backprop_steps)
+        sight = self._packed_sight(batch) if isinstance(batch, PackedBatch) else self._sight(batch)
+        encoded = self.encode(batch.encoder_ids, sight.encoder_positions, sight.encoder_mask, cycles, backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
             encoded = encoded[-1:]
         states = []
         for z_h in encoded:
-            x = self._decoder_inputs(z_h, batch.encoder_mask, batch.decoder_input_ids)
-            rope = rotary(torch.arange(x.shape[1], device=x.device), self.head_dim)
-            x = self._decode(x, rope, self._cross(z_h, batch.encoder_mask))
+            x = self._decoder_inputs(z_h, sight.cross_mask, batch.decoder_input_ids)
+            rope = rotary(sight.decoder_positions, self.head_dim)
+            x = self._decode(x, rope, self._cross(z_h, sight.cross_mask), sight.decoder_mask)
             states.append(self.norm(x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]))  # without the prefix
         return states
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.config.dropout > 0
+
+    def _sight(self, batch: Batch) -> Sight:
+        """Of samples in rows of their own. A mask over keys alone costs nothing, except in a compiled block on CUDA: there
+        each call of attention spreads it over all queries. So long rows take blocks there.
+        """
+        S, T = batch.encoder_ids.shape[1], batch.decoder_input_ids.shape[1]
+        keys = batch.encoder_mask[:, None, None, :].bool()
+        compiled = self.decoder[0]._compiled_call_impl is not None
+
+        def over_prompts(queries: int) -> Mask:
+            if not (compiled and takes_blocks(keys, queries, S, self._drops)):
+                return keys
+            last = (batch.encoder_mask.sum(dim=1, keepdim=True) - 1).repeat(1, queries)
+            return visible_blocks(torch.zeros_like(last), last, S)
+
+        prefix = self.config.bridge.type == "prefix"
+        places = torch.arange(max(S, T + self.config.bridge.prefix_len), device=keys.device)
+        return Sight(
+            encoder_positions=places[:S],
+            encoder_mask=over_prompts(S),
+            decoder_positions=places[: T + self.config.bridge.prefix_len * prefix],
+            decoder_mask=None,
+            cross_mask=keys if prefix else over_prompts(T),
+        )
+
+    def _packed_sight(self, batch: PackedBatch) -> Sight:
+        S, T = batch.encoder_ids.shape[1], batch.decoder_input_ids.shape[1]
+        place = torch.arange(T, device=batch.decoder_positions.device)[None]
+        return Sight(
+            encoder_positions=batch.encoder_positions,
+            encoder_mask=visible(batch.encoder_sees_from, batch.encoder_sees_to, S, self._drops),
+            decoder_positions=batch.decoder_positions,
+            decoder_mask=visible(place - batch.decoder_positions, place, T, self._drops),
+            cross_mask=visible(batch.decoder_sees_from, batch.decoder_sees_to, S, self._drops),
+        )
 
     def prefill(
         self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
@@ -128,19 +183,20 @@ class HRMEncoderDecoder(LanguageModel):
         where decoding stands.
         """
         B, S = prompt_ids.shape
-        mask = torch.arange(S, device=prompt_ids.device) < prompt_lens[:, None]
+        places = torch.arange(S, device=prompt_ids.device)
+        keys = (places < prompt_lens[:, None])[:, None, None, :]
         width = 1 + (self.config.bridge.prefix_len if self.config.bridge.type == "prefix" else 0)
         cursor = Cursor(B, width, max_new_tokens, prompt_ids.device)
         caches = [KVCache(cursor) for _ in self.decoder]
         cos, sin = rotary(torch.arange(cursor.capacity, device=prompt_ids.device), self.head_dim)
         logits, memories = [], []
         for rows in cursor.prompts(S):
-            states = self.encode(prompt_ids[rows], mask[rows], cycles)[-1]
-            x = self._decoder_inputs(states, mask[rows], prompt_ids.new_full((len(states), 1), bos_id))
-            memories.append(self._cross(states, mask[rows]))
+            states = self.encode(prompt_ids[rows], places, keys[rows], cycles)[-1]
+            x = self._decoder_inputs(states, keys[rows], prompt_ids.new_full((len(states), 1), bos_id))
+            memories.append(self._cross(states, keys[rows]))
             x = self._decode(x, (cos[:width], sin[:width]), memories[-1], caches=caches)
             logits.append(self.head(self.norm(x[:, -1])))
-        cursor.start(mask.new_ones(1, width), cursor.place, (cos, sin), caches[0].k.dtype)
+        cursor.start(keys.new_ones(1, width), cursor.place, (cos, sin), caches[0].k.dtype)
         memory = [joined(pieces) for pieces in zip(*memories, strict=True)]
         return torch.cat(logits), Decoding(cursor, [caches], memory)
 

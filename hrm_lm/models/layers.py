@@ -53,7 +53,7 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
     """Normal with variance 1 / fan_in, truncated at two standard deviations and rescaled for what that cuts off.
 
     A uniform draw goes through the inverse of the distribution. `nn.init.trunc_normal_` of PyTorch 2.13 draws all values
-    again until they are within, which takes eight times as long: half a minute for HRM-Text B on two cores.
+    again until they are within, which takes eight times as long.
     """
     std = 1 / math.sqrt(fan_in) / 0.87962566103423978
     within = math.erf(math.sqrt(2))  # the share of values within two standard deviations
@@ -150,8 +150,8 @@ class CrossAttention(nn.Module):
         k, v = self.kv(memory).view(B, S, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """x: (B, T, C); mask: bool, broadcastable to (B, H, T, S)."""
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask = None) -> Tensor:
+        """x: (B, T, C); mask: over S keys."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_heads, -1).transpose(1, 2)
         y = attend(q, *keys_values, mask, dropout=self.dropout if self.training else 0.0)
@@ -194,7 +194,7 @@ class Head(nn.Linear):
             return self.label_losses(rows, self.weight, targets).view_as(labels)
         size = -(-len(targets) // pieces)
         losses = [
-            checkpoint(self.label_losses, some, self.weight, those, use_reentrant=False)
+            checkpoint(self.label_losses, some, self.weight, those, use_reentrant=False, preserve_rng_state=False)
             for some, those in zip(rows.split(size), targets.split(size), strict=True)
         ]
         return torch.cat(losses).view_as(labels)
@@ -248,7 +248,7 @@ class Block(nn.Module):
         mask: Mask = None,
         causal: bool = False,
         cache: KVCache | None = None,
-        memory: tuple[tuple[Tensor, Tensor], Tensor | None, Tensor] | None = None,
+        memory: tuple[tuple[Tensor, Tensor], Mask, Tensor] | None = None,
     ) -> Tensor:
         """memory: keys and values to attend to, their mask and the gate that scales what comes from them."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal, cache))

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from hrm_lm.config import Cycles, ModelConfig
 from hrm_lm.data.collate import TokenRows, join
@@ -26,6 +25,7 @@ from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Head, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
+from hrm_lm.models.masks import visible
 
 
 @dataclass
@@ -74,8 +74,9 @@ class HRMPrefixLM(LanguageModel):
 
     def states(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
         """What the head reads, (M, C), aligned with `batch.labels`, for each prediction that is due."""
-        rope, mask = rotary(batch.positions, self.head_dim), self._mask(batch)
-        states = self._states(batch.ids, rope, mask, cycles, backprop_steps)
+        drops = self.training and self.config.dropout > 0
+        mask = visible(batch.sees_from, batch.sees_to, batch.ids.shape[1], drops)
+        states = self._states(batch.ids, rotary(batch.positions, self.head_dim), mask, cycles, backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
             states = states[-1:]
         return [z_h.flatten(0, 1)[batch.label_at] for z_h in states]
@@ -111,57 +112,3 @@ class HRMPrefixLM(LanguageModel):
         states = self._states(tokens[:, None], cursor.rope(), cursor.mask(), decoding.cycles, caches=decoding.caches)
         cursor.advance()
         return self.head(states[-1][:, -1])
-
-    def _mask(self, batch: TokenRows) -> Mask:
-        """As blocks where that is faster: on CUDA, for rows of some length. Flex attention has no dropout."""
-        drops = self.training and self.config.dropout
-        if batch.ids.is_cuda and batch.ids.shape[1] >= FLEX_FROM and not drops:
-            return visible_blocks(batch)
-        return visible_keys(batch)
-
-
-FLEX_FROM = 512
-"""Tokens of a row from which on flex attention takes the place of a dense mask. At 1,024 tokens it trains HRM-Text B 9 %
-faster (H100); shorter rows were not measured, and a dense mask costs little there."""
-BLOCK = 128
-
-
-def visible_keys(batch: TokenRows) -> Tensor:
-    """(R, 1, T, T): True where a key may be seen."""
-    keys = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    return ((batch.sees_from[..., None] <= keys) & (keys <= batch.sees_to[..., None])).unsqueeze(1)
-
-
-def visible_blocks(batch: TokenRows) -> BlockMask:
-    """The same as blocks of BLOCK by BLOCK: those that are seen in part are masked, those that are seen whole are not.
-
-    Each token sees a range of keys, so each row of blocks does, too: from the least first key to the greatest last key.
-    """
-    R, T = batch.ids.shape
-    blocks = -(-T // BLOCK)
-
-    def by_block(values: Tensor, fill: int) -> Tensor:  # (R, T) -> (R, blocks, BLOCK)
-        return torch.nn.functional.pad(values, (0, blocks * BLOCK - T), value=fill).view(R, blocks, BLOCK)
-
-    low, high = by_block(batch.sees_from, T - 1), by_block(batch.sees_to, 0)
-    key_block = torch.arange(blocks, device=batch.ids.device)
-    seen = (low.amin(-1, keepdim=True) // BLOCK <= key_block) & (key_block <= high.amax(-1, keepdim=True) // BLOCK)
-    low, high = by_block(batch.sees_from, 0), by_block(batch.sees_to, T)
-    whole = (low.amax(-1, keepdim=True) <= key_block * BLOCK) & (
-        high.amin(-1, keepdim=True) >= (key_block + 1) * BLOCK - 1
-    )
-    whole &= seen
-
-    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, blocks, blocks) bool -> how many are chosen in each row, and which, those first."""
-        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
-
-    sees_from, sees_to = batch.sees_from, batch.sees_to
-
-    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (sees_from[b, q] <= k) & (k <= sees_to[b, q])
-
-    return BlockMask.from_kv_blocks(
-        *listed(seen & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=may_see, seq_lengths=(T, T)
-    )

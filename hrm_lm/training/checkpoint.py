@@ -2,14 +2,15 @@
 
     model.safetensors       weights
     average.safetensors     their moving average, where train.ema_decay is on; what generates
-    optimizer.safetensors   Adam's moments, `exp_avg/<parameter name>`
+    optimizer.safetensors   Adam's moments, `exp_avg/<parameter name>`; Muon's, `momentum_buffer/<parameter name>`
     config.yaml             the run's config
     tokenizer.json
     trainer_state.json      step, progress, scaler, format version; written last
 
-A run whose model is sharded over its workers (`ray.parallel: fsdp`) has folders `model/`, `average/` and `optimizer/`
-in place of the first three, with a file of each worker's parts, also safetensors (torch.distributed.checkpoint's
-Hugging Face format). Both kinds load into any number of workers, sharded or not.
+A run whose model is sharded over its workers (`ray.parallel: fsdp` or `hsdp`) has folders `model/`, `average/` and
+`optimizer/` in place of the first three, with a file of each worker's parts, also safetensors
+(torch.distributed.checkpoint's Hugging Face format). A part that several workers hold is saved by one of them. Both kinds
+load into any number of workers, sharded or not.
 """
 
 import json
@@ -36,6 +37,7 @@ from hrm_lm.errors import UserError
 from hrm_lm.filesystem import one_line, read_text, reason, shown
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
+from hrm_lm.training.optim import new_slots
 from hrm_lm.training.step import TrainState
 
 FORMAT_VERSION = 1
@@ -165,6 +167,8 @@ def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     def is_obstacle(path: str, values: tuple[Any, Any]) -> bool:
         if path == "model.hrm.h_cycles":
             return 0 in values  # zero H-cycles mean that there is no core: another shape
+        if path == "optim.name":
+            return "muon" in values  # the Adams have the same moments, Muon has others
         if path == "model.vocab_size":
             return None not in values  # left out it may be the same number
         if path in ("model.max_prompt_len", "model.max_response_len"):
@@ -204,15 +208,11 @@ def load_model(path: str | Path, device: torch.device | None = None) -> tuple[La
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     """The optimizer's own tensors as `<slot>/<parameter name>`, made where it has not taken a step yet."""
-    tensors = {}
-    for name, p in state.model.named_parameters():
-        slots = state.optimizer.state[p]
-        if not slots:
-            # Optimizers count their steps on the CPU unless they are fused.
-            fused = state.optimizer.defaults.get("fused")
-            slots["step"] = torch.zeros((), device=state.device if fused else "cpu")
-            slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        tensors |= {f"{slot}/{name}": tensor for slot, tensor in slots.items()}
+    tensors, names = {}, {p: name for name, p in state.model.named_parameters()}
+    for group in state.optimizer.param_groups:
+        for p in group["params"]:
+            slots = state.optimizer.state[p] = state.optimizer.state[p] or new_slots(group, p)
+            tensors |= {f"{slot}/{names[p]}": tensor for slot, tensor in slots.items()}
     return tensors
 
 

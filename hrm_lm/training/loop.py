@@ -10,14 +10,18 @@ import torch
 from hrm_lm.config import Config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import batch_rows
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, without_secrets
 from hrm_lm.models.contract import EvalOptions, layout
 from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
+from hrm_lm.training.flops import interval_flops, matrix_peak
+from hrm_lm.training.memory import does_not_fit, out_of_memory
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
+from hrm_lm.training.profiling import profiled
 from hrm_lm.training.session import Session
 from hrm_lm.training.step import Stats, TrainState, build_state, learning_rate, train_step
 from hrm_lm.training.validation import validate
@@ -38,14 +42,27 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     status = "finished"
     if patience and progress.stale_validations >= patience:
         return {"status": "early_stopped", "step": state.step}
+    if state.device.type == "cuda" and state.step < config.train.steps and (told := does_not_fit(state, splits)):
+        return {"status": "failed", "step": state.step, "error": told}
 
+    peak = matrix_peak(state.device, config.train.mixed_precision)
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
-    collate = layout(state.model, config.row_tokens)
+    step_rows, rows = batch_rows(splits.train, config)
     source = train_batches(
-        splits.train, splits.tokenizer, collate, config.train, state.step, session.rank, session.world_size
+        splits.train,
+        splits.tokenizer,
+        layout(state.model, rows),
+        config.train,
+        state.step,
+        session.rank,
+        session.world_size,
+        round_up=state.graphs is not None,
+        rows=step_rows,
     )
     batches = prefetch(source, state.device)
-    clock = time.perf_counter()
+    if config.train.profile and session.event_folder:
+        batches = profiled(batches, session.event_folder / "profile", state.device, config.train.steps - state.step)
+    logged_step, clock = state.step, time.perf_counter()
     try:
         for micro_batches in batches:
             train_step(state, micro_batches, stats)
@@ -74,12 +91,17 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 "tokens_per_s": interval["tokens"] / seconds,
                 "padding": interval["padding"],
             }
+            if peak:
+                amounts = interval["tokens"], interval["labels"], interval["samples"]
+                flops = interval_flops(state.model, config, range(logged_step, state.step), *amounts)
+                metrics["mfu"] = flops / (seconds * peak * session.world_size)
+            logged_step = state.step
             log.write(state.step, metrics)
 
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(config))
+                    val = validate(state.model, splits, EvalOptions.of(config, rows=rows))
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])
@@ -92,7 +114,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 status = "early_stopped"
                 break
     except torch.OutOfMemoryError as error:
-        told = out_of_memory(config, state.step, error)
+        told = out_of_memory(config, f"in the step after step {state.step}", str(error))
         if session.world_size > 1:
             raise UserError(told) from None  # the others wait for this worker, and must be ended
         return {"status": "failed", "step": state.step, "error": told}
@@ -143,18 +165,6 @@ def save(state: TrainState, progress: Progress, splits: Splits, session: Session
 def is_due(interval: int, step: int) -> bool:
     """Whether what happens every `interval` steps happens at `step`; an interval of 0 means never."""
     return interval > 0 and step % interval == 0
-
-
-def out_of_memory(config: Config, step: int, error: torch.OutOfMemoryError) -> str:
-    """It would only repeat itself if Ray restarted the worker."""
-    reason = str(error).partition(" If reserved")[0]
-    size = "train.batch_size" if config.train.batch_tokens is None else "train.batch_tokens"
-    return (
-        f"out of memory in the step after step {step}: {reason}\n"
-        f"raise train.grad_accum_steps ({config.train.grad_accum_steps}), or lower {size} "
-        f"({config.train.batch_tokens or config.train.batch_size}) or train.activation_memory "
-        f"({config.train.activation_memory:g}; needs train.compile)"
-    )
 
 
 def divergence(config: Config, step: int) -> str:

@@ -19,9 +19,10 @@ from hrm_lm.config import Config, Cycles, HRMConfig, OptimConfig
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
-from hrm_lm.models.layers import Block, ScaledEmbedding
-from hrm_lm.training.optim import AdamAtan2, WeightAverage
-from hrm_lm.training.parallel import parallelize, unsynchronized
+from hrm_lm.models.layers import Block
+from hrm_lm.training.graphs import StepGraphs, step_graphs
+from hrm_lm.training.optim import WeightAverage, build_optimizer
+from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
 
 
 @dataclass
@@ -40,13 +41,17 @@ class TrainState:
     world_size: int = 1
     step: int = 0
     """Optimisation steps done."""
+    graphs: StepGraphs | None = None
+    """Where steps are replayed as CUDA graphs."""
 
 
 class Stats:
     """Sums over the steps of a logging interval, kept on the device until a number is due."""
 
     def __init__(self, state: TrainState):
-        self.state = state
+        self.world_size = state.world_size
+        self.steps = torch.tensor(float(state.step), device=state.device)
+        """Optimisation steps done, as the device knows them."""
         self.sums = torch.zeros(5, dtype=torch.float64, device=state.device)
         """loss summed over labelled tokens, labelled tokens, tokens read, positions with padding, samples"""
         self.bad_step = torch.tensor(math.inf, device=state.device)
@@ -57,7 +62,7 @@ class Stats:
 
         `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
         """
-        if self.state.world_size > 1:
+        if self.world_size > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
         loss, labelled, tokens, positions, samples, bad_step, grad_norm = torch.cat(
@@ -68,6 +73,7 @@ class Stats:
             "loss": loss / max(labelled, 1),
             "grad_norm": grad_norm,
             "tokens": tokens,
+            "labels": labelled,
             "padding": 1 - tokens / max(positions, 1),
             "samples": samples,
             "bad_step": None if math.isinf(bad_step) else int(bad_step),
@@ -86,6 +92,9 @@ def build_state(
         # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
         # make more kinds than Dynamo would keep.
         torch._dynamo.config.recompile_limit = 64
+        # Under DDP, Dynamo would cut a block where DDP's buckets end, to reduce some of its gradients before the others. Here
+        # they are ready all at once, when the first application of the block has had its backward pass.
+        torch._dynamo.config.optimize_ddp = False
         torch._functorch.config.activation_memory_budget = config.train.activation_memory
         for module in model.modules():
             if isinstance(module, Block):
@@ -95,19 +104,11 @@ def build_state(
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     optimizer = build_optimizer(model, config.optim, device)
     average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
-    return TrainState(config, model, parallel, optimizer, scaler, average, device, rank, world_size)
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `config.name` says, without weight decay on embeddings, norms, gates and other vectors."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ScaledEmbedding)}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if config.name == "adam_atan2":
-        return AdamAtan2(groups, lr=config.lr, betas=config.betas)
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    graphs = step_graphs(config, device)
+    if graphs:
+        for group in optimizer.param_groups:
+            group["lr"], group["capturable"] = graphs.lr, True
+    return TrainState(config, model, parallel, optimizer, scaler, average, device, rank, world_size, graphs=graphs)
 
 
 def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
@@ -145,14 +146,35 @@ def backprop_steps_of(config: HRMConfig, step: int, cycles: Cycles) -> int | Non
 def train_step(state: TrainState, micro_batches: list[AnyBatch], stats: Stats) -> None:
     """One optimisation step over this worker's micro-batches of a global batch. Adds to `stats`, on the device."""
     config, step = state.config, state.step
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optim, config.train.steps, step)
+    lr = learning_rate(config.optim, config.train.steps, step)
+    if state.graphs:
+        state.graphs.lr.fill_(lr)
+    else:
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
     if config.model.dropout:
         torch.manual_seed(hash((config.train.seed, step, state.rank)))
     state.model.set_step(step)
     cycles = cycles_of(config, step)
     backprop_steps = backprop_steps_of(config.model.hrm, step, cycles)
 
+    def run(batches: list[AnyBatch]) -> None:
+        device_step(state, batches, stats, cycles, backprop_steps)
+
+    if state.graphs:
+        state.graphs.run((stats, cycles, backprop_steps), micro_batches, run)
+    else:
+        run(micro_batches)
+    state.step += 1
+
+
+def device_step(
+    state: TrainState, micro_batches: list[AnyBatch], stats: Stats, cycles: Cycles, backprop_steps: int | None
+) -> None:
+    """What a step does on the device. A CUDA graph may repeat it, so whatever is not an argument and changes from step
+    to step is in a tensor, which keeps its place in memory.
+    """
+    config = state.config
     labelled = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
     mine = labelled.clone()
     if state.world_size > 1:
@@ -172,6 +194,8 @@ def train_step(state: TrainState, micro_batches: list[AnyBatch], stats: Stats) -
                 loss = loss + config.model.hrm.deep_supervision * mean
             state.scaler.scale(loss * scale).backward()
 
+    if is_sharded(state.model):
+        forget_gathered(state.model)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -184,15 +208,15 @@ def train_step(state: TrainState, micro_batches: list[AnyBatch], stats: Stats) -
     state.optimizer.zero_grad(set_to_none=True)
     if state.average:
         state.average.update()
-    state.step += 1
 
     tokens = torch.stack([batch.num_tokens for batch in micro_batches]).sum()
     positions = sum(batch.num_positions for batch in micro_batches)
     samples = sum(batch.num_samples for batch in micro_batches)
     counts = [mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
     stats.sums += torch.stack([step_loss.double(), *(count.double() for count in counts)])
-    stats.grad_norm = norm
+    stats.grad_norm.copy_(norm)
+    stats.steps += 1
     finite = step_loss.isfinite()
     if not state.scaler.is_enabled():  # the scaler skips steps of infinite gradients itself, and backs off
         finite = finite & norm.isfinite()
-    stats.bad_step = torch.where(finite, stats.bad_step, stats.bad_step.clamp(max=state.step))
+    stats.bad_step.copy_(torch.where(finite, stats.bad_step, stats.bad_step.minimum(stats.steps)))

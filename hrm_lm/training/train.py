@@ -1,12 +1,31 @@
 """`python -m hrm_lm.training.train`: the guide's form of `hrm-lm train`, and the dry run that it defaults to."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from hrm_lm.config import Config
 
+if TYPE_CHECKING:
+    import torch
 
-def dry_run_loss(config: Config) -> float:
-    """One optimisation step on a random batch, in this process. Returns its loss."""
+
+def dry_run(config: Config) -> None:
+    """Prints the loss of one optimisation step on a random batch, in this process, and what the config's run will take."""
+    import torch
+
+    from hrm_lm.training.plan import plan
+
+    device = torch.device("cuda" if torch.cuda.is_available() and config.ray.use_gpu else "cpu")
+    if config.train.mixed_precision == "fp16" and device.type != "cuda":
+        from hrm_lm.errors import UserError
+
+        raise UserError("train.mixed_precision: fp16 needs a CUDA GPU; use bf16 or none on CPU")
+    print(f"loss {random_loss(config, device):.4f}", flush=True)
+    print(plan(config, device))
+
+
+def random_loss(config: Config, device: "torch.device") -> float:
+    """The loss of one optimisation step on a batch of at most 32 + 16 random tokens a sample."""
     import torch
 
     from hrm_lm.data.collate import to_device
@@ -14,11 +33,6 @@ def dry_run_loss(config: Config) -> float:
     from hrm_lm.data.tokenizer import ByteTokenizer
     from hrm_lm.training.step import Stats, build_state, train_step
 
-    device = torch.device("cuda" if torch.cuda.is_available() and config.ray.use_gpu else "cpu")
-    if config.train.mixed_precision == "fp16" and device.type != "cuda":
-        from hrm_lm.errors import UserError
-
-        raise UserError("train.mixed_precision: fp16 needs a CUDA GPU; use bf16 or none on CPU")
     vocab_size, generator = 64, torch.Generator().manual_seed(config.train.seed)
     prompt_len, response_len = min(32, config.model.max_prompt_len), min(16, config.model.max_response_len)
 

@@ -58,7 +58,7 @@ def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict
     model.eval()
     tallies = {}
     for name, member in (splits.members or {"": splits}).items():
-        collate = layout(model, options.row_tokens)
+        collate = layout(model, options.rows)
         batches = val_batches(
             member.val,
             member.tokenizer,
@@ -67,7 +67,7 @@ def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict
             rank,
             world_size,
             options.round_up,
-            options.row_tokens,
+            options.rows,
         )
         with autocast(device, options.mixed_precision):
             sums = predicted(model, prefetch(batches, device), options)

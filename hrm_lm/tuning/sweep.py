@@ -97,7 +97,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
         )
 
     cluster = ray.cluster_resources()
-    room = min(int(cluster.get(kind, 0) // amount) for kind, amount in resources.items()) // options.workers_per_trial
+    room = workers_that_fit(cluster, resources) // options.workers_per_trial
     if room < 1:
         raise UserError(
             f"a trial needs {options.workers_per_trial} worker(s) of {resources}; the cluster has "
@@ -147,6 +147,11 @@ def trial_resources(sweep: Sweep) -> dict[str, float]:
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) and sweep.config.ray.use_gpu else 0
     return {"CPU": sweep.tune.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def workers_that_fit(cluster: dict[str, float], resources: dict[str, float]) -> int:
+    """cluster: all that there is. resources: of each worker. Ten tenths of a GPU are a GPU, rounding aside."""
+    return min(int(cluster.get(kind, 0) / amount + 1e-6) for kind, amount in resources.items())
 
 
 def trial_kind(sweep: Sweep) -> tuple[bool, bool]:
