@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hrm_lm.config import Config, Cycles, ModelConfig
 from hrm_lm.data.collate import AnyBatch, Collate, Rows, SpecialTokens, pack, pack_apart, pad
 from hrm_lm.data.splits import Ragged
+from hrm_lm.models.cache import Decoding
 from hrm_lm.models.layers import Head
 
 Precision = Literal["none", "bf16", "fp16"]
@@ -84,14 +85,16 @@ class LanguageModel(nn.Module):
 
     def prefill(
         self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Decoding]:
         """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the logits (B, V) of the first new token, and
         where decoding stands.
         """
         raise NotImplementedError
 
     def decode(self, tokens: Tensor, decoding: Any) -> Tensor:
-        """Appends tokens (B,) to what `decoding` holds and returns the logits (B, V) of the next token."""
+        """Appends tokens (B,) to what `decoding` holds and returns the logits (B, V) of the next token. On CUDA this is
+        captured as a graph: it reads and changes tensors in place, and its shapes follow `decoding.cursor.keys` alone.
+        """
         raise NotImplementedError
 
     def set_step(self, step: int) -> None:

@@ -1,16 +1,26 @@
-"""From prompts to responses, token by token."""
+"""From prompts to responses, token by token.
 
-from collections.abc import Sequence
+On CUDA, a step from a token to the next one is captured as a CUDA graph and replayed, since launching its many small
+kernels takes longer than they do. Blocks that are compiled for training run uncompiled here: prompts and caches come in
+too many shapes to compile for. The host does not wait for the device at every token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hrm_lm.data.tokenizer import Tokenizer
+from hrm_lm.models.cache import Decoding
 from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast
+
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""By the kind of device, after how many tokens the host looks whether all samples have ended."""
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def generate_ids(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -26,28 +36,81 @@ def generate_ids(
     """The responses to `prompts`, in their order; each ends before EOS or after `max_new_tokens` (the model's most).
 
     Greedy at temperature 0, else sampled from the `top_k` likeliest tokens (all of them for None). `in_step`: takes all
-    steps whatever the answers, as workers that share a model must.
+    steps whatever the answers, as workers that share a model must, and captures no graph, since they communicate.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     max_new_tokens = max_new_tokens or model.config.max_response_len
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
     responses: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), options.batch_size):
-        chosen = order[start : start + options.batch_size]
-        rows = [torch.tensor(np.asarray(prompts[i], dtype=np.int64)) for i in chosen]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id).to(device)
-        lens = torch.tensor([len(row) for row in rows], device=device)
-        with autocast(device, options.mixed_precision):
+    # Autocast remembers the weights that it has cast until it ends. Graphs read these copies, so it lasts for all of them.
+    with autocast(device, options.mixed_precision):
+        for start in range(0, len(order), options.batch_size):
+            chosen = order[start : start + options.batch_size]
+            rows = [torch.tensor(np.asarray(prompts[i], dtype=np.int64)) for i in chosen]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id).to(device)
+            lens = torch.tensor([len(row) for row in rows], device=device)
             logits, decoding = model.prefill(ids, lens, tokenizer.bos_id, max_new_tokens, options.cycles)
+            decode = model.decode if in_step or device.type != "cuda" else graphed(model)
             tokens = [pick(logits, temperature, top_k, generator)]
             done = tokens[0] == tokenizer.eos_id
-            while len(tokens) < max_new_tokens and (in_step or not done.all()):
-                tokens.append(pick(model.decode(tokens[-1], decoding), temperature, top_k, generator))
+            ended = ends(done)
+            while len(tokens) < max_new_tokens:
+                if not in_step and len(tokens) % LOOK_EVERY[device.type] == 0 and next(ended):
+                    break
+                tokens.append(pick(decode(tokens[-1], decoding), temperature, top_k, generator))
                 done |= tokens[-1] == tokenizer.eos_id
-        for i, row in zip(chosen, torch.stack(tokens, dim=1).tolist()):
-            responses[i] = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+            for i, row in zip(chosen, torch.stack(tokens, dim=1).tolist()):
+                responses[i] = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
     return responses
+
+
+def ends(done: Tensor) -> Iterator[bool]:
+    """Whether all of `done` (B,), which changes in place, is true. On CUDA the answer is that of the look before: it has
+    come by now, and the device has work until the host has read it.
+    """
+    if not done.is_cuda:
+        while True:
+            yield bool(done.all())
+    answer, copied = torch.zeros((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+    while True:
+        copied.synchronize()
+        ended = bool(answer)
+        answer.copy_(done.all(), non_blocking=True)
+        copied.record()
+        yield ended
+
+
+def graphed(model: LanguageModel) -> Callable[[Tensor, Decoding], Tensor]:
+    """`model.decode` of one generation, as CUDA graphs: one for each number of places that attention reads.
+
+    The first step of a number runs without a graph, and so makes ready what must not happen during a capture: kernels are
+    loaded, libraries take their workspace, autocast casts weights. Logits are overwritten by the next step.
+    """
+    graph: torch.cuda.CUDAGraph | None = None
+    captured = seen = 0
+    token = logits = torch.empty(0)
+
+    def decode(tokens: Tensor, decoding: Decoding) -> Tensor:
+        nonlocal graph, captured, seen, token, logits
+        keys = decoding.cursor.keys
+        if keys == captured:
+            token.copy_(tokens)
+            decoding.cursor.length += 1
+        elif keys == seen:
+            token, new = tokens.clone(), torch.cuda.CUDAGraph()
+            # The thread that makes batches ready may use the GPU meanwhile.
+            with torch.cuda.graph(new, capture_error_mode="thread_local"):
+                logits = model.decode(token, decoding)
+            graph, captured = new, keys  # the device was waited for, and has done with the graph before
+        else:
+            seen = keys
+            return model.decode(tokens, decoding)
+        assert graph is not None
+        graph.replay()
+        return logits
+
+    return decode
 
 
 def pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -58,4 +121,6 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    # As `torch.multinomial` draws one token, which on CUDA would wait for the device to check the probabilities.
+    probabilities = logits.softmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
 from hrm_lm.data.collate import Batch, PackedBatch
+from hrm_lm.models import cache
+from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Block, CrossAttention, Head, KVCache, Mask, ScaledEmbedding, Stack, rms_norm, rotary
+from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, Rotary, ScaledEmbedding, Stack, rms_norm, rotary
 from hrm_lm.models.masks import takes_blocks, visible, visible_blocks
 
 
@@ -59,12 +61,9 @@ class Sight(NamedTuple):
 
 
 @dataclass
-class Decoding:
-    """Where a generation stands: what the decoder attends to, and its cache."""
-
+class Decoding(cache.Decoding):
     memory: list
-    caches: list[KVCache]
-    position: int
+    """What each decoder block attends to besides its own past."""
 
 
 class HRMEncoderDecoder(LanguageModel):
@@ -105,10 +104,9 @@ class HRMEncoderDecoder(LanguageModel):
         return [(block.cross.keys_values(states), mask, gate) for block in self.decoder]
 
     def _decode(
-        self, x: Tensor, positions: Tensor, memory: list, mask: Mask = None, caches: list[KVCache] | None = None
+        self, x: Tensor, rope: Rotary, memory: list, mask: Mask = None, caches: list[KVCache] | None = None
     ) -> Tensor:
         """mask: of x's tokens; None where each sees all before it."""
-        rope = rotary(positions, self.head_dim)
         for i, block in enumerate(self.decoder):
             x = block(x, rope, mask, causal=mask is None, cache=caches[i] if caches else None, memory=memory[i])
         return x
@@ -134,7 +132,8 @@ class HRMEncoderDecoder(LanguageModel):
         states = []
         for z_h in encoded:
             x = self._decoder_inputs(z_h, sight.cross_mask, batch.decoder_input_ids)
-            x = self._decode(x, sight.decoder_positions, self._cross(z_h, sight.cross_mask), sight.decoder_mask)
+            rope = rotary(sight.decoder_positions, self.head_dim)
+            x = self._decode(x, rope, self._cross(z_h, sight.cross_mask), sight.decoder_mask)
             states.append(self.norm(x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]))  # without the prefix
         return states
 
@@ -183,18 +182,35 @@ class HRMEncoderDecoder(LanguageModel):
         """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the first new token's logits (B, V) and
         where decoding stands.
         """
-        places = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+        B, S = prompt_ids.shape
+        places = torch.arange(S, device=prompt_ids.device)
         keys = (places < prompt_lens[:, None])[:, None, None, :]
-        states = self.encode(prompt_ids, places, keys, cycles)[-1]
-        x = self._decoder_inputs(states, keys, prompt_ids.new_full((len(prompt_ids), 1), bos_id))
-        caches = [KVCache(x.shape[1] + max_new_tokens) for _ in self.decoder]
-        decoding = Decoding(self._cross(states, keys), caches, x.shape[1])
-        positions = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self._decode(x, positions, decoding.memory, caches=caches)[:, -1])), decoding
+        width = 1 + (self.config.bridge.prefix_len if self.config.bridge.type == "prefix" else 0)
+        cursor = Cursor(B, width, max_new_tokens, prompt_ids.device)
+        caches = [KVCache(cursor) for _ in self.decoder]
+        cos, sin = rotary(torch.arange(cursor.capacity, device=prompt_ids.device), self.head_dim)
+        logits, memories = [], []
+        for rows in cursor.prompts(S):
+            states = self.encode(prompt_ids[rows], places, keys[rows], cycles)[-1]
+            x = self._decoder_inputs(states, keys[rows], prompt_ids.new_full((len(states), 1), bos_id))
+            memories.append(self._cross(states, keys[rows]))
+            x = self._decode(x, (cos[:width], sin[:width]), memories[-1], caches=caches)
+            logits.append(self.head(self.norm(x[:, -1])))
+        cursor.start(keys.new_ones(1, width), cursor.place, (cos, sin), caches[0].k.dtype)
+        memory = [joined(pieces) for pieces in zip(*memories, strict=True)]
+        return torch.cat(logits), Decoding(cursor, [caches], memory)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
-        positions = torch.arange(decoding.position, decoding.position + 1, device=tokens.device)
-        x = self._decode(self.embedding(tokens[:, None]), positions, decoding.memory, caches=decoding.caches)
-        decoding.position += 1
+        cursor, (caches,) = decoding.cursor, decoding.caches
+        x = self._decode(self.embedding(tokens[:, None]), cursor.rope(), decoding.memory, cursor.mask(), caches)
+        cursor.advance()
         return self.head(self.norm(x[:, -1]))
+
+
+def joined(memories: tuple) -> tuple | None:
+    """What a block attends to, from that of some samples each."""
+    if len(memories) == 1 or memories[0] is None:
+        return memories[0]
+    keys_values, masks, gates = zip(*memories, strict=True)
+    return tuple(map(torch.cat, zip(*keys_values, strict=True))), torch.cat(masks), gates[0]

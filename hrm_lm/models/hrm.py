@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import Cycles
-from hrm_lm.models.layers import KVCache, Rotary
+from hrm_lm.models.cache import KVCache
+from hrm_lm.models.layers import Rotary
 
 
 class HRMCore(nn.Module):

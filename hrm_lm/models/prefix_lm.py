@@ -20,21 +20,16 @@ from torch import Tensor
 
 from hrm_lm.config import Cycles, ModelConfig
 from hrm_lm.data.collate import TokenRows, join
+from hrm_lm.models import cache
+from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
-from hrm_lm.models.layers import Head, KVCache, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
+from hrm_lm.models.layers import Head, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
 from hrm_lm.models.masks import visible
 
 
 @dataclass
-class Decoding:
-    """Where a generation stands: what is cached, and what of it each sample may see."""
-
-    caches: list[list[KVCache]]
-    lengths: Tensor
-    """(B,): tokens of each sample so far, hence the next one's position."""
-    visible: Tensor
-    """(B, capacity): whether a cached position holds a token, and is not padding. It will where a token is yet to come."""
+class Decoding(cache.Decoding):
     cycles: Cycles
 
 
@@ -97,21 +92,23 @@ class HRMPrefixLM(LanguageModel):
             stacks: list[Any] = [self.stack]
         else:
             stacks = ([self.core.l_stack] * cycles.l + [self.core.h_stack]) * cycles.h
-        caches = [[KVCache(S + max_new_tokens) for _ in stack.blocks] for stack in stacks]
-        positions = torch.arange(S, device=prompt_ids.device)
-        visible = positions < prompt_lens[:, None]  # (B, S)
-        states = self._states(
-            prompt_ids, rotary(positions, self.head_dim), visible[:, None, None, :], cycles, caches=caches
-        )[-1]
-        logits = self.head(states[torch.arange(B, device=prompt_ids.device), prompt_lens - 1])
-        visible = torch.cat([visible, visible.new_ones(B, max_new_tokens)], dim=1)
-        return logits, Decoding(caches, prompt_lens, visible, cycles)
+        cursor = Cursor(B, S, max_new_tokens, prompt_ids.device)
+        caches = [[KVCache(cursor) for _ in stack.blocks] for stack in stacks]
+        positions = torch.arange(cursor.capacity, device=prompt_ids.device)
+        visible = positions[:S] < prompt_lens[:, None]
+        cos, sin = rotary(positions, self.head_dim)
+        logits = []
+        for rows in cursor.prompts(S):
+            states = self._states(
+                prompt_ids[rows], (cos[:S], sin[:S]), visible[rows, None, None], cycles, caches=caches
+            )[-1]
+            logits.append(self.head(states[torch.arange(len(states), device=states.device), prompt_lens[rows] - 1]))
+        cursor.start(visible, prompt_lens, (cos, sin), caches[0][0].k.dtype)
+        return torch.cat(logits), Decoding(cursor, caches, cycles)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
-        rope = rotary(decoding.lengths[:, None], self.head_dim)
-        keys = decoding.caches[0][0].length + 1
-        mask = decoding.visible[:, None, None, :keys]
-        states = self._states(tokens[:, None], rope, mask, decoding.cycles, caches=decoding.caches)
-        decoding.lengths = decoding.lengths + 1
+        cursor = decoding.cursor
+        states = self._states(tokens[:, None], cursor.rope(), cursor.mask(), decoding.cycles, caches=decoding.caches)
+        cursor.advance()
         return self.head(states[-1][:, -1])
