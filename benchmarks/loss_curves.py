@@ -1,9 +1,9 @@
 """Whether packed, compiled bf16 training follows eager float32: loss curves of both over the same steps, for several seeds.
 
 Both take the same samples in the same order from the same initial weights. One has them packed end to end; the other has
-them in rows of their own, in micro-batches of alike lengths, with exact float32 products. The text is a chain of tokens
-in which a few successors, by Zipf's law, follow each token; a seed draws other weights and another chain through the same
-successors. The differences of the smoothed curves are set beside those that seeds make.
+them in rows of their own, in micro-batches of alike lengths, with dense masks and exact float32 products. The text is a
+chain of tokens in which a few successors, by Zipf's law, follow each token; a seed draws other weights and another chain
+through the same successors. The differences of the smoothed curves are set beside those that seeds make.
 
     python benchmarks/loss_curves.py                          # HRM-Text B: benchmarks/results/loss_curves.json, docs/loss_curves.svg
     python benchmarks/loss_curves.py --seeds 1                # adds a seed to what is there, or repeats it
@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import torch
 from hrm_lm.config import load_config, parse_set
 from hrm_lm.data.collate import TokenRows, join, pack, to_device
 from hrm_lm.data.splits import Ragged, Sample
+from hrm_lm.models import masks
 from hrm_lm.training.step import Stats, build_state, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +83,7 @@ def losses(kind: str, seed: int, args: argparse.Namespace) -> list[float]:
     budget, longest = (512, 60) if args.quick else (args.tokens, 1023)
     fields = {
         "train.seed": seed, "train.steps": args.steps, "train.compile": kind == "bf16" and not args.quick,
-        "train.mixed_precision": "bf16" if kind == "bf16" else "none", "train.ema_decay": 0.0,
+        "train.mixed_precision": "bf16" if kind == "bf16" else "none", "train.ema_decay": 0.0, "train.cuda_graphs": False,
         # As the recipe does in its first fifth, in so few steps.
         "optim.warmup_steps": args.steps // 10, "model.hrm.backprop_warmup_steps": args.steps // 5,
     }  # fmt: skip
@@ -92,10 +94,11 @@ def losses(kind: str, seed: int, args: argparse.Namespace) -> list[float]:
     torch._dynamo.reset()
     state = build_state(config, 1024 if args.quick else 65_536, DEVICE)
     stats, curve, start = Stats(state), [], time.perf_counter()
-    for samples in samples_of(seed, args.steps, budget, longest):
-        rows = [pack(Ragged.of(samples), Vocabulary(), width=budget)] if kind == "bf16" else micro_batches(samples)
-        train_step(state, [to_device(batch, DEVICE) for batch in rows], stats)
-        curve.append(stats.read()["loss"])
+    with patch.object(masks, "FLEX_FROM", masks.FLEX_FROM if kind == "bf16" else float("inf")):
+        for samples in samples_of(seed, args.steps, budget, longest):
+            rows = [pack(Ragged.of(samples), Vocabulary(), width=budget)] if kind == "bf16" else micro_batches(samples)
+            train_step(state, [to_device(batch, DEVICE) for batch in rows], stats)
+            curve.append(stats.read()["loss"])
     print(
         f"seed {seed}, {KINDS[kind]}: loss {curve[0]:.3f} to {np.mean(curve[-SMOOTH:]):.3f}, "
         f"{time.perf_counter() - start:.0f} s", flush=True,

@@ -29,9 +29,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def build(device: torch.device | str = "cpu", **overrides) -> LanguageModel:
     torch.manual_seed(0)
-    model = build_model(small_config(**overrides, model__d_model=64).model, VOCAB).eval().to(device)
+    model = build_model(small_config(**overrides, model__d_model=64).model, VOCAB).eval()
     torch.nn.init.normal_(model.head.weight)  # logits far apart: rounding changes no token
-    return model
+    return model.to(device)
 
 
 def answers(model: LanguageModel, eos_id: int = -1, batch_size: int = 3, max_new_tokens: int = 40, **options):

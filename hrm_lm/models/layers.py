@@ -99,14 +99,16 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
 
 @cache
 def compiled_flex_attention():
-    """Uncompiled, flex attention would hold all scores in memory."""
-    return torch.compile(flex_attention, dynamic=False)
+    """For blocks that are not compiled: uncompiled, flex attention would hold all scores in memory."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """q: (B, H, T, D); k, v: (B, H, keys, D). Returns (B, H, T, D). There is no dropout where the mask is a BlockMask."""
     if isinstance(mask, BlockMask):
-        return compiled_flex_attention()(q, k, v, block_mask=mask)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+        return flex(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
 
 
