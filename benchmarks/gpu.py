@@ -16,6 +16,7 @@ The sections:
     real      Lengths of an instruction set (log-normal, mean 200 a side, up to 1,023): packed here, there random batches
               padded to their longest sample, as many samples as fit as many positions.
     memory    `train.activation_memory`, on packed batches of these lengths.
+    workers   `fixed` with several workers, a GPU each: DDP and FSDP over a worker on its own.
     trainer   `hrm-lm train` on a prepared dataset of these lengths, with one worker, and with several under DDP and FSDP.
     generate  32 prompts, 256 new tokens, greedy: here, and `transformers.generate` with the same weights.
     small     The default config: bare steps, and the loop in this process.
@@ -51,6 +52,8 @@ import pyarrow.fs
 import torch
 import torch._dynamo
 import torch._functorch.config
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from hrm_lm.config import Config, ModelConfig, load_config, parse_set
 from hrm_lm.data.collate import TokenRows, join, pack, to_device
@@ -493,6 +496,58 @@ def memory(preset: str, args: argparse.Namespace, table: Table) -> None:
         table.add("memory", preset, f"activation_memory {share:g}", **row)
 
 
+def workers(preset: str, args: argparse.Namespace, table: Table) -> None:
+    """Bare steps of several processes, with a GPU each: on their own, and together."""
+    clean()
+    for count in (n for n in args.workers if n > 1):
+        if DEVICE.type == "cuda" and count > torch.cuda.device_count():
+            table.add("workers", preset, f"{count} x ddp", note=f"this machine has {torch.cuda.device_count()} GPUs")
+            continue
+        results = Path(args.temporary) / f"workers_{preset}_{count}.json"
+        mp.spawn(one_of_several, (count, preset, args, results), nprocs=count)
+        rows = json.loads(results.read_text())
+        alone = rows.pop("alone")["rate"]
+        for kind, row in rows.items():
+            row |= {"ratio": row["rate"] / alone, "note": f"ratio to one worker; last loss {row['loss']:.4f}"}
+            table.add("workers", preset, f"{count} x {kind}", unit="tokens/s", **row)
+
+
+def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace, results: Path) -> None:
+    """Rank 0 writes the tokens/s of all workers together; under `alone` those of a worker that communicates with none."""
+    device = torch.device("cuda", rank) if DEVICE.type == "cuda" else DEVICE
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    store = dist.FileStore(f"{results}.store", count)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+    rng, vocabulary, rows = np.random.default_rng(rank), Vocabulary(args.sizes.vocab_size), {}
+    samples = [fixed_samples(rng, args.sizes) for _ in range(args.sizes.batches)]
+    batches = [to_device(join(Ragged.of(some), vocabulary), device) for some in samples]
+    for kind in ("alone", "ddp", "fsdp"):
+        clean()
+        torch._dynamo.reset()
+        size = 1 if kind == "alone" else count
+        spread = {"ray.parallel": "fsdp" if kind == "fsdp" else "ddp", "ray.num_workers": size}
+        config = config_of(preset, args, **spread, **{"train.batch_size": size})
+        state = build_state(config, args.sizes.vocab_size, device, rank if size > 1 else 0, size)
+        stats, rates = Stats(state), []
+        for round_ in range(args.rounds + 1):  # the first one compiles
+            dist.barrier()
+            synchronize()
+            start = time.perf_counter()
+            for batch in batches[: args.steps]:
+                train_step(state, [batch], stats)
+            synchronize()
+            tokens = sum(int(batch.num_tokens) for batch in batches[: args.steps])
+            rates += [tokens * size / (time.perf_counter() - start)] * (round_ > 0)
+        rows[kind] = {"rate": statistics.median(rates), "rates": rates, "loss": stats.read()["loss"]}
+        del state, stats
+    if rank == 0:
+        results.write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def trainer(preset: str, args: argparse.Namespace, table: Table) -> None:
     """The tokens/s of each logging interval but the first, which holds the compilation."""
     clean()  # the command's processes need the memory that earlier sections held
@@ -714,7 +769,9 @@ def write_dataset(folder: Path, sizes: Sizes) -> None:
     write_meta(fs, str(folder), tokenizer, closed)
 
 
-PRESET_SECTIONS = {"fixed": fixed, "real": real, "memory": memory, "generate": generate, "trainer": trainer}
+PRESET_SECTIONS = {
+    "fixed": fixed, "real": real, "memory": memory, "generate": generate, "workers": workers, "trainer": trainer,
+}  # fmt: skip
 SECTIONS = [*PRESET_SECTIONS, "small"]
 
 
@@ -728,7 +785,9 @@ def main(argv: list[str] | None = None) -> None:
         "--compiled", type=some, default=["whole", "layers", "no"], metavar="HOW,...",
         help="what of Transformers' model is tried in `real`, in this order: whole, layers, no",
     )  # fmt: skip
-    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], help="of trainer [1,2]")
+    parser.add_argument(
+        "--workers", type=lambda text: [int(n) for n in text.split(",")], help="of workers and trainer [1,2]"
+    )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="of a round")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for a side to warm up, or a command to end")

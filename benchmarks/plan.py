@@ -8,7 +8,7 @@ InfiniBand (8 x 400 Gb/s), which its rings share. `--two` is the measured speed-
 does not explain of it is taken off wherever there are several GPUs.
 
     python benchmarks/plan.py
-    python benchmarks/plan.py --rate b=115800 --rate l=37000 --rate xl=20900 --two 1.86
+    python benchmarks/plan.py --rate b=115710 --rate l=38800 --rate xl=22050 --two 1.94
 
 Prints a Markdown table, and what the model says of two GPUs.
 """
@@ -51,9 +51,9 @@ def rate_of(preset: str, gpus: int, batch: float, one: float, rest: float) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", action="append", default=[], metavar="PRESET=TOKENS/S", help="of one GPU")
-    parser.add_argument("--two", type=float, default=1.86, help="speed-up of two GPUs (default: %(default)s)")
+    parser.add_argument("--two", type=float, default=1.94, help="speed-up of two GPUs (default: %(default)s)")
     args = parser.parse_args()
-    rates = {"b": 115_800.0, "l": 37_000.0, "xl": 20_900.0}
+    rates = {"b": 115_710.0, "l": 38_800.0, "xl": 22_050.0}
     rates |= {preset: float(rate) for preset, rate in (text.split("=") for text in args.rate)}
 
     modelled = rate_of("b", 2, 2 * AT_A_TIME, rates["b"], 1.0) / rates["b"]
