@@ -242,3 +242,13 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(kind):
     logits, decoding = model.prefill(prompts, lens, SimpleTokenizer.bos_id, max_new_tokens=7, cycles=CYCLES)
     steps = [logits] + [model.decode(responses[:, t], decoding) for t in range(6)]
     torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_large_and_small_weights_are_drawn_from_one_distribution(monkeypatch):
+    drawn = []
+    for large in (1, 10**9):
+        monkeypatch.setattr(layers, "LARGE", large)
+        torch.manual_seed(0)
+        drawn.append(layers.lecun_normal_(torch.empty(500, 400), fan_in=400).flatten().sort().values)
+    assert drawn[0].std() == pytest.approx(1 / 20, rel=0.01)
+    torch.testing.assert_close(*drawn, atol=2e-3, rtol=0.01)
