@@ -41,6 +41,17 @@ def test_a_profiled_run_leaves_a_trace_and_a_table_and_has_the_weights_of_any_ru
     assert [r["loss"] for r in plain.reports] == [r["loss"] for r in session.reports]
 
 
+def test_a_run_that_ends_while_it_is_profiled_tells_how_many_steps_were(tmp_path, capsys):
+    class WithEvents(LocalSession):
+        event_folder = tmp_path / "events"
+
+    fields = {"train__val_every": 6, "train__early_stopping_patience": 1, "optim__lr": 1e-30}
+    config = small_config(train__steps=20, train__profile=True, **fields)
+    assert loop.train(config, WithEvents(tmp_path / "run")) == {"status": "early_stopped", "step": 12}
+    assert "\n2 steps were profiled" in capsys.readouterr().out
+    assert "(mean of 2)" in (tmp_path / "events/profile/table.txt").read_text()
+
+
 def test_a_gpus_table_counts_communication_and_copies_only_where_no_computing_hides_them():
     def event(name, category, start, duration):
         return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": duration, "tid": 1}
