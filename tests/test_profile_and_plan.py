@@ -103,6 +103,11 @@ def test_a_dry_run_prints_the_loss_and_then_the_plan(command):
     assert "tokens/s (CPU)" in rows["measured"] and rows["time"].startswith("200 steps of ")
 
 
+def test_a_plan_of_a_vocabulary_without_room_for_special_tokens_is_an_error_of_a_line(command):
+    code, _, err = command(main, "--dry_run", 1, "--set=model.vocab_size=2", "--set=train.batch_size=2")
+    assert code == 2 and err == "error: model.vocab_size: 2 is less than the 4 tokens of the tokenizer\n"
+
+
 def test_a_plan_shares_what_workers_share_and_counts_the_longest_samples():
     xl = {"model__architecture": "prefix_lm", "model__d_model": 1536, "model__n_heads": 12, "model__vocab_size": 65_536,
           "model__hrm__h_layers": 16, "model__hrm__l_layers": 16, "train__packing": True, "train__batch_tokens": 65_536,
