@@ -173,3 +173,14 @@ def test_a_compiled_model_with_blocks_is_no_less_exact_than_one_with_dense_masks
         flex, usual = distances(blocks[i], reference), distances(dense[i], reference)
         print(f"{collate.__name__}, batch {i}: distance from float32 in bf16, flex {flex}, dense {usual}")
         assert all(flex[name] < 2 * usual[name] for name in flex), f"batch {i}: flex is off by {flex}, dense by {usual}"
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+@pytest.mark.parametrize("n_heads, dense", [(2, False), (4, True)])
+def test_heads_too_small_for_flex_attention_take_dense_masks(monkeypatch, architecture, n_heads, dense):
+    config = small_config(model__architecture=architecture, model__d_model=32, model__n_heads=n_heads)
+    asked = []
+    monkeypatch.setattr(masks, "takes_blocks", lambda *arguments: asked.append(arguments[-1]))
+    collate = pack if architecture == "prefix_lm" else pack_apart
+    build_model(config.model, VOCAB)(collate(some((5, 3), (2, 4)), SimpleTokenizer), config.model.hrm.cycles)
+    assert asked and all(answer == dense for answer in asked)

@@ -9,11 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hrm_lm.data.loading import train_batches
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.sampler import batch_rows
+from hrm_lm.data.sampler import batch_rows, divided
+from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.models.contract import layout
 from hrm_lm.training import loop, memory, parallel
-from hrm_lm.training.memory import batch_of, does_not_fit, largest_lengths
+from hrm_lm.training.memory import batch_of, does_not_fit, kept_bytes, largest_lengths
 from hrm_lm.training.step import Stats, build_state, train_step
 
 SHORT = {"model__max_prompt_len": 30, "model__max_response_len": 10, "data__synthetic__max_digits": 3}
@@ -88,6 +89,28 @@ def test_no_batch_of_training_is_larger_than_the_one_tried(fields, shares):
         assert largest.labels.numel() >= max(batch.labels.numel() for batch in seen)
 
 
+@pytest.mark.parametrize("tokens, prompt, response", [(32_768, 512, 40), (8, 4, 4), (5, 2, 2)])
+def test_the_largest_packed_batch_fits_its_rows_where_prompts_are_of_a_token(tokens, prompt, response):
+    sizes = {"model__max_prompt_len": prompt, "model__max_response_len": response, "train__batch_tokens": tokens}
+    config = small_config(**PACKED_APART | sizes)
+    rows = divided(tokens, 1 / (1 + response))
+    assert min(rows) > 0
+    state = build_state(config, 20)
+    batch = batch_of(state, ByteTokenizer(), *largest_lengths(config, rows=rows), rows)
+    assert batch.num_positions == tokens
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam_atan2", "muon"])
+def test_what_the_optimizer_keeps_is_counted(name):
+    config = small_config(**SHORT, optim__name=name)
+    splits = load_dataset(config.data, config.model, 0)
+    state = build_state(config, splits.tokenizer.vocab_size)
+    steps_of(state, splits, count=1)
+    slots = [slot for slots in state.optimizer.state.values() for slot in slots.values()]
+    real = sum(slot.nbytes for slot in slots if slot.dim())
+    assert kept_bytes(state.model, config)["optimizer"] == real
+
+
 def test_data_of_one_length_are_tried_at_that_length():
     config, alike = small_config(**SHORT), np.array([[7, 2]] * 8)
     assert largest_lengths(config, alike) == (8, 7, 2)
@@ -139,3 +162,12 @@ def test_on_a_gpu_a_run_that_cannot_fit_ends_before_its_first_step_and_one_that_
     session = OnGpu(tmp_path / "small")
     assert loop.train(small_config(**small, model__dropout=0.1), session)["status"] == "finished"
     assert torch.cuda.memory_allocated() < 2**28, f"{torch.cuda.memory_allocated():,} bytes are still held"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_trial_does_not_count_as_a_step_that_is_too_large_for_graphs():
+    config = small_config(**SHORT)
+    splits = load_dataset(config.data, config.model, 0)
+    state = build_state(config, splits.tokenizer.vocab_size, torch.device("cuda"))
+    assert does_not_fit(state, splits) is None
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated()

@@ -41,6 +41,17 @@ def test_a_profiled_run_leaves_a_trace_and_a_table_and_has_the_weights_of_any_ru
     assert [r["loss"] for r in plain.reports] == [r["loss"] for r in session.reports]
 
 
+def test_a_run_that_ends_while_it_is_profiled_tells_how_many_steps_were(tmp_path, capsys):
+    class WithEvents(LocalSession):
+        event_folder = tmp_path / "events"
+
+    fields = {"train__val_every": 6, "train__early_stopping_patience": 1, "optim__lr": 1e-30}
+    config = small_config(train__steps=20, train__profile=True, **fields)
+    assert loop.train(config, WithEvents(tmp_path / "run")) == {"status": "early_stopped", "step": 12}
+    assert "\n2 steps were profiled" in capsys.readouterr().out
+    assert "(mean of 2)" in (tmp_path / "events/profile/table.txt").read_text()
+
+
 def test_a_gpus_table_counts_communication_and_copies_only_where_no_computing_hides_them():
     def event(name, category, start, duration):
         return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": duration, "tid": 1}
@@ -90,6 +101,11 @@ def test_a_dry_run_prints_the_loss_and_then_the_plan(command):
     assert "8 samples of 12 + 4 tokens in 1 micro-batch" in lines[2]
     assert rows["weights"] == f"{parameters * 4 / 2**20:.1f} MiB"
     assert "tokens/s (CPU)" in rows["measured"] and rows["time"].startswith("200 steps of ")
+
+
+def test_a_plan_of_a_vocabulary_without_room_for_special_tokens_is_an_error_of_a_line(command):
+    code, _, err = command(main, "--dry_run", 1, "--set=model.vocab_size=2", "--set=train.batch_size=2")
+    assert code == 2 and err == "error: model.vocab_size: 2 is less than the 4 tokens of the tokenizer\n"
 
 
 def test_a_plan_shares_what_workers_share_and_counts_the_longest_samples():

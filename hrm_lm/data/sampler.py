@@ -103,7 +103,7 @@ def divided(tokens: int, share: float) -> Rows:
     The encoder's is a multiple of about a 256th of them: of 128 for 32,768 tokens, as the blocks of flex attention are.
     """
     step = max(8, 2 ** (tokens.bit_length() - 9))
-    prompts = min(max(round(tokens * share / step) * step, step), tokens - step)
+    prompts = max(min(max(round(tokens * share / step) * step, step), tokens - step), 1)  # each row has a token
     return prompts, tokens - prompts
 
 

@@ -18,7 +18,7 @@ from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, Rotary, ScaledEmbedding, Stack, rms_norm, rotary
-from hrm_lm.models.masks import takes_blocks, visible, visible_blocks
+from hrm_lm.models.masks import needs_dense, takes_blocks, visible, visible_blocks
 
 
 class Bridge(nn.Module):
@@ -138,8 +138,8 @@ class HRMEncoderDecoder(LanguageModel):
         return states
 
     @property
-    def _drops(self) -> bool:
-        return self.training and self.config.dropout > 0
+    def _dense(self) -> bool:
+        return needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
 
     def _sight(self, batch: Batch) -> Sight:
         """Of samples in rows of their own. A mask over keys alone costs nothing, except in a compiled block on CUDA: there
@@ -150,7 +150,7 @@ class HRMEncoderDecoder(LanguageModel):
         compiled = self.decoder[0]._compiled_call_impl is not None
 
         def over_prompts(queries: int) -> Mask:
-            if not (compiled and takes_blocks(keys, queries, S, self._drops)):
+            if not (compiled and takes_blocks(keys, queries, S, self._dense)):
                 return keys
             last = (batch.encoder_mask.sum(dim=1, keepdim=True) - 1).repeat(1, queries)
             return visible_blocks(torch.zeros_like(last), last, S)
@@ -170,10 +170,10 @@ class HRMEncoderDecoder(LanguageModel):
         place = torch.arange(T, device=batch.decoder_positions.device)[None]
         return Sight(
             encoder_positions=batch.encoder_positions,
-            encoder_mask=visible(batch.encoder_sees_from, batch.encoder_sees_to, S, self._drops),
+            encoder_mask=visible(batch.encoder_sees_from, batch.encoder_sees_to, S, self._dense),
             decoder_positions=batch.decoder_positions,
-            decoder_mask=visible(place - batch.decoder_positions, place, T, self._drops),
-            cross_mask=visible(batch.decoder_sees_from, batch.decoder_sees_to, S, self._drops),
+            decoder_mask=visible(place - batch.decoder_positions, place, T, self._dense),
+            cross_mask=visible(batch.decoder_sees_from, batch.decoder_sees_to, S, self._dense),
         )
 
     def prefill(

@@ -16,15 +16,23 @@ faster (H100); shorter rows were not measured, and a dense mask costs little the
 BLOCK = 128
 
 
-def visible(sees_from: Tensor, sees_to: Tensor, keys: int, dropout: bool) -> Mask:
-    """What each query sees of so many keys: from key `sees_from` (R, T) to key `sees_to` (R, T), which counts."""
-    blocks = takes_blocks(sees_from, sees_from.shape[1], keys, dropout)
+def visible(sees_from: Tensor, sees_to: Tensor, keys: int, dense: bool) -> Mask:
+    """What each query sees of so many keys: from key `sees_from` (R, T) to key `sees_to` (R, T), which counts.
+
+    dense: whether the mask must be dense; see `needs_dense`.
+    """
+    blocks = takes_blocks(sees_from, sees_from.shape[1], keys, dense)
     return (visible_blocks if blocks else visible_keys)(sees_from, sees_to, keys)
 
 
-def takes_blocks(like: Tensor, queries: int, keys: int, dropout: bool) -> bool:
-    """Whether flex attention is faster: on CUDA, for rows of some length. It has no dropout."""
-    return like.is_cuda and min(queries, keys) >= FLEX_FROM and not dropout
+def takes_blocks(like: Tensor, queries: int, keys: int, dense: bool) -> bool:
+    """Whether flex attention is possible and faster: on CUDA, for rows of some length."""
+    return like.is_cuda and min(queries, keys) >= FLEX_FROM and not dense
+
+
+def needs_dense(head_dim: int, dropout: float) -> bool:
+    """What flex attention cannot do: dropout, and on CUDA heads of fewer than 16 values."""
+    return dropout > 0 or head_dim < 16
 
 
 def visible_keys(sees_from: Tensor, sees_to: Tensor, keys: int) -> Tensor:

@@ -25,7 +25,7 @@ from hrm_lm.models.cache import Cursor, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Head, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
-from hrm_lm.models.masks import visible
+from hrm_lm.models.masks import needs_dense, visible
 
 
 @dataclass
@@ -74,8 +74,8 @@ class HRMPrefixLM(LanguageModel):
 
     def states(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
         """What the head reads, (M, C), aligned with `batch.labels`, for each prediction that is due."""
-        drops = self.training and self.config.dropout > 0
-        mask = visible(batch.sees_from, batch.sees_to, batch.ids.shape[1], drops)
+        dense = needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
+        mask = visible(batch.sees_from, batch.sees_to, batch.ids.shape[1], dense)
         states = self._states(batch.ids, rotary(batch.positions, self.head_dim), mask, cycles, backprop_steps)
         if not (self.training and self.config.hrm.deep_supervision):
             states = states[-1:]

@@ -4,6 +4,8 @@ taken through forward and backward beside all that training will hold.
 It changes nothing: no weight, no statistic, no random draw. Validation and the optimizer's passing memory are not tried.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from hrm_lm.data.sampler import batch_rows, global_batches
 from hrm_lm.data.splits import Ragged, Splits
 from hrm_lm.errors import UserError
 from hrm_lm.models.contract import autocast, layout
+from hrm_lm.training.optim import hidden_matrices, local, new_slots
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 from hrm_lm.training.step import TrainState, backprop_steps_of
 
@@ -40,7 +43,9 @@ def largest_lengths(
     prompt, response = config.model.max_prompt_len, config.model.max_response_len
     train = config.train
     if rows:
-        count = max(rows[-1] // response, 1)
+        # In two rows a sample takes at least a token of a prompt besides, and the rows together do not grow.
+        most = rows[0] // response if len(rows) == 1 else min(rows[1] // response, sum(rows) // (1 + response))
+        count = max(most, 1)
         return count, 1 if len(rows) == 1 else min(max(rows[0] // count, 1), prompt), response
     if train.batch_tokens is None:
         if lengths is not None and not train.length_window and (lengths == lengths[0]).all():
@@ -70,9 +75,16 @@ def batch_of(
 
 
 def kept_bytes(model: nn.Module, config: Config) -> dict[str, int]:
-    """What a run keeps from step to step, over all workers that share it. The optimizers keep two moments."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    kept = {"weights": weights, "gradients": weights, "optimizer": 2 * weights}
+    """What a run keeps from step to step, over all workers that share it. An optimizer keeps two moments of a parameter,
+    but Muon keeps one moment of a matrix.
+    """
+
+    def size(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    weights = size(model.parameters())
+    spared = size(hidden_matrices(model)) if config.optim.name == "muon" else 0
+    kept = {"weights": weights, "gradients": weights, "optimizer": 2 * weights - spared}
     return kept | ({"average": weights} if config.train.ema_decay else {})
 
 
@@ -90,10 +102,12 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
     state.model.zero_grad(set_to_none=True)
     if state.device.type == "cuda":
         torch.cuda.empty_cache()  # training starts with the memory that it would have without this
+        torch.cuda.reset_peak_memory_stats(state.device)  # `train.cuda_graphs: auto` goes by what steps take
     if error is not None:
-        shares = state.world_size if is_sharded(state.model) else 1
+        parameters = list(state.model.parameters())
+        mine = sum(p.numel() for p in local(parameters)) / sum(p.numel() for p in parameters)
         kept = " and ".join(", ".join(kept_bytes(state.model, config)).rsplit(", ", 1))
-        held = sum(kept_bytes(state.model, config).values()) / shares / 2**30
+        held = sum(kept_bytes(state.model, config).values()) * mine / 2**30
         when = (
             f"with the largest batch that the config allows ({count:,} samples of {prompt:,} + {labels:,} tokens on "
             f"this worker), beside {held:.1f} GiB of {kept}"
@@ -126,7 +140,8 @@ def _tried(
     with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
         try:
             # Room for what the optimizer will keep of parameters that it has not met yet.
-            room = [torch.empty_like(p) for p in parameters if not state.optimizer.state.get(p) for _ in range(2)]
+            groups, known = state.optimizer.param_groups, state.optimizer.state
+            room = [new_slots(group, p) for group in groups for p in group["params"] if not known.get(p)]
             batch = batch_of(state, tokens, count, prompt, labels, rows)
             with autocast(state.device, config.train.mixed_precision):
                 predictions = model(batch, cycles, backprop_steps)

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: parameters, FLOPs, memory, and on a GPU the time of its steps.
+"""What a run will take, before it starts: parameters, FLOPs, memory, and the time of its steps.
 
 No data are read: samples are as long as the config allows, so a real run is no slower.
 """
@@ -12,7 +12,7 @@ import torch
 from hrm_lm.config import Config, Cycles
 from hrm_lm.data.collate import Rows
 from hrm_lm.data.sampler import divided
-from hrm_lm.data.tokenizer import ByteTokenizer
+from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, model_vocab_size
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.encoder_decoder import HRMEncoderDecoder
@@ -31,8 +31,13 @@ CPU_FLOPS = 1e10
 
 
 def plan(config: Config, device: torch.device) -> str:
-    """A table of about ten lines. On a GPU this trains a new model for a few steps."""
-    train, vocab_size = config.train, config.model.vocab_size or VOCABULARY
+    """A table of about ten lines. Where a step does not take long, this trains a new model for a few steps.
+
+    Raises UserError for a vocabulary that no tokenizer has.
+    """
+    train, vocab_size = config.train, VOCABULARY
+    if config.model.vocab_size:
+        vocab_size = model_vocab_size(config.model, SimpleTokenizer(""))  # refuses what has no room for special tokens
     with torch.device("meta"):
         model = build_model(config.model, vocab_size)
     count, prompt, labels = lengths_of(config)

@@ -70,10 +70,10 @@ def profiled(
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
         with gzip.open(folder / "trace.json.gz", "rt") as file:
-            text = table(json.load(file)["traceEvents"])
-        (folder / "table.txt").write_text(text)
+            events = json.load(file)["traceEvents"]
+        (folder / "table.txt").write_text(table(events))
         files = "profile/table.txt and, for Perfetto, profile/trace.json.gz"
-        print(f"{active} steps were profiled; in the run's folder there are {files}", flush=True)
+        print(f"{len(_steps(events))} steps were profiled; in the run's folder there are {files}", flush=True)
 
     with closing(batches):
         with torch.profiler.profile(schedule=action, on_trace_ready=write) as profiler:
@@ -90,9 +90,7 @@ def table(events: list[dict[str, Any]]) -> str:
     lie within it). events: `traceEvents` of Chrome's format, times in microseconds.
     """
     spans = [event for event in events if event.get("ph") == "X"]
-    steps = [
-        event for event in spans if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep")
-    ]
+    steps = _steps(events)
     start, end = min(e["ts"] for e in steps), max(e["ts"] + e["dur"] for e in steps)
     ran = [e for e in spans if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     on_gpu = bool(ran)
@@ -130,6 +128,12 @@ def table(events: list[dict[str, Any]]) -> str:
         for name, times in heaviest
     ]
     return "\n".join(lines) + "\n"
+
+
+def _steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The profiled steps. They are fewer than asked for where the run ended in their midst."""
+    named = (event for event in events if event.get("ph") == "X" and event.get("cat") == "user_annotation")
+    return [event for event in named if event["name"].startswith("ProfilerStep")]
 
 
 def _kind(event: dict[str, Any], optimizing: list[tuple[float, float]]) -> str:
