@@ -9,7 +9,8 @@ from conftest import LocalSession, small_config, train_locally
 
 from hrm_lm.commands.train import main
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.training import loop
+from hrm_lm.training import loop, step
+from hrm_lm.training import train as dry
 from hrm_lm.training.memory import batch_of
 from hrm_lm.training.plan import activation_bytes, lengths_of, plan
 from hrm_lm.training.profiling import table
@@ -162,3 +163,15 @@ def test_on_a_gpu_the_table_knows_the_kernels_and_the_plan_measures(tmp_path):
 
     planned = plan(small_config(**fields, model__vocab_size=500), OnGpu.device)
     assert torch.cuda.get_device_name() in planned and "20 steps of " in planned and "this GPU has" in planned, planned
+
+
+def test_the_dry_run_of_a_large_model_takes_a_few_samples_on_cpu_and_that_of_a_small_model_all(monkeypatch):
+    taken = []
+    monkeypatch.setattr(step, "train_step", lambda state, batches, stats: taken.append((batches[0].num_samples, state)))
+    monkeypatch.setattr(dry, "STEP_FLOPS", 3e9)
+    for width in (16, 512):
+        fields = {"model__d_model": width, "train__compile": True, "train__batch_size": 64}
+        dry.random_loss(small_config(**fields), torch.device("cpu"))
+    (small, _), (large, state) = taken
+    assert small == 64 and 1 <= large < 64
+    assert not state.config.train.compile, "which would take longer than the step"

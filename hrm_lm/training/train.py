@@ -8,6 +8,9 @@ from hrm_lm.config import Config
 if TYPE_CHECKING:
     import torch
 
+STEP_FLOPS = 3e11
+"""Of a dry run's step on CPU: some seconds."""
+
 
 def dry_run(config: Config) -> None:
     """Prints the loss of one optimisation step on a random batch, in this process, and what the config's run will take."""
@@ -25,12 +28,16 @@ def dry_run(config: Config) -> None:
 
 
 def random_loss(config: Config, device: "torch.device") -> float:
-    """The loss of one optimisation step on a batch of at most 32 + 16 random tokens a sample."""
+    """The loss of one optimisation step on a batch of at most 32 + 16 random tokens a sample. On CPU the batch of a large
+    model is cut to what takes some seconds.
+    """
     import torch
 
     from hrm_lm.data.collate import to_device
     from hrm_lm.data.splits import Ragged, Sample
     from hrm_lm.data.tokenizer import ByteTokenizer
+    from hrm_lm.models.build import build_model
+    from hrm_lm.training.plan import mean_flops
     from hrm_lm.training.step import Stats, build_state, train_step
 
     vocab_size, generator = 64, torch.Generator().manual_seed(config.train.seed)
@@ -39,7 +46,15 @@ def random_loss(config: Config, device: "torch.device") -> float:
     def tokens(length: int) -> list[int]:
         return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
 
-    samples = [Sample(tokens(prompt_len), tokens(response_len - 1)) for _ in range(config.micro_batch_size)]
+    count = config.micro_batch_size
+    if device.type == "cpu":
+        with torch.device("meta"):
+            model = build_model(config.model, vocab_size)
+        affordable = int(STEP_FLOPS / mean_flops(model, config, prompt_len + response_len, response_len, 1))
+        if count > affordable:  # and compiling takes longer than such a step
+            count = max(affordable, 1)
+            config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+    samples = [Sample(tokens(prompt_len), tokens(response_len - 1)) for _ in range(count)]
     state = build_state(config, vocab_size, device)
     stats = Stats(state)
     batch = state.model.collate(Ragged.of(samples), ByteTokenizer())
