@@ -196,18 +196,20 @@ def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):
     assert result["status"] == "diverged" and "train.grad_clip" in result["error"]
 
 
-def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such(cluster, in_folder, monkeypatch):
+def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such_at_once(cluster, in_folder, monkeypatch):
     (in_folder / "only_here.py").write_text(
         "import os\nfrom pathlib import Path\nfrom hrm_lm.data.synthetic import build_synthetic_dataset\n"
         "from hrm_lm.errors import UserError\n"
         "def build(config, seed):\n"
         "    if 'RayTrainWorker' in Path('/proc/self/cmdline').read_text():\n"
+        "        print('tried', file=open('attempts', 'a'))\n"
         "        raise UserError('the file is not on this node')\n"
         "    return build_synthetic_dataset(config, seed)\n"
     )
     monkeypatch.syspath_prepend(in_folder)
     with pytest.raises(UserError, match="worker 0: the file is not on this node"):
-        run(small_config(data__dataset="only_here:build", ray__max_failures=0))
+        run(small_config(data__dataset="only_here:build", ray__max_failures=3))
+    assert (in_folder / "attempts").read_text() == "tried\n"
 
 
 @pytest.mark.slow
