@@ -12,7 +12,6 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import StorageError, UserError
-from hrm_lm.filesystem import one_line
 
 
 class Trainer(TorchTrainer):
@@ -36,16 +35,22 @@ class FailurePolicy(DefaultFailurePolicy):
         decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
             self.attempt += 1
-            limit = self.failure_config.max_failures
-            allowed = "any number" if limit < 0 else limit
-            what = "; ".join(f"worker {rank}: {_line(error)}" for rank, error in sorted(failures.items())[:2])
+            ranks: dict[str, list[str]] = {}  # by reason
+            for rank, error in sorted(failures.items()):
+                ranks.setdefault(_line(error), []).append(str(rank))
+            what = "; ".join(f"worker {', '.join(some)}: {reason}" for reason, some in ranks.items())
             say(
                 f"{what or _line(training_failed_error)}\n"
                 f"attempt {self.attempt} starts the workers from the last checkpoint "
-                f"({self._worker_group_failures} failures of workers, ray.max_failures allows {allowed})"
+                f"(failures of workers so far: {self._worker_group_failures}, ray.max_failures: {self.failure_config.max_failures})"
             )
         return decision
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)[:200]}"
+    for wrapped in (
+        "controller_failure",
+        "health_check_failure",
+    ):  # the reason comes after all that Ray knows of a worker
+        error = getattr(error, wrapped, error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
