@@ -302,7 +302,8 @@ class RayConfig(Section):
     """Folder or URI that run folders are created in. When it is left out, it is `runs/`, and `~/hrm_lm_runs` of the
     cluster in a submitted job."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How many failures of workers a run recovers from. With -1 it recovers from any number."""
+    """How many failures of workers a run recovers from. With -1 it recovers from any number. An error that the user must
+    mend ends the run at once."""
     wait_for_nodes: bool = False
     """Whether a run waits when its workers do not fit the cluster. Otherwise such a run is refused, unless the cluster
     is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""

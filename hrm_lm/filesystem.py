@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.fs
 
-from hrm_lm.errors import UserError
+from hrm_lm.errors import StorageError, UserError
 
 
 def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -17,7 +17,9 @@ def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     try:
         fs, path = pyarrow.fs.FileSystem.from_uri(location)
-    except (pyarrow.ArrowException, OSError) as error:
+    except OSError as error:  # a bucket's region is asked for over the network
+        raise storage_error(without_secrets(location), error) from None
+    except pyarrow.ArrowException as error:
         raise UserError(f"{without_secrets(location)}: {one_line(error)}") from None
     return fs, path.rstrip("/")
 
@@ -50,6 +52,12 @@ def reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else one_line(error)
 
 
+def storage_error(what: str, error: OSError) -> UserError:
+    """`what` and the reason. A StorageError, unless another try is in vain: the file is missing or not allowed."""
+    permanent = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+    return (UserError if permanent else StorageError)(f"{what}: {reason(error)}")
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
@@ -72,5 +80,5 @@ def local_copy(location: str, fs: pyarrow.fs.FileSystem | None = None) -> Iterat
             here = pyarrow.fs.LocalFileSystem()
             pyarrow.fs.copy_files(location, folder, source_filesystem=fs, destination_filesystem=here)
         except OSError as error:
-            raise UserError(f"{shown(fs, location)}: cannot be read: {reason(error)}") from None
+            raise storage_error(f"{shown(fs, location)}: cannot be read", error) from None
         yield Path(folder)

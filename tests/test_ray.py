@@ -53,6 +53,9 @@ def test_two_workers_train_as_one(cluster, in_folder):
 
 def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(cluster, in_folder):
     options = {"train__val_every": 3, "train__steps": 6, "ray__run_name": "s", "model__architecture": "prefix_lm"}
+    left_over = in_folder / "runs/s/checkpoint_00000006/model/shard-00003-model-00001-of-00001.safetensors"
+    left_over.parent.mkdir(parents=True)  # of four workers that were killed in mid-upload
+    left_over.write_bytes(b"half a part")
     sharded = run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
     alone = train_locally(small_config(**options), in_folder / "alone")
     assert sharded["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
@@ -196,18 +199,20 @@ def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):
     assert result["status"] == "diverged" and "train.grad_clip" in result["error"]
 
 
-def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such(cluster, in_folder, monkeypatch):
+def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such_at_once(cluster, in_folder, monkeypatch):
     (in_folder / "only_here.py").write_text(
         "import os\nfrom pathlib import Path\nfrom hrm_lm.data.synthetic import build_synthetic_dataset\n"
         "from hrm_lm.errors import UserError\n"
         "def build(config, seed):\n"
         "    if 'RayTrainWorker' in Path('/proc/self/cmdline').read_text():\n"
+        "        print('tried', file=open('attempts', 'a'))\n"
         "        raise UserError('the file is not on this node')\n"
         "    return build_synthetic_dataset(config, seed)\n"
     )
     monkeypatch.syspath_prepend(in_folder)
     with pytest.raises(UserError, match="worker 0: the file is not on this node"):
-        run(small_config(data__dataset="only_here:build", ray__max_failures=0))
+        run(small_config(data__dataset="only_here:build", ray__max_failures=3))
+    assert (in_folder / "attempts").read_text() == "tried\n"
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""All that this project uses of Ray without Ray's promise to keep it. Look here first when Ray is updated."""
+"""All that this project uses of Ray without Ray's promise to keep it, but for `failures`, which cannot do without
+importing Ray. Look at both first when Ray is updated.
+"""
 
 import logging
 from contextlib import suppress

@@ -106,11 +106,11 @@ def _change(old: Any, new: Any) -> str:
 def fit(config: Config, folder: RunFolder, scaling: "ScalingConfig") -> dict[str, Any]:
     """Runs the trainer and sums the run up; a failure is a status of its own."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
 
+    from hrm_lm.cluster.failures import Trainer
     from hrm_lm.cluster.worker import train_loop_per_worker
 
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
         train_loop_config={
             "config": config.to_dict(),

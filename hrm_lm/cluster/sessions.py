@@ -90,10 +90,17 @@ class RayTrainSession:
         return Path(tempfile.mkdtemp(prefix="checkpoint_", dir=self._scratch))
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        name = f"checkpoint_{metrics['step']:08d}"
+        if self.rank == 0:
+            # A kill in mid-upload leaves files there, and other workers name their files otherwise. No worker uploads
+            # before all have called `ray.train.report`, which agrees on the name.
+            storage = ray.train.get_context().get_storage()
+            path = storage.build_checkpoint_path_from_name(name)
+            storage.storage_filesystem.delete_dir_contents(path, missing_dir_ok=True)
         ray.train.report(
             {"val_loss": NO_VAL_LOSS} | metrics,
             checkpoint=ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
-            checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
         self.copy_events()

@@ -11,6 +11,7 @@ from hrm_lm.data.splits import Splits
 from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import storage_error
 
 
 class Record(NamedTuple):
@@ -65,7 +66,7 @@ def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Recor
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise storage_error(f"{path}: cannot be read", error) from None
     if not records:
         raise UserError(f"{path}: has no records")
     return records

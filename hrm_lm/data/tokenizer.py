@@ -6,7 +6,6 @@ compares two tokenizers by how they read text.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import pyarrow.fs
 
 from hrm_lm.config import ModelConfig
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_text, resolve, without_secrets
+from hrm_lm.filesystem import read_text, resolve, storage_error, without_secrets
 
 BYTES, CHARACTERS = "bytes", "characters"
 """Names of tokenizers that need no file. CHARACTERS is made of a corpus: the characters that occur in it."""
@@ -185,10 +184,9 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
             names = {}
         return hugging_face_tokenizer(fields, names, special_ids)
     except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
+        raise type(error)(f"{flag}: {error}") from None
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-        raise UserError(f"{flag}: {shown} cannot be read: {reason}") from None
+        raise storage_error(f"{flag}: {shown} cannot be read", error) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{flag}: {shown} is not a usable tokenizer: {error}") from None
 

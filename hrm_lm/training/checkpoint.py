@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from hrm_lm.config import Config, flatten, parse_config
 from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import one_line, read_text, reason, shown
+from hrm_lm.filesystem import one_line, read_text, shown, storage_error
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 
@@ -126,7 +126,7 @@ def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, f
         except FileNotFoundError:
             raise UserError(f"{name}: not a whole checkpoint: {file} is missing") from None
         except OSError as error:
-            raise UserError(f"{name}/{file}: cannot be read: {reason(error)}") from None
+            raise storage_error(f"{name}/{file}: cannot be read", error) from None
 
     try:
         fields = json.loads(text("trainer_state.json"))
@@ -310,7 +310,7 @@ def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], 
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise UserError(f"{shown(fs, file.path)}: torn or foreign: {error}") from None
         except OSError as error:
-            raise UserError(f"{shown(fs, file.path)}: cannot be read: {reason(error)}") from None
+            raise storage_error(f"{shown(fs, file.path)}: cannot be read", error) from None
     for tensor, size in sizes.items():
         if size != math.prod(ends[tensor]):
             raise UserError(f"{name}: not whole: a part of {tensor} is missing")

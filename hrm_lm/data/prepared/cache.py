@@ -9,6 +9,7 @@ import pyarrow.fs
 
 from hrm_lm.data.prepared.format import META
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import storage_error
 
 
 def cache_folder() -> Path:
@@ -35,7 +36,7 @@ def fetch(fs: pyarrow.fs.FileSystem, source: str, target: Path, size: int, sha25
                     digest.update(block)
                     file.write(block)
         except OSError as error:
-            raise UserError(f"{source}: cannot be fetched to {target.parent}: {' '.join(str(error).split())}") from None
+            raise storage_error(f"{source}: cannot be fetched to {target.parent}", error) from None
         if digest.hexdigest() != sha256:
             partial.unlink()
             raise UserError(

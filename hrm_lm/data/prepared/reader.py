@@ -21,7 +21,7 @@ from hrm_lm.data.prepared.format import FORMAT_VERSION, META, TOKENIZER
 from hrm_lm.data.splits import Limits, Prompt, Split, Splits, too_long
 from hrm_lm.data.tokenizer import tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_bytes, resolve, without_secrets
+from hrm_lm.filesystem import read_bytes, resolve, storage_error, without_secrets
 
 
 class PreparedSplit(FlatSplit):
@@ -90,7 +90,7 @@ def load_prepared(location: str) -> Splits:
                 raise UserError(f"{shown}/{name}: {there}, {META} says {size} bytes: torn or changed; prepare it again")
         text = read_bytes(fs, f"{path}/{TOKENIZER}")
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {' '.join(str(error).split())}") from None
+        raise storage_error(f"{shown}: cannot be read", error) from None
     if hashlib.sha256(text).hexdigest() != meta["files"][TOKENIZER][1]:
         raise UserError(f"{shown}/{TOKENIZER}: is not the one that {META} was written with; prepare it again")
     try:

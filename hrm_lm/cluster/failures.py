@@ -1,0 +1,56 @@
+"""What happens when workers fail: a UserError ends the run, anything else starts the workers again and is told.
+
+Ray Train has no public place for either. Left alone, it starts the workers again after any error, and says nothing of it
+at the log level that this project gives it.
+"""
+
+from typing import Any
+
+from ray.train import Result, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+from hrm_lm.cluster.start import say
+from hrm_lm.errors import StorageError, UserError
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer with this module's failure policy."""
+
+    def _initialize_and_run_controller(self, **options: Any) -> Result:
+        options["failure_policy"] = FailurePolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**options)
+
+
+class FailurePolicy(DefaultFailurePolicy):
+    """Lives in Ray Train's controller, whose standard error Ray hands to the driver."""
+
+    attempt = 1
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        failures = getattr(training_failed_error, "worker_failures", {})  # by rank
+        # The other workers' errors, if there are any, follow from the UserError: their collectives are cut off.
+        if any(isinstance(e, UserError) and not isinstance(e, StorageError) for e in failures.values()):
+            return FailureDecision.RAISE
+        decision = super().make_decision(training_failed_error)
+        if decision == FailureDecision.RETRY:
+            self.attempt += 1
+            ranks: dict[str, list[str]] = {}  # by reason
+            for rank, error in sorted(failures.items()):
+                ranks.setdefault(_line(error), []).append(str(rank))
+            what = "; ".join(f"worker {', '.join(some)}: {reason}" for reason, some in ranks.items())
+            say(
+                f"{what or _line(training_failed_error)}\n"
+                f"attempt {self.attempt} starts the workers from the last checkpoint "
+                f"(failures of workers so far: {self._worker_group_failures}, ray.max_failures: {self.failure_config.max_failures})"
+            )
+        return decision
+
+
+def _line(error: Exception) -> str:
+    for wrapped in (
+        "controller_failure",
+        "health_check_failure",
+    ):  # the reason comes after all that Ray knows of a worker
+        error = getattr(error, wrapped, error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,41 @@
+"""What a run does when workers fail; without Ray's processes."""
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import FailureConfig, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+from hrm_lm.cluster.failures import FailurePolicy
+from hrm_lm.errors import StorageError, UserError
+from hrm_lm.filesystem import storage_error
+
+MISSING, CUT_OFF = UserError("train.jsonl: no such file"), RuntimeError("Connection closed by peer")
+DEAD = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: and much more", ActorDiedError())
+
+
+@pytest.mark.parametrize("failures", [{0: MISSING}, {0: CUT_OFF, 1: MISSING}])
+def test_what_a_user_must_mend_is_not_tried_again(failures, capsys):
+    policy = FailurePolicy(FailureConfig(max_failures=-1))
+    assert policy.make_decision(WorkerGroupError("", failures)) == FailureDecision.RAISE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "failure, reason",
+    [(DEAD, "The actor died"), (CUT_OFF, "closed by peer"), (StorageError("s3://b: cannot be read"), "s3://b: cannot")],
+)
+def test_what_may_heal_is_tried_again_and_each_attempt_is_told(failure, reason, capsys):
+    policy, error = FailurePolicy(FailureConfig(max_failures=2)), WorkerGroupError("", {3: failure, 5: failure})
+    for attempt in (2, 3):
+        assert policy.make_decision(error) == FailureDecision.RETRY
+        told = capsys.readouterr().err
+        assert told.startswith("worker 3, 5: ") and reason in told and told.count("\n") == 2
+        assert f"attempt {attempt} starts" in told and f"so far: {attempt - 1}, ray.max_failures: 2" in told
+    assert policy.make_decision(error) == FailureDecision.RAISE
+    assert capsys.readouterr().err == ""
+
+
+def test_storage_that_is_away_may_heal_and_a_missing_file_does_not():
+    assert type(storage_error("x: cannot be read", OSError("AWS Error NETWORK_CONNECTION"))) is StorageError
+    assert type(storage_error("x: cannot be read", FileNotFoundError(2, ""))) is UserError
