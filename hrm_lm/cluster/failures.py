@@ -51,6 +51,6 @@ def _line(error: Exception) -> str:
     for wrapped in (
         "controller_failure",
         "health_check_failure",
-    ):  # the reason comes after all that Ray knows of a worker
+    ):  # whose texts begin with all that Ray knows of a worker
         error = getattr(error, wrapped, error)
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
