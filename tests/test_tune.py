@@ -77,6 +77,7 @@ def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
             "tune.num_smaples: no such field; did you mean num_samples?",
         ),
         ({"optim.lr": {"choice": [1]}}, {"scheduler": "magic"}, "tune.scheduler"),
+        ({"optim.lr": {"choice": [1]}}, {"grace_steps": 21}, "tune.grace_steps (21) is more than train.steps (20)"),
         ({"model.hrm.h_cycles": {"choice": [1]}}, {"scheduler": "pbt"}, "scheduler pbt perturbs"),
         ({"ray.num_workers": {"choice": [1]}}, {}, "the ray section is the same for all trials"),
     ],
@@ -252,9 +253,34 @@ def test_a_metric_that_no_trial_reports_is_refused(in_folder):
         search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, metric="val_score", mode="max")
 
 
-def test_what_a_trial_needs_beyond_the_cluster_is_refused(cluster, in_folder):
+def test_what_a_trial_needs_beyond_the_cluster_is_refused_and_leaves_no_sweep_behind(cluster, in_folder):
     with pytest.raises(UserError, match="a trial needs 1 worker.* of {'CPU': 3}; the cluster has 2 CPUs"):
         search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, cpus_per_worker=3)
+    assert not (in_folder / "runs").exists()
+
+
+def test_a_sweep_without_optuna_is_refused_and_leaves_no_sweep_behind(cluster, in_folder, monkeypatch):
+    monkeypatch.setattr("ray.tune.search.optuna.optuna_search.ot", None)
+    with pytest.raises(UserError, match="optuna is not installed"):
+        search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, search="optuna")
+    assert not (in_folder / "runs").exists()
+
+
+def test_a_sweep_killed_before_its_first_trial_starts_anew_when_resumed(cluster, in_folder, monkeypatch, capsys):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    space = {"optim.lr": {"choice": [1e-3]}}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hrm_lm.tuning.sweep.build_tuner", killed)
+        search(in_folder, space, num_samples=1)
+    (trial,) = search(in_folder, space, num_samples=1, resume=True)
+    assert trial.status == "finished" and "before its first trial" in capsys.readouterr().err
+
+    (in_folder / "runs/s/trials/tuner.pkl").unlink()
+    with pytest.raises(UserError, match="sweep 's' cannot be resumed: .*tuner.pkl is gone") as error:
+        search(in_folder, space, num_samples=1, resume=True)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_point_overrides_the_base():

@@ -129,6 +129,8 @@ class Sweep:
                 f"{self.path}: train.val_every ({val_every}) must be between 0 and train.steps ({steps}) "
                 f"for scheduler {tune.scheduler}: it judges trials by their validations"
             )
+        if tune.scheduler == "asha" and self.grace_steps > steps:
+            raise UserError(f"{self.path}: tune.grace_steps ({self.grace_steps}) is more than train.steps ({steps})")
         if tune.scheduler == "pbt" and not set(PERTURBED) & set(self.space):
             raise UserError(f"{self.path}: scheduler pbt perturbs {', '.join(PERTURBED)}; none is in search_space")
         if tune.search == "optuna" and any(kind == "grid" for kind, _ in self.space.values()):
