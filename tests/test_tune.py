@@ -50,6 +50,12 @@ def test_the_shipped_sweep_is_valid():
     assert sweep.tune.num_samples >= 12 and sweep.tune.scheduler == "asha"
 
 
+@pytest.mark.parametrize("gpus, workers", [(0.25, 1), (0, 2), (1, 2), (2, 2), (None, 2)])
+def test_workers_with_gpus_of_their_own_and_lone_workers_with_a_share_are_taken(tmp_path, gpus, workers):
+    file = sweep_file(tmp_path, {"optim.lr": {"choice": [1]}}, gpus_per_worker=gpus, workers_per_trial=workers)
+    assert Sweep(file).tune.gpus_per_worker == gpus
+
+
 def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
     (tmp_path / "base.yaml").write_text("train: {steps: 50, val_every: 10}\n")
     sweep = Sweep(sweep_file(tmp_path, {"optim.lr": {"choice": ["1e-3"]}}, base="base.yaml"))
@@ -78,6 +84,12 @@ def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
         ),
         ({"optim.lr": {"choice": [1]}}, {"scheduler": "magic"}, "tune.scheduler"),
         ({"optim.lr": {"choice": [1]}}, {"grace_steps": 21}, "tune.grace_steps (21) is more than train.steps (20)"),
+        (
+            {"optim.lr": {"choice": [1]}},
+            {"gpus_per_worker": 0.5, "workers_per_trial": 2},
+            "tune.gpus_per_worker (0.5) must be a whole number, or below 1 with tune.workers_per_trial 1 (got 2)",
+        ),
+        ({"optim.lr": {"choice": [1]}}, {"gpus_per_worker": 1.5}, "tune.gpus_per_worker (1.5) must be a whole number"),
         ({"model.hrm.h_cycles": {"choice": [1]}}, {"scheduler": "pbt"}, "scheduler pbt perturbs"),
         ({"ray.num_workers": {"choice": [1]}}, {}, "the ray section is the same for all trials"),
     ],

@@ -64,8 +64,8 @@ class TuneSection(Section):
     cpus_per_worker: Positive = 1
     """CPUs that each worker of a trial reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that each worker of a trial reserves. A fraction lets trials share a GPU. When it is left out, it is 1 where
-    the cluster has GPUs, and 0 otherwise."""
+    """GPUs that each worker of a trial reserves. A fraction below 1 lets trials of a single worker share a GPU. When it
+    is left out, it is 1 where the cluster has GPUs, and 0 otherwise."""
     max_failures: Count = 1
     """How often a trial that crashed is restarted from its last checkpoint."""
     time_budget_s: Annotated[float, Field(gt=0)] | None = None
@@ -131,6 +131,12 @@ class Sweep:
             )
         if tune.scheduler == "asha" and self.grace_steps > steps:
             raise UserError(f"{self.path}: tune.grace_steps ({self.grace_steps}) is more than train.steps ({steps})")
+        gpus = tune.gpus_per_worker or 0
+        if gpus % 1 and (tune.workers_per_trial > 1 or gpus > 1):  # NCCL wants a GPU for each rank, Ray a whole number
+            raise UserError(
+                f"{self.path}: tune.gpus_per_worker ({gpus}) must be a whole number, or below 1 with "
+                f"tune.workers_per_trial 1 (got {tune.workers_per_trial}): workers of a trial cannot share a GPU"
+            )
         if tune.scheduler == "pbt" and not set(PERTURBED) & set(self.space):
             raise UserError(f"{self.path}: scheduler pbt perturbs {', '.join(PERTURBED)}; none is in search_space")
         if tune.search == "optuna" and any(kind == "grid" for kind, _ in self.space.values()):
