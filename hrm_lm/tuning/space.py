@@ -42,7 +42,7 @@ class TuneSection(Section):
     num_samples: Positive = 16
     """How many points are drawn from the space. Each of them is repeated for every point of the grids."""
     max_concurrent_trials: Count = 0
-    """How many trials run at a time. With 0 it is as many as the cluster has room for."""
+    """How many trials run at a time. With 0 it is as many as the cluster, once grown, has room for."""
     metric: str = "val_loss"
     """The validation score that trials are compared by."""
     mode: Literal["min", "max"] = "min"
@@ -65,7 +65,7 @@ class TuneSection(Section):
     """CPUs that each worker of a trial reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each worker of a trial reserves. A fraction below 1 lets trials of a single worker share a GPU. When it
-    is left out, it is 1 where the cluster has GPUs, and 0 otherwise."""
+    is left out, it is 1 where the cluster has GPUs or may grow to some, and 0 otherwise."""
     max_failures: Count = 1
     """How often a trial that crashed is restarted from its last checkpoint."""
     time_budget_s: Annotated[float, Field(gt=0)] | None = None

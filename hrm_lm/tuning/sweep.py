@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hrm_lm.cluster.capacity import UNKNOWN_GROWTH, cluster_nodes, wants_gpus, workers_that_fit
 from hrm_lm.cluster.ray_private import has_trials
 from hrm_lm.cluster.run import checked_dataset
 from hrm_lm.cluster.run_folder import RunFolder
@@ -53,7 +54,8 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     with started_ray():
         resources = trial_resources(sweep)
-        at_once = trials_at_once(sweep, resources)
+        # A sweep that resumes had room when it started: it waits until the room is there again.
+        at_once = trials_at_once(sweep, resources, wait=resume or sweep.config.ray.wait_for_nodes)
         search = search_algorithm(sweep, at_once)
         with folder.lock():  # the last check: from here on files are written
             folder.write("sweep.yaml", written)
@@ -156,31 +158,31 @@ def build_tuner(
 
 def trial_resources(sweep: Sweep) -> dict[str, float]:
     """What each worker of a trial takes."""
-    import ray
-
     gpus = sweep.tune.gpus_per_worker
     if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) and sweep.config.ray.use_gpu else 0
+        nodes, grown = cluster_nodes()
+        gpus = 1 if wants_gpus(sweep.config, nodes + grown) else 0
     return {"CPU": sweep.tune.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
-def trials_at_once(sweep: Sweep, resources: dict[str, float]) -> int:
-    """How many trials run at a time. Raises UserError where the cluster has no room for a single trial."""
-    import ray
+def trials_at_once(sweep: Sweep, resources: dict[str, float], wait: bool) -> int:
+    """How many trials run at a time on the cluster at its largest.
 
-    cluster, workers = ray.cluster_resources(), sweep.tune.workers_per_trial
-    room = workers_that_fit(cluster, resources) // workers
+    resources: of each worker. Raises UserError where there is no room for a single trial, unless the sweep is to wait.
+    """
+    nodes, grown = cluster_nodes()
+    workers, limit = sweep.tune.workers_per_trial, sweep.tune.max_concurrent_trials
+    fit = workers_that_fit(resources, nodes, grown)
+    room = fit // workers
+    if wait:
+        return limit or max(room, 1)
     if room < 1:
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UserError(
-            f"a trial needs {workers} worker(s) of {resources}; the cluster has "
-            f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+            f"a trial needs {workers} worker(s) of {resources}; the cluster has {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"room for {fit} such workers with all it can grow to {UNKNOWN_GROWTH}"
         )
-    return min(sweep.tune.max_concurrent_trials or room, room)
-
-
-def workers_that_fit(cluster: dict[str, float], resources: dict[str, float]) -> int:
-    """cluster: all that there is. resources: of each worker. Ten tenths of a GPU are a GPU, rounding aside."""
-    return min(int(cluster.get(kind, 0) / amount + 1e-6) for kind, amount in resources.items())
+    return min(limit or room, room)
 
 
 def trains_in_process(sweep: Sweep) -> bool:
