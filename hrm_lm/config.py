@@ -305,8 +305,8 @@ class RayConfig(Section):
     """How many failures of workers a run recovers from. With -1 it recovers from any number. An error that the user must
     mend ends the run at once."""
     wait_for_nodes: bool = False
-    """Whether a run waits when its workers do not fit the cluster. Otherwise such a run is refused, unless the cluster
-    is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
+    """Whether a run or a sweep waits when its workers do not fit the cluster. Otherwise it is refused, unless the
+    cluster is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
     num_to_keep: Positive = 1
     """How many checkpoints of the lowest `val_loss` are kept. The last checkpoint is kept besides."""
 

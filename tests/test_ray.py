@@ -168,6 +168,15 @@ def test_what_ray_up_may_add_counts_as_room(cluster, in_folder, monkeypatch):
         plan_workers(small_config(ray__use_gpu=True, ray__num_workers=9, train__batch_size=9))
 
 
+def test_nodes_that_ray_up_has_added_are_counted_once(in_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_folder))
+    (in_folder / "ray_bootstrap_config.yaml").write_text((ROOT / "cluster.yaml").read_text())
+    nodes = [{"CPU": 4, "node:__internal_head__": 1}, *[{"CPU": 16, "GPU": 1}] * 8]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    with pytest.raises(UserError, match="room for 8 such workers with all it can grow to"):
+        plan_workers(small_config(ray__num_workers=9, train__batch_size=9))
+
+
 def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(overfitted, in_folder, capsys):
     storage, first = overfitted
     shutil.copytree(storage, in_folder / "runs")

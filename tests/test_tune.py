@@ -9,13 +9,14 @@ import pytest
 import yaml
 from conftest import ROOT, held_by_ray, processes_with, small_config, wait_until
 
+from hrm_lm.cluster.capacity import workers_that_fit
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.tune import main as tune_main
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.tuning.space import Sweep, point
-from hrm_lm.tuning.sweep import run_sweep, workers_that_fit
+from hrm_lm.tuning.sweep import run_sweep, trial_resources, trials_at_once
 
 # Trials also save checkpoints between validations, which none of this may take for results.
 BASE = small_config(train__steps=20, train__val_every=5, train__checkpoint_every=3, train__log_every=5).to_dict()
@@ -37,8 +38,51 @@ def rows(folder: Path, name="s") -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("trials", range(1, 65))
 def test_as_many_trials_fit_a_gpu_as_their_share_of_it_says(trials):
-    assert workers_that_fit({"CPU": 64, "GPU": 1}, {"CPU": 1, "GPU": 1 / trials}) == trials
-    assert workers_that_fit({"CPU": 64, "GPU": 1}, {"CPU": 1, "GPU": 1.01 / trials}) == trials - 1
+    nodes = [{"CPU": 64, "GPU": 1}]
+    assert workers_that_fit({"CPU": 1, "GPU": 1 / trials}, nodes) == trials
+    assert workers_that_fit({"CPU": 1, "GPU": 1.01 / trials}, nodes) == trials - 1
+
+
+HEAD, GPU_NODE = {"CPU": 4, "node:__internal_head__": 1}, {"CPU": 16, "GPU": 1}
+
+
+@pytest.fixture
+def nodes_of_ray(in_folder, monkeypatch):
+    """The nodes that Ray reports, as a list for the test to fill; without a `cluster.yaml` of `ray up`."""
+    nodes: list[dict] = []
+    monkeypatch.setenv("HOME", str(in_folder))
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    return nodes
+
+
+@pytest.mark.parametrize("gpu_nodes", [0, 3, 8])
+def test_a_sweep_counts_the_gpu_nodes_that_ray_up_may_add(nodes_of_ray, in_folder, gpu_nodes):
+    nodes_of_ray += [HEAD, *[GPU_NODE] * gpu_nodes]
+    (in_folder / "ray_bootstrap_config.yaml").write_text((ROOT / "cluster.yaml").read_text())
+    space = {"optim.lr": {"choice": [1]}}
+    sweep = Sweep(sweep_file(in_folder, space))
+    assert trial_resources(sweep) == {"CPU": 1, "GPU": 1}
+    assert trials_at_once(sweep, trial_resources(sweep), wait=False) == 8
+    pairs = Sweep(sweep_file(in_folder, space, workers_per_trial=2, gpus_per_worker=1, max_concurrent_trials=3))
+    assert trials_at_once(pairs, trial_resources(pairs), wait=False) == 3
+    many = Sweep(sweep_file(in_folder, space, workers_per_trial=9), {"train.batch_size": 9})
+    with pytest.raises(UserError, match="needs 9 worker.* room for 8 such workers with all it can grow to"):
+        trials_at_once(many, trial_resources(many), wait=False)
+
+
+def test_where_growth_is_unknown_a_sweep_is_refused_or_waits(nodes_of_ray, in_folder):
+    nodes_of_ray.append(HEAD)
+    space = {"optim.lr": {"choice": [1]}}
+    sweep = Sweep(sweep_file(in_folder, space, max_concurrent_trials=4), {"ray.use_gpu": True})
+    with pytest.raises(UserError, match="has 4 CPUs and 0 GPUs, room for 0 .*--set ray.wait_for_nodes=true"):
+        trials_at_once(sweep, trial_resources(sweep), wait=False)
+    assert trials_at_once(sweep, trial_resources(sweep), wait=True) == 4
+
+
+def test_a_worker_of_a_trial_does_not_span_nodes(nodes_of_ray, in_folder):
+    nodes_of_ray += [{"CPU": 3}, {"CPU": 3}]
+    sweep = Sweep(sweep_file(in_folder, {"optim.lr": {"choice": [1]}}, cpus_per_worker=2))
+    assert trials_at_once(sweep, trial_resources(sweep), wait=False) == 2
 
 
 # --- the file ----------------------------------------------------------------------------------------------------
@@ -48,6 +92,12 @@ def test_the_shipped_sweep_is_valid():
     sweep = Sweep(ROOT / "configs" / "sweep.yaml")
     assert list(sweep.space) == ["optim.lr", "train.grad_clip", "model.hrm.h_cycles", "model.hrm.l_cycles"]
     assert sweep.tune.num_samples >= 12 and sweep.tune.scheduler == "asha"
+
+
+@pytest.mark.parametrize("gpus, workers", [(0.25, 1), (0, 2), (1, 2), (2, 2), (None, 2)])
+def test_workers_with_gpus_of_their_own_and_lone_workers_with_a_share_are_taken(tmp_path, gpus, workers):
+    file = sweep_file(tmp_path, {"optim.lr": {"choice": [1]}}, gpus_per_worker=gpus, workers_per_trial=workers)
+    assert Sweep(file).tune.gpus_per_worker == gpus
 
 
 def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
@@ -77,6 +127,13 @@ def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
             "tune.num_smaples: no such field; did you mean num_samples?",
         ),
         ({"optim.lr": {"choice": [1]}}, {"scheduler": "magic"}, "tune.scheduler"),
+        ({"optim.lr": {"choice": [1]}}, {"grace_steps": 21}, "tune.grace_steps (21) is more than train.steps (20)"),
+        (
+            {"optim.lr": {"choice": [1]}},
+            {"gpus_per_worker": 0.5, "workers_per_trial": 2},
+            "tune.gpus_per_worker (0.5) must be a whole number, or below 1 with tune.workers_per_trial 1 (got 2)",
+        ),
+        ({"optim.lr": {"choice": [1]}}, {"gpus_per_worker": 1.5}, "tune.gpus_per_worker (1.5) must be a whole number"),
         ({"model.hrm.h_cycles": {"choice": [1]}}, {"scheduler": "pbt"}, "scheduler pbt perturbs"),
         ({"ray.num_workers": {"choice": [1]}}, {}, "the ray section is the same for all trials"),
     ],
@@ -252,9 +309,34 @@ def test_a_metric_that_no_trial_reports_is_refused(in_folder):
         search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, metric="val_score", mode="max")
 
 
-def test_what_a_trial_needs_beyond_the_cluster_is_refused(cluster, in_folder):
+def test_what_a_trial_needs_beyond_the_cluster_is_refused_and_leaves_no_sweep_behind(cluster, in_folder):
     with pytest.raises(UserError, match="a trial needs 1 worker.* of {'CPU': 3}; the cluster has 2 CPUs"):
         search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, cpus_per_worker=3)
+    assert not (in_folder / "runs").exists()
+
+
+def test_a_sweep_without_optuna_is_refused_and_leaves_no_sweep_behind(cluster, in_folder, monkeypatch):
+    monkeypatch.setattr("ray.tune.search.optuna.optuna_search.ot", None)
+    with pytest.raises(UserError, match="optuna is not installed"):
+        search(in_folder, {"optim.lr": {"choice": [1e-3]}}, num_samples=1, search="optuna")
+    assert not (in_folder / "runs").exists()
+
+
+def test_a_sweep_killed_before_its_first_trial_starts_anew_when_resumed(cluster, in_folder, monkeypatch, capsys):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    space = {"optim.lr": {"choice": [1e-3]}}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hrm_lm.tuning.sweep.build_tuner", killed)
+        search(in_folder, space, num_samples=1)
+    (trial,) = search(in_folder, space, num_samples=1, resume=True)
+    assert trial.status == "finished" and "before its first trial" in capsys.readouterr().err
+
+    (in_folder / "runs/s/trials/tuner.pkl").unlink()
+    with pytest.raises(UserError, match="sweep 's' cannot be resumed: .*tuner.pkl is gone") as error:
+        search(in_folder, space, num_samples=1, resume=True)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_point_overrides_the_base():

@@ -41,6 +41,15 @@ def trial_folder() -> tuple[pyarrow.fs.FileSystem, str]:
     return storage.storage_filesystem, storage.trial_fs_path
 
 
+def has_trials(fs: pyarrow.fs.FileSystem, path: str) -> bool:
+    """Whether Tune has noted trials in its folder.
+
+    `Tuner.can_restore` already says yes to a Tuner that has no trials yet. Resuming that logs a traceback.
+    """
+    files = fs.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    return any(file.base_name.startswith("experiment_state-") for file in files)
+
+
 class OutdatedRestore:
     """Lets a trial start whose checkpoint is gone.
 

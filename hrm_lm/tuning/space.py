@@ -42,7 +42,7 @@ class TuneSection(Section):
     num_samples: Positive = 16
     """How many points are drawn from the space. Each of them is repeated for every point of the grids."""
     max_concurrent_trials: Count = 0
-    """How many trials run at a time. With 0 it is as many as the cluster has room for."""
+    """How many trials run at a time. With 0 it is as many as the cluster, once grown, has room for."""
     metric: str = "val_loss"
     """The validation score that trials are compared by."""
     mode: Literal["min", "max"] = "min"
@@ -64,8 +64,8 @@ class TuneSection(Section):
     cpus_per_worker: Positive = 1
     """CPUs that each worker of a trial reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that each worker of a trial reserves. A fraction lets trials share a GPU. When it is left out, it is 1 where
-    the cluster has GPUs, and 0 otherwise."""
+    """GPUs that each worker of a trial reserves. A fraction below 1 lets trials of a single worker share a GPU. When it
+    is left out, it is 1 where the cluster has GPUs or may grow to some, and 0 otherwise."""
     max_failures: Count = 1
     """How often a trial that crashed is restarted from its last checkpoint."""
     time_budget_s: Annotated[float, Field(gt=0)] | None = None
@@ -128,6 +128,14 @@ class Sweep:
             raise UserError(
                 f"{self.path}: train.val_every ({val_every}) must be between 0 and train.steps ({steps}) "
                 f"for scheduler {tune.scheduler}: it judges trials by their validations"
+            )
+        if tune.scheduler == "asha" and self.grace_steps > steps:
+            raise UserError(f"{self.path}: tune.grace_steps ({self.grace_steps}) is more than train.steps ({steps})")
+        gpus = tune.gpus_per_worker or 0
+        if gpus % 1 and (tune.workers_per_trial > 1 or gpus > 1):  # NCCL wants a GPU for each rank, Ray a whole number
+            raise UserError(
+                f"{self.path}: tune.gpus_per_worker ({gpus}) must be a whole number, or below 1 with "
+                f"tune.workers_per_trial 1 (got {tune.workers_per_trial}): workers of a trial cannot share a GPU"
             )
         if tune.scheduler == "pbt" and not set(PERTURBED) & set(self.space):
             raise UserError(f"{self.path}: scheduler pbt perturbs {', '.join(PERTURBED)}; none is in search_space")

@@ -5,10 +5,12 @@
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hrm_lm.cluster.capacity import UNKNOWN_GROWTH, cluster_nodes, wants_gpus, workers_that_fit
+from hrm_lm.cluster.ray_private import has_trials
 from hrm_lm.cluster.run import checked_dataset
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
@@ -16,6 +18,10 @@ from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.validation import metric_names
 from hrm_lm.tuning.results import Trial, best_trial, read_trials, write_results
 from hrm_lm.tuning.space import Sweep
+
+if TYPE_CHECKING:
+    from ray.tune import Tuner
+    from ray.tune.search import SearchAlgorithm, Searcher
 
 EXPERIMENT = "trials"
 """Tune's folder within the sweep's."""
@@ -46,13 +52,21 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a killed sweep can forget
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    with started_ray(), folder.lock():
-        folder.write("sweep.yaml", written)
-        results = build_tuner(sweep, folder, resume).fit()
-        trials = read_trials(results, sweep)
-        best = best_trial(trials, sweep)
-        folder.write("report.html", render(trials, best, sweep, folder.name))
-        write_results(trials, best, sweep, folder)
+    with started_ray():
+        resources = trial_resources(sweep)
+        # A sweep that resumes had room when it started: it waits until the room is there again.
+        at_once = trials_at_once(sweep, resources, wait=resume or sweep.config.ray.wait_for_nodes)
+        search = search_algorithm(sweep, at_once)
+        with folder.lock():  # the last check: from here on files are written
+            folder.write("sweep.yaml", written)
+            goes_on = resume and has_trials(folder.fs, f"{folder.path}/{EXPERIMENT}")
+            if resume and not goes_on:
+                say("the sweep was interrupted before its first trial: starting anew")
+            results = build_tuner(sweep, folder, resources, at_once, search, goes_on).fit()
+            trials = read_trials(results, sweep)
+            best = best_trial(trials, sweep)
+            folder.write("report.html", render(trials, best, sweep, folder.name))
+            write_results(trials, best, sweep, folder)
     unfinished = [trial for trial in trials if trial.status == "unfinished"]
     if unfinished and not tune_config.time_budget_s:
         raise KeyboardInterrupt(
@@ -65,8 +79,15 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     return trials
 
 
-def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
-    """The Tuner of a new sweep, or of the sweep that is there."""
+def build_tuner(
+    sweep: Sweep,
+    folder: RunFolder,
+    resources: dict[str, float],
+    at_once: int,
+    search: "SearchAlgorithm | Searcher",
+    resume: bool,
+) -> "Tuner":
+    """The Tuner of a new sweep, or of the sweep that is there. Making a new one writes files."""
     import ray
     from ray import tune
 
@@ -74,8 +95,7 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
     from hrm_lm.tuning.schedulers import scheduler
     from hrm_lm.tuning.trial import TrialSetup, run_trial
 
-    options, space = sweep.tune, sweep.param_space()
-    resources = trial_resources(sweep)
+    options = sweep.tune
     in_process = trains_in_process(sweep)
     setup = TrialSetup(
         base=sweep.base,
@@ -92,30 +112,27 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
         resources if in_process else {"CPU": 0, "memory": 1},
     )
     if resume:
-        return tune.Tuner.restore(
-            f"{folder.path}/{EXPERIMENT}", trainable, resume_unfinished=True, storage_filesystem=folder.fs
-        )
+        path = f"{folder.path}/{EXPERIMENT}"
+        if not tune.Tuner.can_restore(path, storage_filesystem=folder.fs):
+            raise UserError(
+                f"sweep {folder.name!r} cannot be resumed: {folder.uri}/{EXPERIMENT}/tuner.pkl is gone; "
+                "give another --run_name"
+            )
+        return tune.Tuner.restore(path, trainable, resume_unfinished=True, storage_filesystem=folder.fs)
 
     cluster = ray.cluster_resources()
-    room = workers_that_fit(cluster, resources) // options.workers_per_trial
-    if room < 1:
-        raise UserError(
-            f"a trial needs {options.workers_per_trial} worker(s) of {resources}; the cluster has "
-            f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
-        )
-    at_once = min(options.max_concurrent_trials or room, room)
     say(
         f"Ray: {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs; {at_once} trial(s) at a time of {resources}"
     )
     return tune.Tuner(
         trainable,
-        param_space=space,
+        param_space=sweep.param_space(),
         tune_config=tune.TuneConfig(
             metric=options.metric,
             mode=options.mode,
             num_samples=options.num_samples,
             max_concurrent_trials=at_once,
-            search_alg=search_algorithm(sweep, at_once),
+            search_alg=search,
             scheduler=scheduler(sweep),
             time_budget_s=options.time_budget_s,
             # Trials that HyperBand pauses and takes up again may wait for ever for a process that is to be reused.
@@ -141,17 +158,31 @@ def build_tuner(sweep: Sweep, folder: RunFolder, resume: bool):
 
 def trial_resources(sweep: Sweep) -> dict[str, float]:
     """What each worker of a trial takes."""
-    import ray
-
     gpus = sweep.tune.gpus_per_worker
     if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) and sweep.config.ray.use_gpu else 0
+        nodes, grown = cluster_nodes()
+        gpus = 1 if wants_gpus(sweep.config, nodes + grown) else 0
     return {"CPU": sweep.tune.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
-def workers_that_fit(cluster: dict[str, float], resources: dict[str, float]) -> int:
-    """cluster: all that there is. resources: of each worker. Ten tenths of a GPU are a GPU, rounding aside."""
-    return min(int(cluster.get(kind, 0) / amount + 1e-6) for kind, amount in resources.items())
+def trials_at_once(sweep: Sweep, resources: dict[str, float], wait: bool) -> int:
+    """How many trials run at a time on the cluster at its largest.
+
+    resources: of each worker. Raises UserError where there is no room for a single trial, unless the sweep is to wait.
+    """
+    nodes, grown = cluster_nodes()
+    workers, limit = sweep.tune.workers_per_trial, sweep.tune.max_concurrent_trials
+    fit = workers_that_fit(resources, nodes, grown)
+    room = fit // workers
+    if wait:
+        return limit or max(room, 1)
+    if room < 1:
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        raise UserError(
+            f"a trial needs {workers} worker(s) of {resources}; the cluster has {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"room for {fit} such workers with all it can grow to {UNKNOWN_GROWTH}"
+        )
+    return min(limit or room, room)
 
 
 def trains_in_process(sweep: Sweep) -> bool:
@@ -164,7 +195,7 @@ def trains_in_process(sweep: Sweep) -> bool:
     return sweep.tune.workers_per_trial == 1
 
 
-def search_algorithm(sweep: Sweep, at_once: int):
+def search_algorithm(sweep: Sweep, at_once: int) -> "SearchAlgorithm | Searcher":
     from ray.tune.search import BasicVariantGenerator
 
     if sweep.tune.search == "random":
