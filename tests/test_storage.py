@@ -120,12 +120,10 @@ def test_what_a_user_reads_of_a_run_in_object_storage_is_a_uri_without_secrets(b
 
 def test_the_dashboard_gets_a_free_port_that_no_other_component_of_ray_may_take(monkeypatch):
     import ray
-    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
     asked = []
     monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["dashboard_port"]))
     start.init_ray()
-    assert DEFAULT_DASHBOARD_AGENT_LISTEN_PORT not in start.DASHBOARD_PORTS
     assert asked[0] in start.DASHBOARD_PORTS, "below those that the system gives, above those of workers"
     monkeypatch.setattr(start, "DASHBOARD_PORTS", range(asked[0], asked[0] + 2))
     with socket.socket() as taken:
@@ -133,3 +131,14 @@ def test_the_dashboard_gets_a_free_port_that_no_other_component_of_ray_may_take(
             taken.bind(("127.0.0.1", asked[0]))
         start.init_ray()
     assert asked[1] == asked[0] + 1
+
+
+def test_a_second_ray_of_a_machine_waits_for_no_fixed_port(monkeypatch):
+    import ray
+    from ray._private.parameter import RayParams
+
+    asked = []
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(RayParams().dashboard_agent_listen_port))
+    start.init_ray()
+    assert asked == [0]
+    assert RayParams().dashboard_agent_listen_port, "only for the Ray that is started"

@@ -15,8 +15,8 @@ from typing import Any
 from hrm_lm.errors import RunFailed
 
 DASHBOARD_PORTS = range(20_000, 32_768)
-"""Ports that no other component of Ray takes. Those get ports from the system, which gives 32768 and up, or have 52365, or
-10002 to 19999. Ray does not start where a component has taken the dashboard's port before the dashboard does.
+"""Ports that no other component of Ray takes. Those get ports from the system, which gives 32768 and up, or
+have 10002 to 19999. Ray does not start where a component has taken the dashboard's port before the dashboard does.
 """
 
 
@@ -56,11 +56,14 @@ def init_ray(**options: Any) -> None:
     """
     import ray
 
+    from hrm_lm.cluster.ray_private import agent_on_any_port
+
     port = free_port()
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
-        ray.init(logging_level="error", dashboard_port=port, **options)
+        with agent_on_any_port():
+            ray.init(logging_level="error", dashboard_port=port, **options)
     finally:
         if before is None:
             del os.environ["RAY_API_SERVER_ADDRESS"]
