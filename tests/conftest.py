@@ -3,7 +3,6 @@
 Most tests run the real loop in this process through `LocalSession`, without Ray.
 """
 
-import functools
 import json
 import os
 import signal
@@ -220,16 +219,11 @@ def driver(in_folder):
 def cluster(tmp_path_factory):
     """The address of two CPUs of Ray, shared by all tests that need a cluster."""
     import ray
-    from ray._private.parameter import RayParams
 
     from hrm_lm.cluster.start import init_ray
 
     os.environ["HRM_LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # the workers' too
-    with pytest.MonkeyPatch.context() as patch:
-        # An agent of Ray listens on a fixed port. A Ray that another has forestalled, such as a driver's, waits for seconds.
-        elsewhere = functools.partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
-        patch.setattr(RayParams, "__init__", elsewhere)
-        init_ray(num_cpus=2)
+    init_ray(num_cpus=2)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

@@ -1,13 +1,15 @@
 """Batches by length and by token budget: which samples, how they are padded, resumes and worker counts; no Ray."""
 
+import json
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_resumes_exactly, eval_options, small_config, train_locally
+from conftest import assert_resumes_exactly, assert_same_weights, eval_options, small_config, train_locally
 
 from hrm_lm.config import TrainConfig, load_config
+from hrm_lm.data import sampler
 from hrm_lm.data.collate import IGNORE, pack_apart, pad, pad_batch, padded_length
 from hrm_lm.data.loading import train_batches, val_batches
 from hrm_lm.data.registry import load_dataset
@@ -255,6 +257,41 @@ BY_LENGTH.append(BY_LENGTH[2] | {"model__architecture": "encoder_decoder"})
 def test_a_resumed_run_repeats_no_batch_and_skips_none(tmp_path, options):
     data = {"data__synthetic__max_digits": 2, "data__synthetic__num_samples": 100}
     assert_resumes_exactly(small_config(train__val_every=1, **data, **options), tmp_path, 4, 9)
+
+
+@pytest.mark.parametrize("options", BY_LENGTH[1:3])
+def test_a_resume_looks_at_no_window_before_that_of_the_last_trained_batch(tmp_path, options, monkeypatch):
+    data = {"data__synthetic__max_digits": 2, "data__synthetic__num_samples": 100}
+    config = small_config(train__val_every=1, **data, **options | {"train__length_window": 6})
+    looked_at, window_batches = [], sampler.window_batches
+
+    def recorded(split, config, window, rows):
+        batches = window_batches(split, config, window, rows)
+        looked_at.append((window, len(batches)))
+        return batches
+
+    monkeypatch.setattr(sampler, "window_batches", recorded)
+    straight = train_locally(config, tmp_path / "straight").last_weights()
+    window_of_step = [window for window, size in looked_at for _ in range(size)]
+    assert window_of_step[4] > 1
+    for stop_at in (4, 7):
+        stopped = tmp_path / f"stopped_{stop_at}"
+        train_locally(config, stopped, stop_at)
+        looked_at.clear()
+        resumed = train_locally(config, stopped)
+        assert looked_at[0][0] == window_of_step[stop_at - 1], "not the window that was prepared ahead either"
+        assert_same_weights(straight, resumed.last_weights())
+
+
+def test_a_checkpoint_that_does_not_know_its_window_is_resumed_by_counting(tmp_path):
+    data = {"data__synthetic__max_digits": 2, "data__synthetic__num_samples": 100}
+    config = small_config(train__val_every=1, **data, **BY_LENGTH[1])
+    straight = train_locally(config, tmp_path / "straight").last_weights()
+    state = train_locally(config, tmp_path / "old", 9).last_checkpoint / "trainer_state.json"
+    fields = json.loads(state.read_text())
+    assert fields.pop("window") and fields.pop("window_step")
+    state.write_text(json.dumps(fields))
+    assert_same_weights(straight, train_locally(config, tmp_path / "old").last_weights())
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])

@@ -3,11 +3,13 @@
 import errno
 import fcntl
 import os
+import socket
+from contextlib import suppress
 
 import pytest
 from conftest import small_config
 
-from hrm_lm.cluster import run_folder
+from hrm_lm.cluster import run_folder, start
 from hrm_lm.cluster.run import checked_dataset, run
 from hrm_lm.cluster.run_folder import RunFolder, outliving
 from hrm_lm.config import load_config
@@ -111,3 +113,32 @@ def test_what_a_user_reads_of_a_run_in_object_storage_is_a_uri_without_secrets(b
     with pytest.raises(UserError, match="^s3://bucket/nothing: no such folder"):
         with local_copy(bucket("nothing")):
             pass
+
+
+# --- starting Ray ------------------------------------------------------------------------------------------------
+
+
+def test_the_dashboard_gets_a_free_port_that_no_other_component_of_ray_may_take(monkeypatch):
+    import ray
+
+    asked = []
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["dashboard_port"]))
+    start.init_ray()
+    assert asked[0] in start.DASHBOARD_PORTS, "below those that the system gives, above those of workers"
+    monkeypatch.setattr(start, "DASHBOARD_PORTS", range(asked[0], asked[0] + 2))
+    with socket.socket() as taken:
+        with suppress(OSError):  # another process may have it by now
+            taken.bind(("127.0.0.1", asked[0]))
+        start.init_ray()
+    assert asked[1] == asked[0] + 1
+
+
+def test_a_second_ray_of_a_machine_waits_for_no_fixed_port(monkeypatch):
+    import ray
+    from ray._private.parameter import RayParams
+
+    asked = []
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(RayParams().dashboard_agent_listen_port))
+    start.init_ray()
+    assert asked == [0]
+    assert RayParams().dashboard_agent_listen_port, "only for the Ray that is started"

@@ -3,13 +3,31 @@ importing Ray. Look at both first when Ray is updated.
 """
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partialmethod
 from typing import Any
 
 import pyarrow.fs
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints. Looking for the file tells whether there are any without loading Ray."""
+
+
+@contextmanager
+def agent_on_any_port() -> Iterator[None]:
+    """The agent of a Ray that is started meanwhile listens on a free port: `ray start` has an option for that, `ray.init` not.
+
+    Otherwise it is a fixed port, for which a second Ray of a machine waits for seconds and then does without.
+    """
+    from ray._private.parameter import RayParams
+
+    usual = RayParams.__init__
+    RayParams.__init__ = partialmethod(usual, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        RayParams.__init__ = usual
 
 
 def quiet_logging():

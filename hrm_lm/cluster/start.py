@@ -5,13 +5,19 @@ is needed, Ray.
 """
 
 import os
+import random
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hrm_lm.errors import RunFailed
+
+DASHBOARD_PORTS = range(20_000, 32_768)
+"""Ports that no other component of Ray takes. Those get ports from the system, which gives 32768 and up, or
+have 10002 to 19999. Ray does not start where a component has taken the dashboard's port before the dashboard does.
+"""
 
 
 @contextmanager
@@ -27,7 +33,7 @@ def started_ray() -> Iterator[None]:
         return
     try:
         init_ray()
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunFailed(f"Ray did not start: {' '.join(str(error).split())[:500]}") from None
     try:
         yield
@@ -50,18 +56,31 @@ def init_ray(**options: Any) -> None:
     """
     import ray
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from hrm_lm.cluster.ray_private import agent_on_any_port
+
+    port = free_port()
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
-        ray.init(logging_level="error", dashboard_port=port, **options)
+        with agent_on_any_port():
+            ray.init(logging_level="error", dashboard_port=port, **options)
     finally:
         if before is None:
             del os.environ["RAY_API_SERVER_ADDRESS"]
         else:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def free_port() -> int:
+    """One of DASHBOARD_PORTS on which nothing listens. Seeds do not decide on it: two commands may have the same."""
+    with socket.socket() as probe:
+        for port in random.SystemRandom().sample(DASHBOARD_PORTS, len(DASHBOARD_PORTS)):
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise RuntimeError(
+        f"every port from {DASHBOARD_PORTS[0]} to {DASHBOARD_PORTS[-1]} is taken, and its dashboard needs one"
+    )
 
 
 def say(line: str) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.data.collate import AnyBatch, Collate, Rows, to_device, without_labels
-from hrm_lm.data.sampler import by_length, global_batches, packed, row_lengths, token_share, worker_share
+from hrm_lm.data.sampler import WindowStart, by_length, global_batches, packed, row_lengths, token_share, worker_share
 from hrm_lm.data.splits import Split
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
@@ -56,10 +56,12 @@ def train_batches(
     *,
     round_up: bool = False,
     rows: Rows | None = None,
+    starts: list[WindowStart] | None = None,
 ) -> Generator[list[AnyBatch], None, None]:
     """This worker's micro-batches of each optimisation step, from `first_step` to the last.
 
     round_up: whether their sizes are rounded up; with `train.length_window` they are anyway. rows: what a step fills, packed.
+    starts: where windows begin, as `global_batches` takes it.
     """
     batches = Batches(split, tokenizer, collate, round_up or config.length_window > 0)
 
@@ -73,7 +75,7 @@ def train_batches(
     steps = (
         share(indices)
         for _, indices in zip(
-            range(first_step, config.steps), global_batches(split, config, first_step, rows), strict=False
+            range(first_step, config.steps), global_batches(split, config, first_step, rows, starts), strict=False
         )
     )
     made: Iterable[list[AnyBatch] | UserError] = map(batches.__getitem__, steps)

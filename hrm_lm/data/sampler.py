@@ -1,18 +1,19 @@
 """Which samples make up global batch k: a pure function of (seed, k).
 
-Whatever the number of workers and whatever restarts happened, batch k is the same, and nothing needs saving but the
-step. Batches are cut from an endless row of epochs, each a permutation of its own, so they run across epoch ends.
+Whatever the number of workers and whatever restarts happened, batch k is the same. Batches are cut from an endless row of epochs, each a permutation of its own, so they run across epoch ends.
 
 With `train.length_window` the row is cut into windows of so many samples, and each window by itself into batches of
 samples of similar length, in a random order. `train.batch_tokens` makes the number of batches of a window depend on
-its samples, so finding batch k counts through the windows before it: lengths only, some 50 ms for 65,536 samples.
+its samples, so finding batch k counts through the windows before it: lengths only, some 50 ms for 65,536 samples. A
+checkpoint remembers where a window began (`WindowStart`), and a resume counts from there.
 With `train.packing` lengths need not be alike. The samples of a window stay in the order of the row; where prompts and
 responses fill rows of their own, they are ordered so that both rows fill up alike (`balanced`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heapreplace
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,13 +22,42 @@ from hrm_lm.data.collate import Rows, padded_length
 from hrm_lm.data.splits import Split, stream_lengths
 
 
-def global_batches(split: Split, config: TrainConfig, first: int = 0, rows: Rows | None = None) -> Iterator[np.ndarray]:
-    """Indices of the samples of global batches `first`, `first + 1` and so on, without end. rows: what each fills, packed."""
-    start, skip = (0, first) if config.batch_tokens else divmod(first, window_size(config) // config.batch_size)
+class WindowStart(NamedTuple):
+    """Where a window begins. It holds for the split, seed and options of batches that it was counted with."""
+
+    batch: int
+    """The number of the window's first global batch."""
+    window: int
+
+
+def window_of(batch: int, starts: Iterable[WindowStart]) -> WindowStart:
+    """The last of `starts` that is not after a global batch; the row's own start where there is no such start."""
+    return max((start for start in starts if start.batch <= batch), default=WindowStart(0, 0))
+
+
+def global_batches(
+    split: Split,
+    config: TrainConfig,
+    first: int = 0,
+    rows: Rows | None = None,
+    starts: list[WindowStart] | None = None,
+) -> Iterator[np.ndarray]:
+    """Indices of the samples of global batches `first`, `first + 1` and so on, without end. rows: what each fills, packed.
+
+    starts: what is known of where windows begin. Each window's start is added before its first batch is given, so another
+    thread that has a batch finds the batch's window there.
+    """
+    starts = [] if starts is None else starts
+    if config.batch_tokens:
+        begin, start = window_of(first, starts)
+    else:
+        start, skip = divmod(first, window_size(config) // config.batch_size)
+        begin = first - skip
     for window in count(start):
+        starts.append(WindowStart(begin, window))
         batches = window_batches(split, config, window, rows)
-        yield from batches[skip:]
-        skip = max(skip - len(batches), 0)
+        yield from batches[max(first - begin, 0) :]
+        begin += len(batches)
 
 
 def window_size(config: TrainConfig) -> int:

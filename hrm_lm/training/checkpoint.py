@@ -64,6 +64,10 @@ class Progress:
     """Spent training, over all restarts up to here; validation and checkpoints not counted."""
     tokens: int = 0
     num_train_samples: int = 0
+    window: int = 0
+    """The window that the last trained batch came from (`hrm_lm.data.sampler`)."""
+    window_step: int = 0
+    """The number of that window's first batch. Without both fields a resume counts from the first window."""
 
     def update(self, step: int, val_loss: float, val_exact_match: float) -> None:
         """Counts a validation."""

@@ -10,7 +10,7 @@ import torch
 from hrm_lm.config import Config
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.data.sampler import batch_rows
+from hrm_lm.data.sampler import WindowStart, batch_rows, window_of
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
 from hrm_lm.errors import UserError
@@ -48,6 +48,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     peak = matrix_peak(state.device, config.train.mixed_precision)
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
     step_rows, rows = batch_rows(splits.train, config)
+    starts = [WindowStart(progress.window_step, progress.window)]  # the thread that makes batches adds to it
     source = train_batches(
         splits.train,
         splits.tokenizer,
@@ -58,6 +59,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         session.world_size,
         round_up=state.graphs is not None,
         rows=step_rows,
+        starts=starts,
     )
     batches = prefetch(source, state.device)
     if config.train.profile and session.event_folder:
@@ -108,6 +110,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 log.write(state.step, val)
                 metrics |= val
             if saving:
+                progress.window_step, progress.window = window_of(state.step - 1, starts)
                 save(state, progress, splits, session, metrics)
                 clock = time.perf_counter()
             if patience and progress.stale_validations >= patience and not last:
