@@ -1,6 +1,7 @@
 """Which samples make up global batch k: a pure function of (seed, k).
 
-Whatever the number of workers and whatever restarts happened, batch k is the same. Batches are cut from an endless row of epochs, each a permutation of its own, so they run across epoch ends.
+Whatever the number of workers and whatever restarts happened, batch k is the same. Batches are cut from an endless row
+of epochs, each a permutation of its own, so they run across epoch ends.
 
 With `train.length_window` the row is cut into windows of so many samples, and each window by itself into batches of
 samples of similar length, in a random order. `train.batch_tokens` makes the number of batches of a window depend on
