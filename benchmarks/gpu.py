@@ -22,8 +22,8 @@ The sections:
     small     The default config: bare steps, and the loop in this process.
 
 A side's memory (GiB) is the peak while it steps, less what the other side holds at rest. Warm-up is the time from building
-the model until three steps are done, with no kernel compiled before. The share of the matrix peak counts the products of
-matrices that useful tokens need, nothing that is computed again, and no padding.
+the model until three steps are done, with no kernel compiled before. The share of the matrix peak is what a run logs as
+`mfu` (`hrm_lm.training.flops`).
 """
 
 import argparse
@@ -55,7 +55,7 @@ import torch._functorch.config
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hrm_lm.config import Config, ModelConfig, load_config, parse_set
+from hrm_lm.config import Config, load_config, parse_set
 from hrm_lm.data.collate import TokenRows, join, pack, to_device
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.prepared.writer import ShardWriter, write_meta
@@ -68,14 +68,12 @@ from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.models.decoding import generate_ids
-from hrm_lm.models.hrm import carries_gradient
-from hrm_lm.models.layers import SwiGLU
+from hrm_lm.training.flops import known_peak, training_flops
 from hrm_lm.training.loop import train
 from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_step
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, bf16
 ACTIVATION_MEMORY = {"b": 1.0, "l": 0.5, "xl": 0.3}  # with which 32,768 tokens fit 80 GB here
 PARTS = {"b": 1, "l": 2, "xl": 4}  # micro-batches with which they fit there, beside the other side's weights
 MEMORY_ARMS = {"b": (1.0, 0.6, 0.35), "l": (0.7, 0.5, 0.3), "xl": (0.3, 0.2)}
@@ -229,19 +227,6 @@ def rounded(length: int) -> int:
     return -(-length // 8) * 8
 
 
-def training_flops(config: ModelConfig, batch: TokenRows) -> float:
-    """Of a step on `batch`: the products of matrices that its tokens need. A backward pass costs two forward passes."""
-    hrm, C = config.hrm, config.d_model
-    tokens = int(batch.num_tokens)
-    seen = int((batch.sees_to - batch.sees_from + 1).sum()) - (batch.num_positions - tokens)  # padding sees itself
-    block = 2 * tokens * C * (5 * C + 3 * SwiGLU.hidden_size(C, config.expansion, multiple=256)) + 4 * C * seen
-    l_carries, h_carries = carries_gradient(hrm.cycles, backprop_steps_of(hrm, hrm.backprop_warmup_steps, hrm.cycles))
-    l_passes = sum(1 + 2 * carries for cycle in l_carries for carries in cycle)
-    h_passes = sum(1 + 2 * carries for carries in h_carries)
-    head = 3 * 2 * len(batch.labels) * C * (config.vocab_size or 0)
-    return block * (hrm.l_layers * l_passes + hrm.h_layers * h_passes) + head
-
-
 def config_of(preset: str, args: argparse.Namespace, **overrides: Any) -> Config:
     fields = {
         "optim.name": "adamw", "train.ema_decay": 0.0, "train.compile": True, "model.hrm.backprop_warmup_steps": 0,
@@ -333,9 +318,14 @@ def _facts(
     config: Config, batches: list[TokenRows], positions: Callable[[TokenRows], int] = lambda batch: batch.num_positions
 ) -> dict[str, Any]:
     tokens = sum(int(batch.num_tokens) for batch in batches)
+    labels, samples = sum(len(batch.labels) for batch in batches), sum(batch.num_samples for batch in batches)
+    hrm = config.model.hrm
+    backprop_steps = backprop_steps_of(hrm, hrm.backprop_warmup_steps, hrm.cycles)
+    with torch.device("meta"):
+        model = build_model(config.model, config.model.vocab_size or 0)
     return {
         "padding": 1 - tokens / sum(map(positions, batches)),
-        "flops_per_token": sum(training_flops(config.model, batch) for batch in batches) / tokens,
+        "flops_per_token": training_flops(model, tokens, labels, samples, hrm.cycles, backprop_steps) / tokens,
     }
 
 
@@ -402,7 +392,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
             rates[name].append(tokens / (time.perf_counter() - start))
             if DEVICE.type == "cuda":
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in _device_name()), None)
+    peak = known_peak(_device_name(), "bf16", tf32=True)
     for name in ready:
         row, others = rows[name], sum(held.values()) - held[name]
         row |= {"rate": statistics.median(rates[name]), "unit": "tokens/s", "rates": rates[name]}

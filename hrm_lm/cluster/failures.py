@@ -48,9 +48,7 @@ class FailurePolicy(DefaultFailurePolicy):
 
 
 def _line(error: Exception) -> str:
-    for wrapped in (
-        "controller_failure",
-        "health_check_failure",
-    ):  # whose texts begin with all that Ray knows of a worker
+    # The texts of these wrappers begin with all that Ray knows of a worker.
+    for wrapped in ("controller_failure", "health_check_failure"):
         error = getattr(error, wrapped, error)
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

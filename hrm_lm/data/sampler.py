@@ -32,7 +32,7 @@ class WindowStart(NamedTuple):
 
 
 def window_of(batch: int, starts: Iterable[WindowStart]) -> WindowStart:
-    """The last of `starts` that is not after a global batch; the row's own start where there is no such start."""
+    """The last of `starts` that is not after a global batch; the start of the row where all come after it."""
     return max((start for start in starts if start.batch <= batch), default=WindowStart(0, 0))
 
 

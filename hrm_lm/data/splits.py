@@ -146,7 +146,7 @@ class Split(ABC):
         return self if len(kept) == len(self) else Subset(self, kept)
 
     def others(self, prompts: Set[Prompt]) -> np.ndarray:
-        """(N,) int64: the samples whose prompts are none of these."""
+        """(N,) int64: the samples whose prompts are not among these."""
         kept = [i for i in range(len(self)) if key(self[i].prompt) not in prompts]
         return np.array(kept, dtype=np.int64)
 

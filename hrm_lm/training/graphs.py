@@ -5,7 +5,7 @@ A graph repeats the same kernels on the same memory. So there is a graph for eac
 cycles, applications with gradient), and whatever else changes from step to step is read from tensors: the batches, the
 learning rate, the number of the step. The first step of a kind runs eagerly, which compiles, tunes and allocates what
 is made on first use. The second step of the kind is captured, and from then on the graph is replayed. Each of them is
-a step of the run: none is repeated or left out.
+a step of the run: no step is repeated or left out.
 
 All graphs share a pool of memory, which is as large as the largest of their steps.
 """
