@@ -37,11 +37,12 @@ torch.set_num_threads(1)  # models this small only wait for a second one
 
 
 def pytest_collection_modifyitems(items):
-    """Every test is `quick` that needs no Ray, starts no process and is not marked `slow`; `gpu` tests need a GPU."""
+    """Every test is `quick` that needs no Ray, starts no process and is neither `slow` nor `long`."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if not {"cluster", "driver"} & set(item.fixturenames) and not item.get_closest_marker("slow"):
+        apart = item.get_closest_marker("slow") or item.get_closest_marker("long")
+        if not {"cluster", "driver"} & set(item.fixturenames) and not apart:
             item.add_marker("quick")
 
 
