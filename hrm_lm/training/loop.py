@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,6 +26,13 @@ from hrm_lm.training.profiling import profiled
 from hrm_lm.training.session import Session
 from hrm_lm.training.step import Stats, TrainState, build_state, learning_rate, train_step
 from hrm_lm.training.validation import validate
+
+
+class Diverged(Exception):
+    """The loss or a gradient was not finite at `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
@@ -65,57 +73,67 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     if config.train.profile and session.event_folder:
         batches = profiled(batches, session.event_folder / "profile", state.device, config.train.steps - state.step)
     logged_step, clock = state.step, time.perf_counter()
+
+    def log_interval(step: int, receive: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Logs the interval that ended with `step`."""
+        nonlocal logged_step, clock
+        interval = receive()
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        if interval["bad_step"] is not None:
+            raise Diverged(int(interval["bad_step"]))
+        progress.seconds += seconds
+        progress.tokens += int(interval["tokens"])
+        metrics = {
+            "loss": interval["loss"],
+            "lr": learning_rate(config.optim, config.train.steps, step - 1),
+            "grad_norm": interval["grad_norm"],
+            "samples_per_s": interval["samples"] / seconds,
+            "tokens_per_s": interval["tokens"] / seconds,
+            "padding": interval["padding"],
+        }
+        if peak:
+            amounts = interval["tokens"], interval["labels"], interval["samples"]
+            flops = interval_flops(state.model, config, range(logged_step, step), *amounts)
+            metrics["mfu"] = flops / (seconds * peak * session.world_size)
+        logged_step = step
+        log.write(step, metrics)
+        return metrics
+
+    due = None  # an interval that is to be logged
     try:
         for micro_batches in batches:
             train_step(state, micro_batches, stats)
+            if due:  # only now, so that the device has the next step to work on meanwhile
+                log_interval(*due)
+                due = None
 
             last = state.step == config.train.steps
             validating = last or is_due(config.train.val_every, state.step)
             saving = validating or is_due(config.train.checkpoint_every, state.step)
             if not (saving or is_due(config.train.log_every, state.step)):
                 continue
-            interval = stats.read()
-            now = time.perf_counter()
-            seconds, clock = now - clock, now
-            if interval["bad_step"] is not None:
-                return {
-                    "status": "diverged",
-                    "step": interval["bad_step"],
-                    "error": divergence(config, int(interval["bad_step"])),
-                }
-            progress.seconds += seconds
-            progress.tokens += int(interval["tokens"])
-            metrics = {
-                "loss": interval["loss"],
-                "lr": learning_rate(config.optim, config.train.steps, state.step - 1),
-                "grad_norm": interval["grad_norm"],
-                "samples_per_s": interval["samples"] / seconds,
-                "tokens_per_s": interval["tokens"] / seconds,
-                "padding": interval["padding"],
-            }
-            if peak:
-                amounts = interval["tokens"], interval["labels"], interval["samples"]
-                flops = interval_flops(state.model, config, range(logged_step, state.step), *amounts)
-                metrics["mfu"] = flops / (seconds * peak * session.world_size)
-            logged_step = state.step
-            log.write(state.step, metrics)
-
+            due = state.step, stats.send()
+            if not saving:
+                continue
+            metrics, due = log_interval(*due), None
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
                     val = validate(state.model, splits, EvalOptions.of(config, rows=rows))
                 if not math.isfinite(val["val_loss"]):
-                    return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
+                    raise Diverged(state.step)
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])
                 log.write(state.step, val)
                 metrics |= val
-            if saving:
-                progress.window_step, progress.window = window_of(state.step - 1, starts)
-                save(state, progress, splits, session, metrics)
-                clock = time.perf_counter()
+            progress.window_step, progress.window = window_of(state.step - 1, starts)
+            save(state, progress, splits, session, metrics)
+            clock = time.perf_counter()
             if patience and progress.stale_validations >= patience and not last:
                 status = "early_stopped"
                 break
+    except Diverged as error:
+        return {"status": "diverged", "step": error.step, "error": divergence(config, error.step)}
     except torch.OutOfMemoryError as error:
         told = out_of_memory(config, f"in the step after step {state.step}", str(error))
         if session.world_size > 1:

@@ -5,6 +5,7 @@ batch is cut into workers and micro-batches changes nothing but rounding.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -62,22 +63,37 @@ class Stats:
 
         `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
         """
+        return self.send()()
+
+    def send(self) -> Callable[[], dict[str, float]]:
+        """As `read`, with the numbers on their way to the host. What this returns waits for them, and not for steps that
+        were launched since.
+        """
         if self.world_size > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
-        loss, labelled, tokens, positions, samples, bad_step, grad_norm = torch.cat(
-            [self.sums, self.bad_step.double()[None], self.grad_norm.double()[None]]
-        ).tolist()
+        numbers = torch.cat([self.sums, self.bad_step.double()[None], self.grad_norm.double()[None]])
         self.sums.zero_()
-        return {
-            "loss": loss / max(labelled, 1),
-            "grad_norm": grad_norm,
-            "tokens": tokens,
-            "labels": labelled,
-            "padding": 1 - tokens / max(positions, 1),
-            "samples": samples,
-            "bad_step": None if math.isinf(bad_step) else int(bad_step),
-        }
+        sent = None
+        if numbers.is_cuda:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            sent = torch.cuda.current_stream(self.sums.device).record_event()
+
+        def receive() -> dict[str, float]:
+            if sent:
+                sent.synchronize()
+            loss, labelled, tokens, positions, samples, bad_step, grad_norm = numbers.tolist()
+            return {
+                "loss": loss / max(labelled, 1),
+                "grad_norm": grad_norm,
+                "tokens": tokens,
+                "labels": labelled,
+                "padding": 1 - tokens / max(positions, 1),
+                "samples": samples,
+                "bad_step": None if math.isinf(bad_step) else int(bad_step),
+            }
+
+        return receive
 
 
 def build_state(
