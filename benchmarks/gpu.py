@@ -616,7 +616,7 @@ def generate(preset: str, args: argparse.Namespace, table: Table) -> None:
         ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.from_numpy(prompt), 1
     inputs = {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE), "token_type_ids": mask.to(DEVICE)}
 
-    for precision in ("bf16", "none"):
+    for precision in args.precisions:
         # In float32 the products are exact: the tokens of both sides must be the same.
         torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
         options = EvalOptions(cycles=config.model.hrm.cycles, mixed_precision=precision, batch_size=len(prompts))
@@ -688,6 +688,7 @@ def small(args: argparse.Namespace, table: Table) -> None:
     """Bare steps take batches that are ready; the loop loads, logs and checks as in a run. Time is taken of the second half
     of the steps, when nothing is prepared any more.
     """
+    torch.set_float32_matmul_precision("highest")  # as in a run
     half = args.sizes.small_steps // 2
     fields = {"data.dataset": "synthetic", "train.steps": 2 * half, "train.checkpoint_every": half}
     config = load_config(overrides=fields | parse_set(args.set))
@@ -778,6 +779,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=lambda text: [int(n) for n in text.split(",")], help="of workers and trainer [1,2]"
     )
+    parser.add_argument("--precisions", type=some, default=["bf16", "none"], help="of generate: bf16, none")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="of a round")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for a side to warm up, or a command to end")
@@ -787,7 +789,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     known_values = {
         "only": SECTIONS, "presets": ACTIVATION_MEMORY, "sides": ["ours", "transformers"],
-        "compiled": ["whole", "layers", "no"],
+        "compiled": ["whole", "layers", "no"], "precisions": ["bf16", "none"],
     }  # fmt: skip
     for name, known in known_values.items():
         if unknown := [value for value in getattr(args, name) if value not in known]:

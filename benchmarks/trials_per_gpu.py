@@ -36,7 +36,9 @@ def seconds(sweep: str, folder: str, at_once: int, share: float, sets: list[str]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    print(f"{at_once} at once: {took:.1f} s", flush=True)
+    return took
 
 
 @contextmanager
@@ -67,10 +69,7 @@ def main() -> None:
         with mps(folder) if args.mps else nullcontext():
             share = 0 if args.quick else 1 / args.trials
             after, at_once = (seconds(sweep, folder, count, share, args.set) for count in (1, args.trials))
-    print(
-        f"{args.trials} trials of {args.steps} steps: one after another {after:.1f} s, at once {at_once:.1f} s, "
-        f"ratio {at_once / after:.2f}"
-    )
+    print(f"{args.trials} trials of {args.steps} steps: all at once take {at_once / after:.2f} of one after another")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +23,7 @@ from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
 from hrm_lm.training.profiling import profiled
 from hrm_lm.training.session import Session
-from hrm_lm.training.step import Stats, TrainState, build_state, learning_rate, train_step
+from hrm_lm.training.step import SentStats, Stats, TrainState, build_state, learning_rate, train_step
 from hrm_lm.training.validation import validate
 
 
@@ -74,10 +73,10 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         batches = profiled(batches, session.event_folder / "profile", state.device, config.train.steps - state.step)
     logged_step, clock = state.step, time.perf_counter()
 
-    def log_interval(step: int, receive: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def log_interval(step: int, sent: SentStats) -> dict[str, float]:
         """Logs the interval that ended with `step`."""
         nonlocal logged_step, clock
-        interval = receive()
+        interval = sent.read()
         now = time.perf_counter()
         seconds, clock = now - clock, now
         if interval["bad_step"] is not None:
@@ -100,23 +99,27 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         log.write(step, metrics)
         return metrics
 
-    due = None  # an interval that is to be logged
+    due: tuple[int, SentStats] | None = None  # an interval that is to be logged
     try:
         for micro_batches in batches:
             train_step(state, micro_batches, stats)
-            if due:  # only now, so that the device has the next step to work on meanwhile
-                log_interval(*due)
-                due = None
 
             last = state.step == config.train.steps
             validating = last or is_due(config.train.val_every, state.step)
             saving = validating or is_due(config.train.checkpoint_every, state.step)
-            if not (saving or is_due(config.train.log_every, state.step)):
+            logging = saving or is_due(config.train.log_every, state.step)
+            # On a GPU an interval is logged while later steps are under way: it idles if the host waits for its last step.
+            if due and (logging or due[1].arrived()):
+                log_interval(*due)
+                due = None
+            if not logging:
                 continue
             due = state.step, stats.send()
-            if not saving:
+            if not (saving or due[1].arrived()):
                 continue
             metrics, due = log_interval(*due), None
+            if not saving:
+                continue
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():

@@ -5,7 +5,6 @@ batch is cut into workers and micro-batches changes nothing but rounding.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 import torch._functorch.config
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hrm_lm.config import Config, Cycles, HRMConfig, OptimConfig
@@ -59,41 +58,49 @@ class Stats:
         self.grad_norm = torch.zeros((), device=state.device)
 
     def read(self) -> dict[str, float]:
-        """The interval's numbers over all workers; then a new interval begins. This waits for the device.
+        """The interval's numbers over all workers; then a new interval begins. This waits for the device."""
+        return self.send().read()
 
-        `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
-        """
-        return self.send()()
-
-    def send(self) -> Callable[[], dict[str, float]]:
-        """As `read`, with the numbers on their way to the host. What this returns waits for them, and not for steps that
-        were launched since.
-        """
+    def send(self) -> "SentStats":
+        """As `read`, with the numbers on their way to the host. No one waits for the device."""
         if self.world_size > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
         numbers = torch.cat([self.sums, self.bad_step.double()[None], self.grad_norm.double()[None]])
         self.sums.zero_()
-        sent = None
-        if numbers.is_cuda:
-            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-            sent = torch.cuda.current_stream(self.sums.device).record_event()
+        if not numbers.is_cuda:
+            return SentStats(numbers)
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+        return SentStats(host, torch.cuda.current_stream(numbers.device).record_event())
 
-        def receive() -> dict[str, float]:
-            if sent:
-                sent.synchronize()
-            loss, labelled, tokens, positions, samples, bad_step, grad_norm = numbers.tolist()
-            return {
-                "loss": loss / max(labelled, 1),
-                "grad_norm": grad_norm,
-                "tokens": tokens,
-                "labels": labelled,
-                "padding": 1 - tokens / max(positions, 1),
-                "samples": samples,
-                "bad_step": None if math.isinf(bad_step) else int(bad_step),
-            }
 
-        return receive
+@dataclass
+class SentStats:
+    """An interval's numbers on their way to the host."""
+
+    numbers: Tensor
+    sent: torch.cuda.Event | None = None
+
+    def arrived(self) -> bool:
+        return self.sent is None or self.sent.query()
+
+    def read(self) -> dict[str, float]:
+        """Waits for the numbers, and not for steps that were launched since.
+
+        `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
+        """
+        if self.sent:
+            self.sent.synchronize()
+        loss, labelled, tokens, positions, samples, bad_step, grad_norm = self.numbers.tolist()
+        return {
+            "loss": loss / max(labelled, 1),
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "labels": labelled,
+            "padding": 1 - tokens / max(positions, 1),
+            "samples": samples,
+            "bad_step": None if math.isinf(bad_step) else int(bad_step),
+        }
 
 
 def build_state(
