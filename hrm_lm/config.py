@@ -191,7 +191,7 @@ class TrainConfig(Section):
     """What becomes of a step whose loss or gradient is not finite. `stop` ends the run as `diverged`. `skip` does not take
     the step, unless 100 steps in a row are not finite. `rollback` goes back to the last checkpoint, of which each worker
     keeps a copy in its host's memory, and leaves the step out when it comes there again."""
-    spike: Annotated[float, Field(gt=0)] | None = None
+    spike: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """How many running standard deviations above its running mean, over about 100 steps, the loss of a step is a spike;
     7, say. With `on_nonfinite: rollback` the run goes back and leaves out the steps around a spike. Otherwise spikes are
     told and counted. With null nothing looks for spikes."""

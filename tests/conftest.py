@@ -162,20 +162,29 @@ def assert_resumes_exactly(config: Config, folder: Path, *stops: int) -> LocalSe
     return straight
 
 
-def poisoned(bad=(), spikes=(), rank: int = 0) -> Callable[..., None]:
-    """`train_step`, but that worker `rank` has a loss and a gradient of NaN at the steps (from 1) `bad`, and of 10,000
-    times themselves at `spikes`. What makes them so is a tensor, for CUDA graphs.
+def poisoned(bad=(), bad_losses=(), spikes=(), rank: int = 0) -> Callable[..., None]:
+    """`train_step`, but that worker `rank` has a loss and a gradient of NaN at the steps (from 1) `bad`, a loss alone at
+    `bad_losses`, and 10,000 times its loss and gradient at `spikes`. Tensors make them so, for CUDA graphs.
     """
-    models: dict[int, tuple] = {}
+    poisons: dict[int, tuple] = {}
 
     def step(state, batches, stats):
-        if id(state) not in models:
-            factor, model = torch.ones((), device=state.device), state.parallel
-            models[id(state)] = factor, state  # which keeps the id
-            state.parallel = lambda *arguments: [p._replace(losses=p.losses * factor) for p in model(*arguments)]
-        number = state.step + 1
-        value = math.nan if number in bad else 1e4 if number in spikes else 1.0
-        models[id(state)][0].fill_(value if state.rank == rank else 1.0)
+        if id(state) not in poisons:
+            factor, offset, model = (
+                torch.ones((), device=state.device),
+                torch.zeros((), device=state.device),
+                state.parallel,
+            )
+            poisons[id(state)] = factor, offset, state  # which keeps the id
+
+            def parallel(*arguments):
+                return [p._replace(losses=p.losses * factor + offset) for p in model(*arguments)]
+
+            state.parallel = parallel
+        number, mine = state.step + 1, state.rank == rank
+        factor, offset, _ = poisons[id(state)]
+        factor.fill_(math.nan if mine and number in bad else 1e4 if mine and number in spikes else 1.0)
+        offset.fill_(math.nan if mine and number in bad_losses else 0.0)
         train_step(state, batches, stats)
 
     return step

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ from conftest import (
     train_locally,
 )
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from hrm_lm.data.collate import to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.training import loop, stability
 from hrm_lm.training.checkpoint import read_checkpoint, state_tensors
+from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.optim import build_optimizer
 from hrm_lm.training.step import Stats, build_state
 
@@ -141,7 +145,8 @@ def test_skipping_is_refused_where_the_loss_scaling_does_it():
 
 def stepped_on_the_device(kind, device, bad, mode="skip"):
     """A state after six steps whose optimizer works as on a GPU, and what its tensors were before the last step."""
-    config = small_config(**KINDS[kind], train__on_nonfinite=mode, train__spike=7)
+    fields = KINDS[kind] | {"train__sample_h_cycles": None}  # each step is of the same kind
+    config = small_config(**fields, train__on_nonfinite=mode, train__spike=7)
     splits = load_dataset(config.data, config.model, 0)
     state = build_state(config, splits.tokenizer.vocab_size, device)
     if device.type == "cpu":
@@ -167,7 +172,7 @@ def assert_skips_on_the_device(kind, device):
         assert torch.equal(own, kept), (own, kept)
     assert numbers["watched"]["skipped"] == 3 and numbers["watched"]["in_a_row"] == 1, numbers
     assert numbers["bad_step"] is None and math.isfinite(numbers["loss"]), numbers
-    counts = {tensor.item() for tensor in state_tensors(state) if tensor.dim() == 0 and tensor == 3}
+    counts = {slots["step"].item() for slots in state.optimizer.state.values() if "step" in slots}
     assert counts == {3}, "the optimizer counts the steps that were taken"
     return state
 
@@ -181,6 +186,28 @@ def test_an_optimizer_that_works_on_the_device_skips_without_asking_the_host(kin
     for own, expected in zip(skipping, stopping, strict=True):
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
     assert_skips_on_the_device(kind, torch.device("cpu"))
+
+
+def test_event_files_and_the_progress_bar_go_back_with_the_run(tmp_path):
+    bar = SimpleNamespace(n=0, set_description=lambda text: None, close=lambda: None)
+    bar.update = lambda steps: setattr(bar, "n", bar.n + steps)
+    log, reached = MetricsLog(tmp_path, lambda steps: bar, 0, 10), []
+    for step in (2, 4):
+        log.write(step, {"loss": 1.0})
+        reached.append(bar.n)
+    log.rewind(2)
+    log.write(4, {"loss": 2.0})
+    log.close()
+    assert [*reached, bar.n] == [2, 4, 4]
+    (file,) = tmp_path.iterdir()
+    data, steps = file.read_bytes(), []
+    while data:  # TFRecord: length, its CRC, the event, its CRC
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        if event.HasField("session_log"):
+            steps = [step for step in steps if step < event.step]  # as TensorBoard does
+        steps += [event.step] * len(event.summary.value)
+    assert steps == [2, 4]
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ MEMORY = 100
 MOST_IN_A_ROW = 100
 """Steps that may be skipped in a row. Weights whose every gradient is not finite do not heal."""
 MOST_ROLLBACKS = 10
-"""Rollbacks to the same checkpoint, or to checkpoints between which no step was taken."""
+"""Rollbacks to the same checkpoint, or to checkpoints between which no step was taken. After so many the next step that
+is not finite ends the run, and a spike is only told."""
 
 
 class Diverged(Exception):
@@ -106,7 +107,7 @@ class Guard:
         self.state, self.stats, self.tell = state, stats, tell
         self.config = state.config.train
         self.skipped = progress.watched.get("skipped", 0)
-        self.taken, self.rollbacks = -1, 0
+        self.taken, self.rollbacks = -1.0, 0
         self.keep(progress)
 
     def keep(self, progress: Progress) -> None:
