@@ -187,6 +187,14 @@ class TrainConfig(Section):
     early_stopping_patience: Count = 0
     """How many validations in a row may pass without a better `val_loss` before the run ends. With 0 the run never ends
     early."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite. `stop` ends the run as `diverged`. `skip` does not take
+    the step, unless 100 steps in a row are not finite. `rollback` goes back to the last checkpoint, of which each worker
+    keeps a copy in its host's memory, and leaves the step out when it comes there again."""
+    spike: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """How many running standard deviations above its running mean, over about 100 steps, the loss of a step is a spike;
+    7, say. With `on_nonfinite: rollback` the run goes back and leaves out the steps around a spike. Otherwise spikes are
+    told and counted. With null nothing looks for spikes."""
     sample_h_cycles: tuple[Positive, Positive] | None = None
     """The least and the most H-cycles that a training step takes; each step draws its count between them. A model
     trained with a fixed count is right only at that count."""
@@ -197,6 +205,15 @@ class TrainConfig(Section):
     """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None
     """Checkpoint, folder or URI, whose weights a new run starts from."""
+
+    @model_validator(mode="after")
+    def _scaler_skips(self):
+        if self.on_nonfinite == "skip" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "train.on_nonfinite: skip does not go with train.mixed_precision fp16, whose loss scaling skips steps "
+                "itself; use stop, rollback or bf16"
+            )
+        return self
 
     @model_validator(mode="after")
     def _recomputation_compiled(self):

@@ -4,6 +4,7 @@ Most tests run the real loop in this process through `LocalSession`, without Ray
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from hrm_lm.data.tokenizer import SimpleTokenizer, Tokenizer
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.loop import train
+from hrm_lm.training.step import train_step
 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how often the controller looks at its workers
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more for each run; no test drains a node
@@ -158,6 +160,34 @@ def assert_resumes_exactly(config: Config, folder: Path, *stops: int) -> LocalSe
     for name in files:  # the optimizer's and the average's too
         assert_same_weights(load_file(straight.last_checkpoint / name), load_file(session.last_checkpoint / name))
     return straight
+
+
+def poisoned(bad=(), bad_losses=(), spikes=(), rank: int = 0) -> Callable[..., None]:
+    """`train_step`, but that worker `rank` has a loss and a gradient of NaN at the steps (from 1) `bad`, a loss alone at
+    `bad_losses`, and 10,000 times its loss and gradient at `spikes`. Tensors make them so, for CUDA graphs.
+    """
+    poisons: dict[int, tuple] = {}
+
+    def step(state, batches, stats):
+        if id(state) not in poisons:
+            factor, offset, model = (
+                torch.ones((), device=state.device),
+                torch.zeros((), device=state.device),
+                state.parallel,
+            )
+            poisons[id(state)] = factor, offset, state  # which keeps the id
+
+            def parallel(*arguments):
+                return [p._replace(losses=p.losses * factor + offset) for p in model(*arguments)]
+
+            state.parallel = parallel
+        number, mine = state.step + 1, state.rank == rank
+        factor, offset, _ = poisons[id(state)]
+        factor.fill_(math.nan if mine and number in bad else 1e4 if mine and number in spikes else 1.0)
+        offset.fill_(math.nan if mine and number in bad_losses else 0.0)
+        train_step(state, batches, stats)
+
+    return step
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

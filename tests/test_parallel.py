@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import LocalSession, assert_same_weights, batches_of, eval_options, small_config, train_locally
+from conftest import LocalSession, assert_same_weights, batches_of, eval_options, poisoned, small_config, train_locally
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +21,10 @@ from hrm_lm.data.collate import join, to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
-from hrm_lm.training.checkpoint import load_model
+from hrm_lm.training import loop, step
+from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
+from hrm_lm.training.optim import build_optimizer
 from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.training.validation import validate
 
@@ -39,6 +41,9 @@ NODES = {
     "train__steps": 4, "train__val_every": 2, "train__grad_accum_steps": 2, "model__architecture": "prefix_lm",
     "train__ema_decay": 0.7, "model__hrm__backprop_steps": 4, "train__grad_clip": 0.5,
 }  # fmt: skip
+HEALS = {"train__steps": 6, "train__val_every": 2, "train__ema_decay": 0.7, "train__spike": 7}
+HEALED = [("ddp", "skip"), ("ddp", "rollback"), ("fsdp", "skip"), ("fsdp", "rollback"), ("fsdp", "skip", True)]
+BAD = {"bad": [3], "bad_losses": [6]}
 TWO, FOUR = {"ray__num_workers": 2}, {"ray__num_workers": 4}
 pytestmark = pytest.mark.slow
 
@@ -97,6 +102,17 @@ def few_steps(config):
     return stats.read()["loss"], gathered.count, units
 
 
+def healed(config, folder, fused=False):
+    """As `trained`, where only the last worker has losses that are not finite. fused: AdamW works as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", poisoned(**BAD, rank=dist.get_world_size() - 1))
+        if fused:
+            patch.setattr(
+                step, "build_optimizer", lambda *arguments: build_optimizer(*arguments[:2], torch.device("cuda"))
+            )
+        return trained(config, folder)
+
+
 def uneven_nodes(config):
     """What a user is told where three workers are on one node, and one on another."""
     os.environ["LOCAL_WORLD_SIZE"] = "3" if dist.get_rank() < 3 else "1"
@@ -146,6 +162,11 @@ def runs(tmp_path_factory):
     for kind, fields in {"hybrid": HYBRID, "recipe": RECIPE}.items():
         two.append((f"{kind}_gathers", few_steps, small_config(**fields, **TWO, ray__parallel="fsdp")))
 
+    for parallel, mode, *fused in HEALED:
+        config = small_config(**HEALS, **TWO, ray__parallel=parallel, train__on_nonfinite=mode)
+        name = "_".join(["healed", parallel, mode, *map(str, fused)])
+        two.append((name, healed, config, root / name, *fused))
+
     hsdp, fsdp, ddp = (small_config(**NODES, **FOUR, ray__parallel=parallel) for parallel in ("hsdp", "fsdp", "ddp"))
     train_locally(small_config(**NODES), root / "one_then_hsdp", stop_at=2)
     four = [("hsdp", trained, hsdp, root / "hsdp")]
@@ -154,6 +175,14 @@ def runs(tmp_path_factory):
     four.append(("hsdp_then_fsdp", trained, fsdp, root / "hsdp_then_fsdp"))
     four.append(("hsdp_then_ddp", trained, hsdp, root / "hsdp_then_ddp", 2))
     four.append(("hsdp_then_ddp", trained, ddp, root / "hsdp_then_ddp"))
+    four.append(
+        (
+            "healed_hsdp",
+            healed,
+            small_config(**HEALS, **FOUR, ray__parallel="hsdp", train__on_nonfinite="skip"),
+            root / "healed_hsdp",
+        )
+    )
     four.append(("uneven_nodes", uneven_nodes, hsdp))
 
     return in_processes(4, root, {2: two, 4: four}), root
@@ -293,6 +322,23 @@ def test_a_checkpoint_of_several_nodes_resumes_on_one_worker(runs, alone, tmp_pa
     rest = train_locally(small_config(**NODES), tmp_path / "run")
     assert column(rest.reports, "val_loss") == pytest.approx(column(alone.reports, "val_loss")[1:], rel=1e-5)
     assert_same_weights(rest.last_weights(), alone.last_weights(), atol=1e-5, rtol=1e-4)
+
+
+def test_workers_heal_alike_where_the_numbers_of_a_single_worker_are_not_finite(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", poisoned(**BAD))
+    alone = train_locally(small_config(**HEALS, train__on_nonfinite="skip"), tmp_path)
+    assert column(alone.reports, "skipped") == [0, 1, 2]
+    for name in [name for name in runs[0] if name.startswith("healed")]:
+        reports = runs[0][name]
+        assert column(reports, "skipped") == [0, 1, 2], name
+        for number in ("loss", "val_loss"):
+            assert column(reports, number) == pytest.approx(column(alone.reports, number), rel=1e-5, nan_ok=True), name
+        watched, expected = (
+            read_checkpoint(max(folder.glob("step_*"))).progress.watched for folder in (runs[1] / name, tmp_path)
+        )
+        assert "rollback" in name or watched == pytest.approx(expected, rel=1e-5), name
+        weights = load_model(max((runs[1] / name).glob("step_*")))[0].state_dict()
+        assert_same_weights(weights, alone.last_weights(), atol=1e-5, rtol=1e-4)
 
 
 def test_nodes_with_unequally_many_workers_are_refused(runs):

@@ -67,7 +67,7 @@ def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(
 
 OVERFITS = {
     "train__steps": 60, "train__val_every": 20, "train__checkpoint_every": 15, "train__log_every": 100,
-    "optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8,
+    "optim__lr": 0.02, "optim__schedule": "constant", "data__val_fraction": 0.8, "train__on_nonfinite": "skip",
 }  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def test_checkpoints_between_validations_leave_the_best_one_where_it_is(overfitt
     kept, last = RunFolder(str(storage), "r").checkpoints()
     assert kept[0][1]["step"] == 20 and [metrics["step"] for _, metrics in kept[-3:]] == [45, 30, 15]
     assert last == result["last_checkpoint"] and Path(last).name == "checkpoint_00000060"
+    assert result["skipped"] == 0
     assert result["best_step"] == 20 and Path(result["best_checkpoint"]).name == "checkpoint_00000020"
     alone = train_locally(small_config(**OVERFITS), in_folder / "alone").reports
     assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone if "val_loss" in m), rel=1e-5)

@@ -186,6 +186,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     if not math.isnan(best_metrics["val_loss"]):
         summary |= {name: value for name, value in best_metrics.items() if name.startswith("val_")}
         summary |= {"best_step": best_metrics["step"], "best_checkpoint": folder.uri_of(best)}
+    summary |= {name: metrics[name] for name in ("skipped", "rollbacks", "spikes") if name in metrics}
     return summary | {
         "last_checkpoint": folder.uri_of(last),
         "tokens_per_s": round(metrics["tokens"] / seconds, 1) if seconds else None,

@@ -18,7 +18,7 @@ import json
 import math
 import struct
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,11 @@ class Progress:
     """The window that the last trained batch came from (`hrm_lm.data.sampler`)."""
     window_step: int = 0
     """The number of that window's first batch. Without both fields a resume counts from the first window."""
+    rollbacks: int = 0
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    """The first and the last of the steps (from 1) that each rollback made the run leave out."""
+    watched: dict[str, float] = field(default_factory=dict)
+    """Counts and the running statistics of the loss (`hrm_lm.training.stability.WATCHED`)."""
 
     def update(self, step: int, val_loss: float, val_exact_match: float) -> None:
         """Counts a validation."""
@@ -199,6 +204,12 @@ def load_state(checkpoint: Checkpoint, state: "TrainState") -> None:
     if checkpoint.scaler and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint.scaler)
     state.step = checkpoint.progress.step
+
+
+def state_tensors(state: "TrainState") -> list[Tensor]:
+    """All tensors that a checkpoint of `state` holds, always in the same order."""
+    average = state.average.tensors if state.average else {}
+    return [*state.model.state_dict().values(), *average.values(), *_optimizer_tensors(state).values()]
 
 
 def load_model(path: str | Path, device: torch.device | None = None) -> tuple[LanguageModel, Tokenizer, Checkpoint]:

@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections.abc import Generator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from hrm_lm.config import Config
+from hrm_lm.data.collate import AnyBatch
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import WindowStart, batch_rows, window_of
@@ -22,16 +24,10 @@ from hrm_lm.training.memory import does_not_fit, out_of_memory
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.parallel import is_sharded
 from hrm_lm.training.profiling import profiled
+from hrm_lm.training.rollback import Diverged, Guard, is_left_out, leave_out
 from hrm_lm.training.session import Session
 from hrm_lm.training.step import SentStats, Stats, TrainState, build_state, learning_rate, train_step
 from hrm_lm.training.validation import validate
-
-
-class Diverged(Exception):
-    """The loss or a gradient was not finite at `step`."""
-
-    def __init__(self, step: int):
-        self.step = step
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
@@ -53,34 +49,46 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         return {"status": "failed", "step": state.step, "error": told}
 
     peak = matrix_peak(state.device, config.train.mixed_precision)
-    stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
+    stats = Stats(state, progress.watched)
+    log = MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
+    guard = Guard(state, stats, progress, log.tell)
     step_rows, rows = batch_rows(splits.train, config)
     starts = [WindowStart(progress.window_step, progress.window)]  # the thread that makes batches adds to it
-    source = train_batches(
-        splits.train,
-        splits.tokenizer,
-        layout(state.model, rows),
-        config.train,
-        state.step,
-        session.rank,
-        session.world_size,
-        round_up=state.graphs is not None,
-        rows=step_rows,
-        starts=starts,
-    )
-    batches = prefetch(source, state.device)
+
+    def batches_from_here() -> Generator[list[AnyBatch], None, None]:
+        source = train_batches(
+            splits.train,
+            splits.tokenizer,
+            layout(state.model, rows),
+            config.train,
+            state.step,
+            session.rank,
+            session.world_size,
+            round_up=state.graphs is not None,
+            rows=step_rows,
+            starts=starts,
+        )
+        return prefetch(source, state.device)
+
+    batches = batches_from_here()
     if config.train.profile and session.event_folder:
         batches = profiled(batches, session.event_folder / "profile", state.device, config.train.steps - state.step)
     logged_step, clock = state.step, time.perf_counter()
 
-    def log_interval(step: int, sent: SentStats) -> dict[str, float]:
-        """Logs the interval that ended with `step`."""
-        nonlocal logged_step, clock
+    def log_interval(step: int, sent: SentStats) -> dict[str, float] | None:
+        """Logs the interval that ended with `step`; None where the run went back because of it."""
+        nonlocal logged_step, clock, progress, batches
         interval = sent.read()
+        if back := guard.rolled_back(interval):
+            progress = back
+            batches.close()
+            batches = batches_from_here()
+            log.rewind(state.step)
+            logged_step, clock = state.step, time.perf_counter()
+            return None
         now = time.perf_counter()
         seconds, clock = now - clock, now
-        if interval["bad_step"] is not None:
-            raise Diverged(int(interval["bad_step"]))
+        progress.watched = interval["watched"]
         progress.seconds += seconds
         progress.tokens += int(interval["tokens"])
         metrics = {
@@ -90,8 +98,8 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             "samples_per_s": interval["samples"] / seconds,
             "tokens_per_s": interval["tokens"] / seconds,
             "padding": interval["padding"],
-        }
-        if peak:
+        } | guard.counts(progress)
+        if peak and interval["tokens"]:
             amounts = interval["tokens"], interval["labels"], interval["samples"]
             flops = interval_flops(state.model, config, range(logged_step, step), *amounts)
             metrics["mfu"] = flops / (seconds * peak * session.world_size)
@@ -101,8 +109,11 @@ def train(config: Config, session: Session) -> dict[str, Any]:
 
     due: tuple[int, SentStats] | None = None  # an interval that is to be logged
     try:
-        for micro_batches in batches:
-            train_step(state, micro_batches, stats)
+        while (micro_batches := next(batches, None)) is not None:
+            if is_left_out(progress, state.step + 1):
+                leave_out(state, stats)
+            else:
+                train_step(state, micro_batches, stats)
 
             last = state.step == config.train.steps
             validating = last or is_due(config.train.val_every, state.step)
@@ -110,15 +121,16 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             logging = saving or is_due(config.train.log_every, state.step)
             # On a GPU an interval is logged while later steps are under way: it idles if the host waits for its last step.
             if due and (logging or due[1].arrived()):
-                log_interval(*due)
-                due = None
+                metrics, due = log_interval(*due), None
+                if metrics is None:
+                    continue
             if not logging:
                 continue
             due = state.step, stats.send()
             if not (saving or due[1].arrived()):
                 continue
             metrics, due = log_interval(*due), None
-            if not saving:
+            if metrics is None or not saving:
                 continue
             if validating:
                 state.model.set_step(state.step)
@@ -131,12 +143,13 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 metrics |= val
             progress.window_step, progress.window = window_of(state.step - 1, starts)
             save(state, progress, splits, session, metrics)
+            guard.keep(progress)
             clock = time.perf_counter()
             if patience and progress.stale_validations >= patience and not last:
                 status = "early_stopped"
                 break
     except Diverged as error:
-        return {"status": "diverged", "step": error.step, "error": divergence(config, error.step)}
+        return {"status": "diverged", "step": error.step, "error": divergence(config, error)}
     except torch.OutOfMemoryError as error:
         told = out_of_memory(config, f"in the step after step {state.step}", str(error))
         if session.world_size > 1:
@@ -191,12 +204,12 @@ def is_due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def divergence(config: Config, step: int) -> str:
-    lr = learning_rate(config.optim, config.train.steps, step - 1)
+def divergence(config: Config, error: Diverged) -> str:
+    lr = learning_rate(config.optim, config.train.steps, error.step - 1)
     clip = "lower optim.lr"
     clip += (
         f" or train.grad_clip ({config.train.grad_clip:g})"
         if config.train.grad_clip > 0
         else " or set train.grad_clip (1.0, say)"
     )
-    return f"the loss or gradient was not finite at step {step}, lr {lr:.2e}: {clip}"
+    return f"{error.what} at step {error.step}, lr {lr:.2e}: {clip}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 class ProgressBar(Protocol):
@@ -49,6 +50,20 @@ class MetricsLog:
             self.bar.update(step - self.step)
         self.step = step
 
+    def tell(self, text: str) -> None:
+        """A line of its own, however numbers are shown."""
+        if self.lines or self.bar:
+            print(text, flush=True)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step`, and what was written beyond it is hidden."""
+        if self.writer:
+            start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.writer.file_writer.add_event(start)
+        if self.bar:
+            self.bar.update(step - self.step)
+        self.step = step
+
     def close(self) -> None:
         if self.writer:
             self.writer.close()
@@ -59,4 +74,4 @@ class MetricsLog:
 def _format(name: str, value: float) -> str:
     if name == "lr":
         return f"{value:.2e}"
-    return f"{value:,.0f}" if name.endswith("_per_s") else f"{value:.4f}"
+    return f"{value:,.0f}" if name.endswith("_per_s") or isinstance(value, int) else f"{value:.4f}"

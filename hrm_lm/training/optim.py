@@ -95,8 +95,7 @@ class AdamAtan2(torch.optim.Optimizer):
                 torch._foreach_mul_(v, beta2)
             else:
                 taken = (found_inf == 0).float()  # 1, or 0 for a step that is to change nothing
-                # Infinity times 0 is not 0, so it is the bits of the gradients that are multiplied.
-                torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], taken.int())
+                zero_unless(taken, gradients)
                 lr = lr * taken
                 torch._foreach_add_(steps, [taken] * len(steps))  # a single tensor would be read by the CPU
                 torch._foreach_mul_(m, 1 - (1 - beta1) * taken)
@@ -116,6 +115,13 @@ class AdamAtan2(torch.optim.Optimizer):
                     t = count.item()
                     root.div_(math.sqrt(1 - beta2**t))
                     p.add_(torch.atan2(first, root), alpha=-lr / (1 - beta1**t))
+
+
+def zero_unless(taken: Tensor, gradients: list[Tensor]) -> None:
+    """Multiplies the gradients by `taken`, 0-dim, 0 or 1. Infinity times 0 is not 0, so it is their bits that are
+    multiplied.
+    """
+    torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], taken.int())
 
 
 def foreach_atan2(m: list[Tensor], v: list[Tensor], correction: Tensor) -> list[Tensor]:
@@ -168,6 +174,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Changes nothing where the attribute `found_inf`, a 0-dim tensor, is there and not 0; that needs `fused`."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
         self.adamw.step()
         for group in self.param_groups:
             if "momentum" not in group:
@@ -178,14 +187,22 @@ class Muon(torch.optim.Optimizer):
             for p in owners:
                 self.state[p] = self.state[p] or new_slots(group, p)
             gradients, buffers = local(p.grad for p in owners), local(self.state[p]["momentum_buffer"] for p in owners)
-            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            lr = group["lr"]
+            if found_inf is None:
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            else:
+                taken = (found_inf == 0).float()
+                lr = lr * taken
+                zero_unless(taken, gradients)
+                torch._foreach_mul_(buffers, 1 - (1 - group["momentum"]) * taken)
+                torch._foreach_add_(buffers, gradients, alpha=1 - group["momentum"])
             torch._foreach_lerp_(gradients, buffers, group["momentum"])  # Nesterov
-            torch._foreach_mul_(local(owners), 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(local(owners), 1 - lr * group["weight_decay"])
             for batch in alike(owners):
                 rows, columns = batch[0].shape
                 rows //= group["parts"]
                 pieces = torch.stack([whole(p.grad) for p in batch]).view(-1, rows, columns)
-                scale = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                scale = lr * 0.2 * math.sqrt(max(rows, columns))
                 updates = orthogonalized(pieces).float().mul_(scale).reshape(len(batch), -1, columns)
                 torch._foreach_sub_(local(batch), [shard(update, p) for update, p in zip(updates, batch)])
 
@@ -262,8 +279,15 @@ class WeightAverage:
             self.tensors[name].copy_(p)
 
     @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(local(self.tensors.values()), local(self.parameters.values()), 1 - self.decay)
+    def update(self, taken: Tensor | None = None) -> None:
+        """taken: 0-dim; where it is false, the average stays as it is, to the bit."""
+        averages, parameters = local(self.tensors.values()), local(self.parameters.values())
+        if taken is None:
+            torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+            return
+        changes = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(changes, (1 - self.decay) * taken.float())
+        torch._foreach_add_(averages, changes)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ batch is cut into workers and micro-batches changes nothing but rounding.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from hrm_lm.models.layers import Block
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
 from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
+from hrm_lm.training.stability import WATCHED, observed, on_all, update
 
 
 @dataclass
@@ -48,16 +50,29 @@ class TrainState:
 class Stats:
     """Sums over the steps of a logging interval, kept on the device until a number is due."""
 
-    def __init__(self, state: TrainState):
+    def __init__(self, state: TrainState, watched: dict[str, float] | None = None):
+        """watched: as an earlier `read` gave it."""
         self.world_size = state.world_size
-        self.steps = torch.tensor(float(state.step), device=state.device)
+        self.steps = torch.zeros((), device=state.device)
         """Optimisation steps done, as the device knows them."""
-        self.sums = torch.zeros(5, dtype=torch.float64, device=state.device)
-        """loss summed over labelled tokens, labelled tokens, tokens read, positions with padding, samples"""
-        self.bad_step = torch.tensor(math.inf, device=state.device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=state.device)
+        """loss summed over labelled tokens, of how many, labelled tokens, tokens read, positions with padding, samples"""
+        self.bad_step = torch.zeros((), device=state.device)
+        self.spike_step = torch.zeros((), device=state.device)
+        self.watched = torch.zeros(len(WATCHED), dtype=torch.float64, device=state.device)
+        """What `hrm_lm.training.stability` goes by, the same on all workers."""
         self.grad_norm = torch.zeros((), device=state.device)
+        self.restart(state.step, watched or {})
 
-    def read(self) -> dict[str, float]:
+    def restart(self, step: int, watched: dict[str, float]) -> None:
+        """A new interval begins after `step`. The tensors keep their places in memory."""
+        self.steps.fill_(step)
+        self.sums.zero_()
+        self.bad_step.fill_(math.inf)
+        self.spike_step.fill_(math.inf)
+        self.watched.copy_(torch.tensor([watched.get(name, 0.0) for name in WATCHED], dtype=torch.float64))
+
+    def read(self) -> dict[str, Any]:
         """The interval's numbers over all workers; then a new interval begins. This waits for the device."""
         return self.send().read()
 
@@ -66,12 +81,15 @@ class Stats:
         if self.world_size > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.bad_step, op=dist.ReduceOp.MIN)
-        numbers = torch.cat([self.sums, self.bad_step.double()[None], self.grad_norm.double()[None]])
+        single = torch.stack([self.bad_step, self.spike_step, self.steps, self.grad_norm]).double()
+        numbers = torch.cat([self.sums, single, self.watched])
         self.sums.zero_()
+        self.spike_step.fill_(math.inf)
         if not numbers.is_cuda:
             return SentStats(numbers)
         host = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-        return SentStats(host, torch.cuda.current_stream(numbers.device).record_event())
+        sent = torch.cuda.current_stream(numbers.device).record_event()
+        return SentStats(host, sent, alone=self.world_size == 1)
 
 
 @dataclass
@@ -80,26 +98,36 @@ class SentStats:
 
     numbers: Tensor
     sent: torch.cuda.Event | None = None
+    alone: bool = True
 
     def arrived(self) -> bool:
-        return self.sent is None or self.sent.query()
+        """Whether `read` returns at once; False among several workers on GPUs, which must all read at the same step."""
+        return self.sent is None or (self.alone and self.sent.query())
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> dict[str, Any]:
         """Waits for the numbers, and not for steps that were launched since.
 
-        `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None.
+        `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None; with `train.on_nonfinite:
+        skip` always None, and `loss` is that of the steps that were taken. `spike_step`: the interval's first spike, else
+        None.
         """
         if self.sent:
             self.sent.synchronize()
-        loss, labelled, tokens, positions, samples, bad_step, grad_norm = self.numbers.tolist()
+        sums, (bad, spike, step, grad_norm), watched = (
+            part.tolist() for part in self.numbers.split([6, 4, len(WATCHED)])
+        )
+        loss, counted, labelled, tokens, positions, samples = sums
         return {
-            "loss": loss / max(labelled, 1),
+            "step": int(step),
+            "loss": loss / counted if counted else math.nan,
             "grad_norm": grad_norm,
             "tokens": tokens,
             "labels": labelled,
             "padding": 1 - tokens / max(positions, 1),
             "samples": samples,
-            "bad_step": None if math.isinf(bad_step) else int(bad_step),
+            "bad_step": None if math.isinf(bad) else int(bad),
+            "spike_step": None if math.isinf(spike) else int(spike),
+            "watched": dict(zip(WATCHED, watched, strict=True)),
         }
 
 
@@ -226,20 +254,27 @@ def device_step(
         norm = norm.full_tensor()
     if config.train.grad_clip > 0:
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.train.grad_clip, norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.average:
-        state.average.update()
+
+    finite = step_loss.isfinite()
+    if not state.scaler.is_enabled():  # the scaler skips steps of infinite gradients itself, and backs off
+        finite = finite & norm.isfinite()
+    stats.steps += 1
+    skips = config.train.on_nonfinite == "skip"
+    if skips or config.train.spike:
+        loss, finite = on_all(step_loss, labelled, finite, state.world_size)
+        watched, spike = observed(stats.watched, loss, finite, config.train.spike)
+        stats.watched.copy_(watched)
+        stats.spike_step.copy_(torch.where(spike, stats.spike_step.minimum(stats.steps), stats.spike_step))
+    update(state, finite if skips else None)
+    counted = mine
+    if skips:
+        step_loss, counted = (torch.where(finite, number, torch.zeros_like(number)) for number in (step_loss, mine))
+    else:
+        stats.bad_step.copy_(torch.where(finite, stats.bad_step, stats.bad_step.minimum(stats.steps)))
 
     tokens = torch.stack([batch.num_tokens for batch in micro_batches]).sum()
     positions = sum(batch.num_positions for batch in micro_batches)
     samples = sum(batch.num_samples for batch in micro_batches)
-    counts = [mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
+    counts = [counted, mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
     stats.sums += torch.stack([step_loss.double(), *(count.double() for count in counts)])
     stats.grad_norm.copy_(norm)
-    stats.steps += 1
-    finite = step_loss.isfinite()
-    if not state.scaler.is_enabled():  # the scaler skips steps of infinite gradients itself, and backs off
-        finite = finite & norm.isfinite()
-    stats.bad_step.copy_(torch.where(finite, stats.bad_step, stats.bad_step.minimum(stats.steps)))
