@@ -5,13 +5,17 @@ KubeRay's schema is a megabyte and not ours to ship. KUBERAY_CRDS names a folder
 """
 
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
 import pytest
+import simulated_cloud
 import yaml
-from conftest import ROOT
+from conftest import ROOT, kill_processes_with, processes_with, wait_until
 from packaging.requirements import Requirement
 
 LAUNCHER = ["cluster.yaml", "deploy/gcp.yaml", "deploy/on_premise.yaml"]
@@ -53,6 +57,65 @@ def test_all_launcher_files_set_machines_up_alike():
     for other in others:
         for field in (*alike, "worker_start_ray_commands", "file_mounts_sync_continuously"):
             assert other[field] == aws[field], field
+
+
+@pytest.mark.long  # starts a cluster of two nodes
+def test_ray_up_brings_a_cluster_whose_workers_come_for_a_run_and_go_when_idle():
+    from ray import autoscaler
+
+    from hrm_lm.cluster.start import free_port
+
+    folder = Path(tempfile.mkdtemp(prefix="hrm_lm_"))  # a socket's path has room for 107 characters
+    machines, user, dashboard = folder / "machines", folder / "user", free_port()
+    for path in (machines, user / ".ray", folder / "ray"):
+        path.mkdir(parents=True)
+    (user / ".ray/auth_token").write_text("a-token-of-at-least-thirty-two-characters")
+    environment = {
+        "SIMULATED_CLOUD": machines, "RAY_TMPDIR": folder / "ray", "DASHBOARD_PORT": dashboard, "HOME": user,
+        "PATH": f"{simulated_cloud.programs(folder / 'bin', 'ssh', 'rsync')}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}/tests", "RAY_FAKE_CLUSTER": 1, "RAY_AUTH_MODE": "token", "AUTOSCALER_UPDATE_INTERVAL_S": 1,
+    }  # fmt: skip
+
+    def ray(*arguments) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {name: str(value) for name, value in environment.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # an interactive shell without a terminal to take
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    # As it is shipped, but for the provider, the CPUs of a node, the time until a node is idle, and the head's port. Ray
+    # fills in what it does on AWS.
+    text = (ROOT / "cluster.yaml").read_text().replace("6379", str(free_port()))
+    defaults = yaml.safe_load((Path(autoscaler.__file__).parent / "aws/defaults.yaml").read_text())
+    config = defaults | yaml.safe_load(text) | {"idle_timeout_minutes": 0.05}
+    config["provider"] = {"type": "external", "module": "simulated_cloud.SimulatedCloud"}
+    for kind, cpus in (("head", 1), ("gpu_worker", 2)):
+        config["available_node_types"][kind] |= {"node_config": {}}
+        config["available_node_types"][kind]["resources"]["CPU"] = cpus
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
+    try:
+        ray("up", "--yes", folder / "cluster.yaml")
+        head, worker = machines / "head-1", machines / "gpu_worker-1"
+        assert (head / ".ray/auth_token").exists() and not worker.exists()
+        output = ray(
+            *("job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ROOT, "--"),
+            *("python", "-m", "ray_jobs.train", "--dataset", "synthetic", "--steps", 4, "--run_name", "grown"),
+            *("--save_dir", folder / "runs", "--use_gpu", "false", "--set", "ray.cpus_per_worker=2"),
+        )
+        assert "finished at step 4" in output and (folder / "runs/grown/result.json").exists()
+        assert worker.exists()
+        wait_until(lambda: not processes_with(f"HOME={worker}\0"))
+        assert processes_with(f"HOME={head}\0")
+    finally:
+        kill_processes_with(str(machines))
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- KubeRay -----------------------------------------------------------------------------------------------------
