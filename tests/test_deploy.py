@@ -60,6 +60,7 @@ def test_all_launcher_files_set_machines_up_alike():
 
 
 @pytest.mark.long  # starts a cluster of two nodes
+@pytest.mark.timeout(900)
 def test_ray_up_brings_a_cluster_whose_workers_come_for_a_run_and_go_when_idle():
     from ray import autoscaler
 
