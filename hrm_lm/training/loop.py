@@ -47,13 +47,14 @@ def train(config: Config, session: Session) -> dict[str, Any]:
 
     peak = matrix_peak(state.device, config.train.mixed_precision)
     stats, log = Stats(state), MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
-    step_rows, rows = batch_rows(splits.train, config)
+    group = config.for_workers(session.world_size)
+    step_rows, rows = batch_rows(splits.train, group)
     starts = [WindowStart(progress.window_step, progress.window)]  # the thread that makes batches adds to it
     source = train_batches(
         splits.train,
         splits.tokenizer,
         layout(state.model, rows),
-        config.train,
+        group.train,
         state.step,
         session.rank,
         session.world_size,
@@ -103,7 +104,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(config, rows=rows))
+                    val = validate(state.model, splits, EvalOptions.of(group, rows=rows))
                 if not math.isfinite(val["val_loss"]):
                     return {"status": "diverged", "step": state.step, "error": divergence(config, state.step)}
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])
