@@ -295,7 +295,7 @@ class RayConfig(Section):
 
     num_workers: Positive | str = 1
     """Data-parallel workers that share each batch. With a range such as `1:4` a run starts with the workers that fit, and
-    their number follows the cluster. The batches stay as they are, and so does a worker's micro-batch, or it shrinks."""
+    their number follows the cluster; `batch_size` is divided as by the most of them."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """How several workers hold the model: each holds all of it (`ddp`), each holds a part (`fsdp`), or each holds a part
     of its node's copy (`hsdp`)."""

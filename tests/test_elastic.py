@@ -1,6 +1,8 @@
 """Runs whose number of workers follows the cluster (`ray.num_workers: 1:4`)."""
 
-import signal
+import re
+import socket
+import subprocess
 import tempfile
 from types import SimpleNamespace
 
@@ -56,10 +58,6 @@ def test_a_smaller_group_shares_the_same_batch_in_micro_batches_that_are_no_larg
     assert packing or size >= largest * 4 / (world_size * -(-4 // world_size)), "no worker waits for another"
 
 
-class Coordinator:
-    """What Ray reserves, as the policy asks for it."""
-
-
 @pytest.fixture
 def policy(monkeypatch):
     """A policy of 1 to 3 workers of a CPU; `policy.reserved` and `policy.free` are CPUs of the cluster's nodes."""
@@ -109,6 +107,13 @@ def test_a_run_does_not_grow_into_what_another_program_uses(policy):
     assert decided(policy, 6) is None
 
 
+def test_a_node_that_answers_no_more_is_known_to_be_dead():
+    with socket.create_server(("127.0.0.1", 0)) as raylet:
+        address = raylet.getsockname()
+        assert scaling.answers(*address)
+    assert not scaling.answers(*address)
+
+
 def test_workers_that_could_not_be_started_are_started_in_smaller_number(policy):
     policy.after_controller_state_update(SchedulingState(None), RunningState())
     policy.reserved, policy.free = [1, 1], [0, 1]  # the failed workers' resources are not free yet
@@ -126,8 +131,8 @@ def test_a_run_says_once_that_it_waits_for_its_first_worker(policy, capsys):
     assert capsys.readouterr().err == "waiting until at least 1 worker(s) fit the cluster\n"
 
 
-ELASTIC = """
-import sys, threading
+CLUSTER = """
+import os, sys, threading
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -135,17 +140,19 @@ from hrm_lm.cluster import run as runs
 from hrm_lm.cluster.start import free_port
 from hrm_lm.config import load_config
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": free_port()})
+port = free_port()
+os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"  # there may be other clusters
+head = {"num_cpus": 1, "dashboard_port": port}
+cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)  # else add_node needs the main thread
 ray.init(cluster.address, logging_level="error")
 
 def obey():
     for line in sys.stdin:
         if line == "add\\n":
             node = cluster.add_node(num_cpus=1)
-            Path("added").touch()
         else:
             cluster.remove_node(node, allow_graceful=False)
-            Path("killed").touch()
+        Path(line.strip()).touch()
 
 def plan_workers(config, plan=runs.plan_workers):
     scaling = plan(config)
@@ -154,23 +161,61 @@ def plan_workers(config, plan=runs.plan_workers):
 
 threading.Thread(target=obey, daemon=True).start()
 runs.plan_workers = plan_workers
-print(runs.run(load_config("c.yaml")), flush=True)
+try:
+    print(runs.run(load_config("c.yaml"))["status"], flush=True)
+finally:
+    ray.shutdown()
+    cluster.shutdown()
 """
+"""Runs c.yaml on a cluster of a node, which adds a node and kills it when told to."""
 
 GATED = """
 import time
 from pathlib import Path
-from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.synthetic import build_synthetic_dataset
 from hrm_lm.training import loop
 
-FOLDER = Path(__file__).parent
+def train_step(state, *rest, train_step=loop.train_step):
+    # One worker waits for the second node before step 3 and for its death before step 9, two workers before step 11.
+    for step, event in {3: "add", 9: "kill"}.items() if state.world_size == 1 else [(11, "kill")]:
+        while state.step >= step and not Path(__file__).with_name(event).exists():
+            time.sleep(0.02)
+    train_step(state, *rest)
 
-def gated(state, *batches_and_stats, train_step=loop.train_step):
-    gates = {2: {20: "killed"}, 1: {8: "added"} if not (FOLDER / "killed").exists() else {}}
-    gate = gates[state.world_size].get(state.step)
+loop.train_step = train_step
+data = build_synthetic_dataset
 """
+"""A dataset whose code holds the run until the cluster has changed."""
 
 
 @pytest.mark.long
-def test_a_run_grows_with_the_cluster_shrinks_with_it_and_ends_as_one_of_fixed_size(in_folder, driver):
-    pass
+@pytest.mark.timeout(600)
+def test_a_run_grows_with_the_cluster_shrinks_with_it_and_ends_as_one_of_fixed_size(in_folder, driver, monkeypatch):
+    (in_folder / "gated.py").write_text(GATED)
+    fields = {"train__steps": 14, "train__checkpoint_every": 1, "ray__num_to_keep": 100}
+    config = small_config(**fields, data__dataset="gated:data", ray__num_workers="1:2", ray__run_name="r")
+    (in_folder / "c.yaml").write_text(config.to_yaml())
+    folder = RunFolder(str(in_folder / "runs"), "r")
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as ray_folder:  # sockets have short names
+        monkeypatch.setenv("RAY_TMPDIR", ray_folder)
+        process = driver("-c", CLUSTER, stdin=subprocess.PIPE)
+
+        def stored(step):
+            return (
+                process.poll() is not None or (in_folder / f"runs/r/checkpoint_{step:08d}/trainer_state.json").exists()
+            )
+
+        for step, order in ((2, "add"), (11, "kill")):
+            wait_until(lambda step=step: stored(step))
+            process.stdin.write(f"{order}\n")
+            process.stdin.flush()
+        out, err = process.communicate()
+    assert process.returncode == 0 and out.endswith("finished\n"), err
+    assert re.findall(r"training with (\d) worker\(s\) of 1 to 2", err) == ["1", "2", "1"], err
+
+    alone = train_locally(small_config(**fields), in_folder / "alone")
+    kept, last = folder.checkpoints()
+    curve = sorted((metrics["step"], metrics["loss"]) for _, metrics in kept)
+    assert [step for step, _ in curve] == list(range(1, 15)), "each step is once in the curve"
+    assert [loss for _, loss in curve] == pytest.approx([metrics["loss"] for metrics in alone.reports], rel=1e-5)
+    assert_same_weights(load_model(last)[0].state_dict(), alone.last_weights(), atol=1e-5, rtol=1e-4)

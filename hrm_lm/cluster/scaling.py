@@ -6,7 +6,9 @@ just when a checkpoint has been stored: what is repeated are the steps that were
 Train saw it (`RAY_TRAIN_HEALTH_CHECK_INTERVAL_S`). A run shrinks when workers fail: those that fit are started again.
 """
 
+import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -95,11 +97,22 @@ class ScalingPolicy(ElasticScalingPolicy):
         return min(possible, self._held + workers_that_fit(self.scaling_config._resources_per_worker_not_none, free))
 
     def _get_reserved_resources(self) -> Any:
-        """As the cluster is now. Ray's own takes what was so up to 20 s ago, so that workers would wait for a dead node."""
+        """As the cluster is now. What Ray's own gives may be 20 s old, and has a dead node until its health checks are over;
+        workers would wait for that node for a minute.
+        """
         try:
-            return ray.get(
+            reserved = ray.get(
                 self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True),
                 timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S,
             )
         except ray.exceptions.RayError:  # the controller asks again
             return None
+        addresses = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
+        return {node: resources for node, resources in reserved.items() if answers(*addresses[node])}
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there, as the raylet of a node that lives does."""
+    with suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False
