@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState, TrainControllerState
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -97,8 +97,8 @@ class ScalingPolicy(ElasticScalingPolicy):
         return min(possible, self._held + workers_that_fit(self.scaling_config._resources_per_worker_not_none, free))
 
     def _get_reserved_resources(self) -> Any:
-        """As the cluster is now. What Ray's own gives may be 20 s old, and has a dead node until its health checks are over;
-        workers would wait for that node for a minute.
+        """As the cluster is now, without nodes that are drained. What Ray's own gives may be 20 s old, and has a dead node until
+        its health checks are over; workers would wait for that node for a minute.
         """
         try:
             reserved = ray.get(
@@ -108,7 +108,10 @@ class ScalingPolicy(ElasticScalingPolicy):
         except ray.exceptions.RayError:  # the controller asks again
             return None
         addresses = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-        return {node: resources for node, resources in reserved.items() if answers(*addresses[node])}
+        leaving = state.get_draining_nodes()
+        return {
+            node: resources for node, resources in reserved.items() if node not in leaving and answers(*addresses[node])
+        }
 
 
 def answers(host: str, port: int) -> bool:
