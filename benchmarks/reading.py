@@ -93,7 +93,7 @@ def open_large(folder: Path) -> PreparedSplit:
 
 def first_batch_seconds(folder: Path, config: Config, first_step: int, start: WindowStart) -> float:
     """The most that any of three of the config's workers takes, each with a split of its own."""
-    seconds, world_size = [], config.ray.num_workers
+    seconds, world_size = [], config.ray.workers.most
     for rank in (0, world_size // 2, world_size - 1):
         begin, split = time.perf_counter(), open_large(folder)
         step_rows, rows = batch_rows(split, config)

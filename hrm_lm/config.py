@@ -9,12 +9,13 @@ points at it. Sections are frozen: a config is a value.
 import copy
 import difflib
 import posixpath
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import read_text, resolve, without_secrets
@@ -29,6 +30,13 @@ class Cycles(NamedTuple):
 
     h: int
     l: int
+
+
+class Workers(NamedTuple):
+    """How many workers a run has at least, and at most."""
+
+    least: int
+    most: int
 
 
 class Section(BaseModel):
@@ -302,8 +310,9 @@ class DataConfig(Section):
 class RayConfig(Section):
     """Where a run takes place and where it is kept."""
 
-    num_workers: Positive = 1
-    """Data-parallel workers that share each batch."""
+    num_workers: Positive | str = 1
+    """Data-parallel workers that share each batch. With a range such as `1:4` a run starts with the workers that fit, and
+    their number follows the cluster; `batch_size` is divided as by the most of them."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """How several workers hold the model: each holds all of it (`ddp`), each holds a part (`fsdp`), or each holds a part
     of its node's copy (`hsdp`)."""
@@ -326,6 +335,21 @@ class RayConfig(Section):
     cluster is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
     num_to_keep: Positive = 1
     """How many checkpoints of the lowest `val_loss` are kept. The last checkpoint is kept besides."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value), re.ASCII)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise ValueError(f"ray.num_workers: {value!r} should be a number from 1 up, or a range such as 1:4")
+        return most if least == most else f"{least}:{most}"
+
+    @property
+    def workers(self) -> Workers:
+        """The range of `num_workers`; both ends are the same where it is a number."""
+        least, _, most = str(self.num_workers).partition(":")
+        return Workers(int(least), int(most or least))
 
 
 class Config(Section):
@@ -383,6 +407,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _equal_nodes(self):
+        if self.ray.parallel == "hsdp" and isinstance(self.ray.num_workers, str):
+            raise ValueError(
+                f"ray.num_workers ({self.ray.num_workers}): ray.parallel hsdp needs equally many workers on every node, "
+                "which a range does not promise; give a number, or take fsdp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _muon_precision(self):
         if self.optim.name == "muon" and self.train.mixed_precision == "fp16":
             raise ValueError("train.mixed_precision: fp16 does not go with optim.name muon; use bf16 or none")
@@ -392,18 +425,34 @@ class Config(Section):
     def _batch_divides(self):
         if self.train.batch_tokens is not None:
             return self
-        shares = self.ray.num_workers * self.train.grad_accum_steps
-        if self.train.batch_size % shares:
+        if self.train.batch_size % self.shares:
             raise ValueError(
                 f"train.batch_size ({self.train.batch_size}) must be divisible by ray.num_workers * "
-                f"train.grad_accum_steps ({self.ray.num_workers} * {self.train.grad_accum_steps})"
+                f"train.grad_accum_steps ({self.ray.workers.most} * {self.train.grad_accum_steps})"
             )
         return self
 
     @property
+    def shares(self) -> int:
+        """Micro-batches of a global batch, over all workers that a run has at most."""
+        return self.ray.workers.most * self.train.grad_accum_steps
+
+    def for_workers(self, world_size: int) -> "Config":
+        """The config of a group of so many workers, where `ray.num_workers` is a range.
+
+        All workers take equally many micro-batches, and as few as keep a micro-batch from being larger than it is where
+        all workers are there: 2 of 3 workers are as fast as they can be.
+        """
+        if isinstance(self.ray.num_workers, int):
+            return self
+        parts = {"grad_accum_steps": -(-self.shares // world_size)}
+        ray = self.ray.model_copy(update={"num_workers": world_size})
+        return self.model_copy(update={"ray": ray, "train": self.train.model_copy(update=parts)})
+
+    @property
     def graphs_obstacle(self) -> str | None:
         """Why steps cannot be CUDA graphs, wherever the run takes place; None where they can."""
-        if self.ray.num_workers > 1:
+        if self.ray.workers.most > 1:
             return f"needs a single worker (ray.num_workers is {self.ray.num_workers})"
         if self.train.mixed_precision == "fp16":
             return "does not go with train.mixed_precision fp16; use bf16 or none"
@@ -419,9 +468,9 @@ class Config(Section):
     def micro_batch_size(self) -> int:
         """Samples that one worker takes through the model at a time; with `train.batch_tokens`, the longest ones."""
         if self.train.batch_tokens is not None:
-            tokens = self.train.batch_tokens // (self.ray.num_workers * self.train.grad_accum_steps)
+            tokens = self.train.batch_tokens // self.shares
             return max(tokens // (self.model.max_prompt_len + self.model.max_response_len), 1)
-        return self.train.batch_size // (self.ray.num_workers * self.train.grad_accum_steps)
+        return -(-self.train.batch_size // self.shares)
 
     @property
     def row_tokens(self) -> int | None:
@@ -433,11 +482,10 @@ class Config(Section):
         """
         if not self.train.packing or self.train.batch_tokens is None:
             return None
-        shares = self.ray.num_workers * self.train.grad_accum_steps
-        part = -(-self.train.batch_tokens // shares)
+        part = -(-self.train.batch_tokens // self.shares)
         longest = self.model.max_prompt_len + self.model.max_response_len
         alike = self.model.architecture == "prefix_lm" and part >= 16 * longest
-        return part + (0 if shares == 1 else longest // 8 if alike else longest)
+        return part + (0 if self.shares == 1 else longest // 8 if alike else longest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML-able values, nested by section."""
@@ -463,6 +511,15 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     Raises UserError, a line per mistake, naming the file or the dotted path.
     """
     return config_of(read_layers(path) if path else [], overrides or {})
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML as `yaml.safe_load` reads it, but `1:4` is a text, as it is in YAML 1.2. In YAML 1.1 it is 64, a number to base 60."""
+
+    yaml_implicit_resolvers = {
+        first: ([("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))] if first.isdigit() else []) + resolvers
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def config_of(layers: Sequence[Layer], overrides: dict[str, Any]) -> Config:
@@ -548,7 +605,7 @@ def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
     """A YAML file (path or URI) that holds a mapping. Raises UserError, naming it as `shown`, where it does not."""
     shown = shown or without_secrets(str(path))
     try:
-        raw = yaml.safe_load(_read(str(path)))
+        raw = yaml.load(_read(str(path)), YamlLoader)
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -579,7 +636,7 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals or not dotted:
             raise UserError(f"--set {assignment}: expected PATH=VALUE, such as model.hrm.h_cycles=4")
         try:
-            overrides[dotted.strip()] = yaml.safe_load(text)
+            overrides[dotted.strip()] = yaml.load(text, YamlLoader)
         except yaml.YAMLError:
             raise UserError(f"--set {assignment}: the value is not valid YAML") from None
     return overrides

@@ -50,6 +50,10 @@ def test_a_config_survives_yaml(tmp_path):
             "model.hrm.backprop_steps=1",
             "model.hrm.backprop_steps: should be 'all' or should be greater than or equal to 2",
         ),
+        ("ray.num_workers=4:1", "ray.num_workers: '4:1' should be a number from 1 up, or a range such as 1:4"),
+        ("ray.num_workers=0:4", "ray.num_workers: '0:4' should be"),
+        ("ray.num_workers=a:b", "ray.num_workers: 'a:b' should be"),
+        ("ray.num_workers=0", "ray.num_workers: 0 should be"),
         ("model.d_model=63", "model.d_model (63) must be divisible by model.n_heads (4)"),
         (
             "train.grad_accum_steps=5",
@@ -79,6 +83,21 @@ def test_a_mistake_is_one_line_that_names_the_path(assignment, message):
 def test_fp16_does_not_go_with_a_sharded_model(parallel):
     with pytest.raises(UserError, match=f"fp16 does not go with ray.parallel {parallel}"):
         load_config(overrides={"ray.parallel": parallel, "train.mixed_precision": "fp16"})
+
+
+def test_a_range_of_workers_is_a_text_in_yaml_too_and_comes_back_from_a_checkpoint(tmp_path):
+    (tmp_path / "c.yaml").write_text("ray:\n  num_workers: 1:4\n")  # for YAML 1.1 that is 64
+    for config in (load_config(tmp_path / "c.yaml"), load_config(overrides=parse_set(["ray.num_workers=1:4"]))):
+        assert config.ray.num_workers == "1:4" and config.ray.workers == (1, 4)
+        (tmp_path / "again.yaml").write_text(config.to_yaml())
+        assert load_config(tmp_path / "again.yaml") == config
+    for text, number in (("2:2", 2), ("3", 3)):
+        assert load_config(overrides={"ray.num_workers": text, "train.batch_size": 6}).ray.num_workers == number
+
+
+def test_hsdp_does_not_go_with_a_range_of_workers():
+    with pytest.raises(UserError, match="equally many workers on every node, which a range does not promise"):
+        load_config(overrides={"ray.parallel": "hsdp", "ray.num_workers": "2:4"})
 
 
 def test_every_mistake_is_told_at_once():

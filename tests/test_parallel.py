@@ -44,6 +44,14 @@ NODES = {
 HEALS = {"train__steps": 6, "train__val_every": 2, "train__ema_decay": 0.7, "train__spike": 7}
 HEALED = [("ddp", "skip"), ("ddp", "rollback"), ("fsdp", "skip"), ("fsdp", "rollback"), ("fsdp", "skip", True)]
 BAD = {"bad": [3], "bad_losses": [6]}
+ELASTIC = {
+    "ray__num_workers": "1:4", "train__steps": 6, "train__val_every": 2, "train__batch_size": 12,
+    "model__architecture": "prefix_lm", "train__ema_decay": 0.7, "train__grad_clip": 0.5,
+}  # fmt: skip
+PACKED = {
+    "train__batch_tokens": 1024, "train__length_window": 128, "train__packing": True, "model__max_prompt_len": 32,
+    "model__max_response_len": 8,
+}  # fmt: skip
 TWO, FOUR = {"ray__num_workers": 2}, {"ray__num_workers": 4}
 pytestmark = pytest.mark.slow
 
@@ -185,7 +193,13 @@ def runs(tmp_path_factory):
     )
     four.append(("uneven_nodes", uneven_nodes, hsdp))
 
-    return in_processes(4, root, {2: two, 4: four}), root
+    three = []
+    for name, fields in {"elastic": {}, "elastic_packed": PACKED, "elastic_fsdp": {"ray__parallel": "fsdp"}}.items():
+        config = small_config(**ELASTIC | fields)
+        for some, workers, stop_at in (two, 2, 2), (three, 3, 4), (four, 4, None):
+            some.append((f"{name}_of_{workers}", trained, config, root / name, stop_at))
+
+    return in_processes(4, root, {2: two, 3: three, 4: four}), root
 
 
 def in_processes(count, root, jobs, *options):
@@ -339,6 +353,17 @@ def test_workers_heal_alike_where_the_numbers_of_a_single_worker_are_not_finite(
         assert "rollback" in name or watched == pytest.approx(expected, rel=1e-5), name
         weights = load_model(max((runs[1] / name).glob("step_*")))[0].state_dict()
         assert_same_weights(weights, alone.last_weights(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["elastic", "elastic_packed", "elastic_fsdp"])
+def test_a_run_of_two_then_three_then_four_workers_trains_as_one_worker(runs, kind, tmp_path):
+    alone = train_locally(small_config(**ELASTIC | (PACKED if kind == "elastic_packed" else {})), tmp_path / "alone")
+    reports = [report for name, some in runs[0].items() if name.startswith(f"{kind}_of") for report in some]
+    assert column(reports, "step") == [2, 4, 6]
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert column(reports, name) == pytest.approx(column(alone.reports, name), rel=1e-5)
+    averaged = load_model(max((runs[1] / kind).glob("step_*")))[0].state_dict()
+    assert_same_weights(averaged, alone.last_weights(), atol=1e-5, rtol=1e-4)
 
 
 def test_nodes_with_unequally_many_workers_are_refused(runs):

@@ -161,6 +161,14 @@ def test_what_the_cluster_cannot_hold_is_refused_with_what_it_has(cluster, in_fo
     assert not (in_folder / "runs").exists()
 
 
+def test_a_range_of_workers_needs_room_for_the_fewest(cluster, capsys):
+    scaling = plan_workers(small_config(ray__num_workers="2:4", ray__cpus_per_worker="auto"))
+    assert (scaling.min_workers, scaling.max_workers, scaling.resources_per_worker) == (2, 4, {"CPU": 1})
+    assert "2 to 4 worker(s) of {'CPU': 1}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="3 to 4 workers of 1 CPU each do not fit .* room for 2"):
+        plan_workers(small_config(ray__num_workers="3:4"))
+
+
 def test_what_ray_up_may_add_counts_as_room(cluster, in_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(in_folder))
     (in_folder / "ray_bootstrap_config.yaml").write_text((ROOT / "cluster.yaml").read_text())

@@ -23,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event
 from hrm_lm.data.collate import to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
-from hrm_lm.training import loop, stability
+from hrm_lm.training import loop, rollback, stability
 from hrm_lm.training.checkpoint import read_checkpoint, state_tensors
 from hrm_lm.training.metrics import MetricsLog
 from hrm_lm.training.optim import build_optimizer
@@ -78,8 +78,8 @@ def test_skipped_or_gone_back_for_a_bad_step_leaves_no_trace_and_a_resume_is_exa
     ],
 )
 def test_a_run_that_does_not_heal_ends_and_says_what_was_tried(mode, error, tmp_path, monkeypatch):
-    monkeypatch.setattr(stability, "MOST_IN_A_ROW", 5)
-    monkeypatch.setattr(stability, "MOST_ROLLBACKS", 4)
+    monkeypatch.setattr(rollback, "MOST_IN_A_ROW", 5)
+    monkeypatch.setattr(rollback, "MOST_ROLLBACKS", 4)
     poison(monkeypatch, bad=range(3, 99))
     config = small_config(train__on_nonfinite=mode, train__checkpoint_every=2, train__val_every=99, train__log_every=4)
     session = train_locally(config, tmp_path)

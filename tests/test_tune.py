@@ -133,6 +133,11 @@ def test_a_base_may_be_a_file_beside_the_sweep(tmp_path):
             {"gpus_per_worker": 0.5, "workers_per_trial": 2},
             "tune.gpus_per_worker (0.5) must be a whole number, or below 1 with tune.workers_per_trial 1 (got 2)",
         ),
+        (
+            {"optim.lr": {"choice": [1]}},
+            {"workers_per_trial": "1:2"},
+            "tune.workers_per_trial: should be a valid integer",
+        ),
         ({"optim.lr": {"choice": [1]}}, {"gpus_per_worker": 1.5}, "tune.gpus_per_worker (1.5) must be a whole number"),
         ({"model.hrm.h_cycles": {"choice": [1]}}, {"scheduler": "pbt"}, "scheduler pbt perturbs"),
         ({"ray.num_workers": {"choice": [1]}}, {}, "the ray section is the same for all trials"),

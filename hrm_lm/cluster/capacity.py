@@ -23,7 +23,7 @@ def plan_workers(config: Config) -> "ScalingConfig":
 
     nodes, grown = cluster_nodes()
     num_gpus, num_cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
-    workers = config.ray.num_workers
+    least, most = config.ray.workers
     use_gpu = wants_gpus(config, nodes + grown)
     if config.train.mixed_precision == "fp16" and not use_gpu:
         raise UserError("train.mixed_precision: fp16 needs a CUDA GPU and the cluster has none; use bf16 or none")
@@ -33,10 +33,11 @@ def plan_workers(config: Config) -> "ScalingConfig":
     cpus = config.ray.cpus_per_worker
     if cpus == "auto":
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1), default=1)
-        cpus = 1 if use_gpu else min(max(num_cpus // workers, 1), smallest)
+        cpus = 1 if use_gpu else min(max(num_cpus // most, 1), smallest)
     resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
     room = workers_that_fit(resources, nodes, grown)
-    if room < workers and not config.ray.wait_for_nodes:
+    workers = f"{least}" if least == most else f"{least} to {most}"
+    if room < least and not config.ray.wait_for_nodes:
         each = " and ".join(f"{amount} {kind}" for kind, amount in resources.items())
         raise UserError(
             f"ray.num_workers: {workers} workers of {each} each do not fit the cluster: it has {len(nodes)} node(s), "
@@ -44,7 +45,8 @@ def plan_workers(config: Config) -> "ScalingConfig":
             f"{UNKNOWN_GROWTH}"
         )
     say(f"Ray: {len(nodes)} node(s), {num_cpus} CPUs, {num_gpus} GPUs; {workers} worker(s) of {resources}")
-    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+    num_workers = most if least == most else (least, most)
+    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources)
 
 
 def wants_gpus(config: Config, nodes: list[dict[str, float]]) -> bool:

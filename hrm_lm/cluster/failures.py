@@ -10,15 +10,19 @@ from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
+from hrm_lm.cluster.scaling import ScalingPolicy
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import StorageError, UserError
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer with this module's failure policy."""
+    """A TorchTrainer with this project's failure policy, and with its scaling policy where `ray.num_workers` is a range."""
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
         options["failure_policy"] = FailurePolicy(self.run_config.failure_config)
+        if self.scaling_config.elasticity_enabled:
+            steps = self.train_loop_config["config"]["train"]["steps"]
+            options["scaling_policy"] = ScalingPolicy(self.scaling_config, steps)
         return super()._initialize_and_run_controller(**options)
 
 

@@ -1,5 +1,5 @@
-"""All that this project uses of Ray without Ray's promise to keep it, but for `failures`, which cannot do without
-importing Ray. Look at both first when Ray is updated.
+"""All that this project uses of Ray without Ray's promise to keep it, but for `failures` and `scaling`, which cannot do
+without importing Ray. Look at these three first when Ray is updated.
 """
 
 import logging

@@ -52,7 +52,8 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     stats = Stats(state, progress.watched)
     log = MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
     guard = Guard(state, stats, progress, log.tell)
-    step_rows, rows = batch_rows(splits.train, config)
+    group = config.for_workers(session.world_size)
+    step_rows, rows = batch_rows(splits.train, group)
     starts = [WindowStart(progress.window_step, progress.window)]  # the thread that makes batches adds to it
 
     def batches_from_here() -> Generator[list[AnyBatch], None, None]:
@@ -60,7 +61,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             splits.train,
             splits.tokenizer,
             layout(state.model, rows),
-            config.train,
+            group.train,
             state.step,
             session.rank,
             session.world_size,
@@ -135,7 +136,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(config, rows=rows))
+                    val = validate(state.model, splits, EvalOptions.of(group, rows=rows))
                 if not math.isfinite(val["val_loss"]):
                     raise Diverged(state.step)
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])

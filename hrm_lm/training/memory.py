@@ -55,7 +55,7 @@ def largest_lengths(
     p, r = (np.unique(np.minimum(padded_length(np.arange(1, most + 1)), most)) for most in (prompt, response))
     p, r = (lengths.ravel() for lengths in np.meshgrid(p, r))
     admitted = np.maximum(train.batch_tokens // (padded_length(p) + padded_length(r)), 1)
-    counts = -(-admitted // (config.ray.num_workers * train.grad_accum_steps))
+    counts = -(-admitted // config.shares)
     one_stream = config.model.architecture == "prefix_lm"
     positions = counts * (padded_length(p + r - 1) if one_stream else padded_length(p) + padded_length(r))
     best = np.lexsort((counts * r, positions))[-1]
@@ -93,7 +93,8 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
 
     Raises UserError instead where the model is sharded: the other workers wait for this worker, and must be ended.
     """
-    config, lengths, (_, rows) = state.config, None, batch_rows(splits.train, state.config)
+    config = state.config.for_workers(state.world_size)
+    lengths, (_, rows) = None, batch_rows(splits.train, config)
     if config.train.compile and not config.train.length_window:
         lengths = splits.train.lengths(next(global_batches(splits.train, config.train, state.step)))
     count, prompt, labels = largest_lengths(config, lengths, rows)
@@ -112,7 +113,7 @@ def does_not_fit(state: TrainState, splits: Splits) -> str | None:
             f"with the largest batch that the config allows ({count:,} samples of {prompt:,} + {labels:,} tokens on "
             f"this worker), beside {held:.1f} GiB of {kept}"
         )
-        error = out_of_memory(config, when, error)
+        error = out_of_memory(state.config, when, error)
         if is_sharded(state.model):
             raise UserError(error)
     if state.world_size > 1:

@@ -35,6 +35,8 @@ def plan(config: Config, device: torch.device) -> str:
 
     Raises UserError for a vocabulary that no tokenizer has.
     """
+    least, workers = config.ray.workers
+    config = config.for_workers(workers)
     train, vocab_size = config.train, VOCABULARY
     if config.model.vocab_size:
         vocab_size = model_vocab_size(config.model, SimpleTokenizer(""))  # refuses what has no room for special tokens
@@ -43,16 +45,17 @@ def plan(config: Config, device: torch.device) -> str:
     count, prompt, labels = lengths_of(config)
     tokens = count * (prompt + labels - (config.model.architecture == "prefix_lm"))  # of a micro-batch
     flops = mean_flops(model, config, tokens, count * labels, count)
-    workers, parts = config.ray.num_workers, train.grad_accum_steps
+    parts = train.grad_accum_steps
+    at_most = "at most " if least < workers else ""
     sharded = config.ray.parallel != "ddp" and workers > 1
-    shares = workers if sharded else 1
+    shares = least if sharded else 1  # the fewest workers hold the largest parts
     kept = kept_bytes(model, config)
     activations = activation_bytes(model, config, count * prompt, count * labels)
     if sharded:  # a worker gathers all weights for a pass, in the precision of the step
         activations += kept["weights"] // (1 if train.mixed_precision == "none" else 2)
     total = sum(kept.values()) / shares + activations
 
-    of_workers = f", of {workers} workers" if workers > 1 else ""
+    of_workers = f", of {at_most}{workers} workers" if workers > 1 else ""
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, vocabulary {vocab_size:,}"
         + ("" if config.model.vocab_size else " (model.vocab_size is not set, and no data are read)"),
@@ -156,7 +159,7 @@ def measured(config: Config, vocab_size: int, device: torch.device, flops: float
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, {size(torch.cuda.max_memory_allocated(device))} of memory"
         mfu = f", mfu {flops * train.grad_accum_steps / seconds / peak:.3f}" if peak else ""
-    workers = config.ray.num_workers
+    workers = config.ray.workers.most
     alone = f" of {workers} workers, if they cost one another nothing" if workers > 1 else ""
     return {
         "measured": f"{rate:,.0f} tokens/s{mfu} ({where})",
