@@ -9,14 +9,10 @@ counts spikes that way, with 7 deviations.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hrm_lm.training.step import TrainState
 
 WATCHED = ("in_a_row", "skipped", "spikes", "losses", "mean", "variance")
 """Steps skipped in a row up to now, all steps skipped or left out, spikes; losses seen, their running mean and variance."""
@@ -52,18 +48,3 @@ def observed(watched: Tensor, loss: Tensor, finite: Tensor, threshold: float | N
         change = torch.where(finite, loss.minimum(bound) - mean, torch.zeros_like(mean))
         mean, variance = mean + share * change, (1 - share) * (variance + share * change * change)
     return torch.stack([in_a_row, skipped, spikes + spike, losses, mean, variance]), spike
-
-
-def update(state: "TrainState", finite: Tensor | None = None) -> None:
-    """The step of the optimizer and of the average. finite: 0-dim; where it is false, the step changes nothing."""
-    on_device = any(group.get("fused") or group.get("capturable") for group in state.optimizer.param_groups)
-    if finite is not None and on_device:
-        # What GradScaler tells an optimizer. Every optimizer that steps on the device heeds it.
-        state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    takes = finite is None or on_device or bool(finite)
-    if takes:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if takes and state.average:
-        state.average.update(finite if on_device else None)

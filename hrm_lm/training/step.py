@@ -24,7 +24,7 @@ from hrm_lm.models.layers import Block
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
 from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
-from hrm_lm.training.stability import WATCHED, observed, on_all, update
+from hrm_lm.training.stability import WATCHED, observed, on_all
 
 
 @dataclass
@@ -265,7 +265,7 @@ def device_step(
         watched, spike = observed(stats.watched, loss, finite, config.train.spike)
         stats.watched.copy_(watched)
         stats.spike_step.copy_(torch.where(spike, stats.spike_step.minimum(stats.steps), stats.spike_step))
-    update(state, finite if skips else None)
+    update_weights(state, finite if skips else None)
     counted = mine
     if skips:
         step_loss, counted = (torch.where(finite, number, torch.zeros_like(number)) for number in (step_loss, mine))
@@ -278,3 +278,18 @@ def device_step(
     counts = [counted, mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
     stats.sums += torch.stack([step_loss.double(), *(count.double() for count in counts)])
     stats.grad_norm.copy_(norm)
+
+
+def update_weights(state: TrainState, finite: Tensor | None = None) -> None:
+    """The step of the optimizer and of the average. finite: 0-dim; where it is false, the step changes nothing."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in state.optimizer.param_groups)
+    if finite is not None and on_device:
+        # What GradScaler tells an optimizer. Every optimizer that steps on the device heeds it.
+        state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    takes = finite is None or on_device or bool(finite)
+    if takes:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if takes and state.average:
+        state.average.update(finite if on_device else None)
