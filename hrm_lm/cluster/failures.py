@@ -54,10 +54,10 @@ def user_error(error: BaseException) -> UserError | None:
     """
     failures = sorted(getattr(error, "worker_failures", {}).items())
     told = [(rank, failure) for rank, failure in failures if isinstance(failure, UserError)]
-    for rank, failure in sorted(told, key=lambda pair: isinstance(pair[1], StorageError)):
-        kind = StorageError if isinstance(failure, StorageError) else UserError
-        return kind(f"worker {rank}: {failure}")
-    return None
+    if not told:
+        return None
+    rank, failure = min(told, key=lambda pair: isinstance(pair[1], StorageError))
+    return (StorageError if isinstance(failure, StorageError) else UserError)(f"worker {rank}: {failure}")
 
 
 def _line(error: Exception) -> str:
