@@ -1,6 +1,7 @@
 """Checkpoints that are torn, what a run may go on with, and checkpoints between validations; no Ray cluster."""
 
 import shutil
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
@@ -8,9 +9,10 @@ from conftest import assert_resumes_exactly, assert_same_weights, small_config, 
 from safetensors.torch import load_file, save_file
 
 from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.sessions import TuneSession
 from hrm_lm.errors import UserError
 from hrm_lm.training.checkpoint import load_model, obstacles, read_checkpoint
-from hrm_lm.tuning.trial import orphan
+from hrm_lm.tuning.trial import newest_checkpoint
 
 
 @pytest.fixture
@@ -74,20 +76,45 @@ def test_a_sharded_checkpoint_is_whole_only_with_all_its_parts(checkpoint):
         read_checkpoint(checkpoint)
 
 
-def test_a_trial_passes_over_what_it_cannot_go_on_from(tmp_path, monkeypatch):
+def test_a_trial_passes_over_what_it_cannot_go_on_from(tmp_path):
     config = small_config(train__steps=4, train__val_every=1)
     train_locally(config, tmp_path / "run")
     folders = sorted((tmp_path / "run").glob("step_*"))
-    trial = tmp_path / "trial"
-    for i, folder in enumerate(folders):
-        shutil.copytree(folder, trial / f"checkpoint_{i:06d}")
-    monkeypatch.setattr(ray_private, "trial_folder", lambda: (pyarrow.fs.LocalFileSystem(), str(trial)))
-    assert orphan(config).path.endswith("checkpoint_000003")
-    cut(trial / "checkpoint_000003/model.safetensors")
-    (trial / "checkpoint_000002/optimizer.safetensors").unlink()
-    (trial / "checkpoint_000001/trainer_state.json").unlink()
-    assert orphan(config).path.endswith("checkpoint_000000")
-    assert orphan(small_config(train__steps=4, train__val_every=1, train__seed=1)) is None
+    trial, fs = tmp_path / "trial", pyarrow.fs.LocalFileSystem()
+    of_workers = trial / "workers_1/checkpoint_00000003"
+    places = [trial / "checkpoint_000009", trial / "checkpoint_00000002_a", of_workers, trial / "checkpoint_00000004_b"]
+    for folder, place in zip(folders, places):
+        shutil.copytree(folder, place)
+
+    def newest(config):
+        found = newest_checkpoint(config, fs, str(trial))
+        return found and Path(found.path)
+
+    assert newest(config) == places[3]
+    cut(places[3] / "model.safetensors")
+    assert newest(config) == places[2]
+    (places[2] / "optimizer.safetensors").unlink()
+    (places[1] / "trainer_state.json").unlink()
+    assert newest(config) == places[0]
+    assert newest(small_config(train__steps=4, train__val_every=1, train__seed=1)) is None
+    assert newest_checkpoint(config, fs, str(tmp_path / "nothing")) is None
+
+
+def test_a_trial_that_is_taken_over_writes_into_no_folder_of_the_process_before(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("ray.get_gpu_ids", list)
+    monkeypatch.setattr(ray_private, "trial_folder", lambda: (pyarrow.fs.LocalFileSystem(), str(tmp_path / "trial")))
+    monkeypatch.setattr(ray_private, "report_to_tune", lambda metrics, checkpoint: told.append(Path(checkpoint.path)))
+    for file in ("optimizer.safetensors", "model.safetensors"):  # as of a process that was killed in mid-copy
+        session = TuneSession("val_loss")
+        written = session.new_folder()
+        (written / file).write_text(file)
+        session.report({"step": 5}, written)
+        assert not written.exists()
+    assert [[file.name for file in folder.iterdir()] for folder in told] == [
+        ["optimizer.safetensors"],
+        ["model.safetensors"],
+    ]
 
 
 def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():

@@ -212,6 +212,42 @@ def test_trials_that_diverge_are_impossible_or_crash_are_marked_and_the_others_g
     assert {row["status"] for row in rows(in_folder)} == {"finished", "diverged", "invalid", "failed"}
 
 
+def test_a_trial_starts_again_after_a_crash_and_not_after_what_a_user_must_mend(
+    cluster, in_folder, monkeypatch, capsys
+):
+    (in_folder / "faults.py").write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        "from hrm_lm.data.splits import Splits\n"
+        "from hrm_lm.data.tokenizer import SimpleTokenizer\n"
+        "from hrm_lm.errors import UserError\n"
+        "def score(i, answer):\n"
+        "    if any(Path('runs').rglob('checkpoint_*')) and not Path('crashed').exists():\n"
+        "        Path('crashed').touch()\n"
+        "        raise RuntimeError('disk on fire')\n"
+        "    return 1.0\n"
+        "def build(config, seed):\n"
+        "    if config.val_fraction == 0.3 and Path('runs').exists():\n"
+        "        Path(f'tried_{time.time_ns()}').touch()\n"
+        "        raise UserError('corpus: is not on this node')\n"
+        "    pairs = [(str(i), str(i)) for i in range(10)]\n"
+        "    return Splits(pairs, pairs[:4], SimpleTokenizer('0123456789'), score=score)\n"
+    )
+    monkeypatch.syspath_prepend(in_folder)
+    base = {**BASE, "train": {**BASE["train"], "steps": 10, "checkpoint_every": 0}}
+    base["data"] = {**BASE["data"], "dataset": "faults:build"}
+    space = {"data.val_fraction": {"grid": [0.2, 0.3]}}
+    trials = search(in_folder, space, base=base, num_samples=1, max_failures=2, grace_steps=10)
+    crashed, refused = sorted(trials, key=lambda trial: trial.params["data.val_fraction"])
+    assert crashed.status == "finished" and (in_folder / "crashed").exists()
+    assert "starts again after: RuntimeError: disk on fire" in capsys.readouterr().out
+    assert (refused.status, refused.error) == ("failed", "corpus: is not on this node")
+    assert len(list(in_folder.glob("tried_*"))) == 1
+    # Both processes' first checkpoints had one name, and Tune deleted it as the worse one's.
+    saved = json.loads((in_folder / "runs/s/best_checkpoint/trainer_state.json").read_text())
+    assert saved["step"] == crashed.best_step == 10
+
+
 def test_a_sweep_without_any_success_fails_with_a_reason(cluster, in_folder):
     with pytest.raises(RunFailed, match="no trial succeeded.*not finite"):
         search(in_folder, {"optim.lr": {"choice": [1e20, 1e21]}}, num_samples=2)
@@ -291,7 +327,7 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(cluste
     assert code == 2 and "--resume continues it" in err
     # Tune notes what there is once a second: as if newer checkpoints had replaced since what it knows of.
     for checkpoint in (in_folder / "runs/s/trials").glob("*/checkpoint_*"):
-        checkpoint.rename(checkpoint.with_name(f"checkpoint_{int(checkpoint.name[-6:]) + 100:06d}"))
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}_renamed"))
 
     code, out, err = command(tune_main, *arguments, "--resume")
     assert code == 0, err

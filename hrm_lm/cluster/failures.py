@@ -33,8 +33,8 @@ class FailurePolicy(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = getattr(training_failed_error, "worker_failures", {})  # by rank
-        # The other workers' errors, if there are any, follow from the UserError: their collectives are cut off.
-        if any(isinstance(e, UserError) and not isinstance(e, StorageError) for e in failures.values()):
+        told = user_error(training_failed_error)
+        if told and not isinstance(told, StorageError):
             return FailureDecision.RAISE
         decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
@@ -49,6 +49,19 @@ class FailurePolicy(DefaultFailurePolicy):
                 f"(failures of workers so far: {self._worker_group_failures}, ray.max_failures: {self.failure_config.max_failures})"
             )
         return decision
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError that ended a worker, if any, with the worker's rank. A StorageError, which may heal, comes second.
+
+    The other workers' errors follow from it: their collectives are cut off.
+    """
+    failures = sorted(getattr(error, "worker_failures", {}).items())
+    told = [(rank, failure) for rank, failure in failures if isinstance(failure, UserError)]
+    if not told:
+        return None
+    rank, failure = min(told, key=lambda pair: isinstance(pair[1], StorageError))
+    return (StorageError if isinstance(failure, StorageError) else UserError)(f"worker {rank}: {failure}")
 
 
 def _line(error: Exception) -> str:

@@ -3,12 +3,16 @@ without importing Ray. Look at these three first when Ray is updated.
 """
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partialmethod
 from typing import Any
 
 import pyarrow.fs
+
+from hrm_lm.errors import UserError
+from hrm_lm.filesystem import shown, storage_error
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints. Looking for the file tells whether there are any without loading Ray."""
@@ -52,11 +56,46 @@ def progress_bar(steps: int) -> Any:
 
 
 def trial_folder() -> tuple[pyarrow.fs.FileSystem, str]:
-    """File system and path of this trial's folder in storage: Tune's public context knows the local folder only."""
+    """File system and path of this trial's folder in storage: Tune's public context knows the local folder only.
+
+    Raises UserError where this node does not reach the folder.
+    """
     from ray.train._internal.session import get_session
 
     storage = get_session().storage
+    check_storage(storage)
     return storage.storage_filesystem, storage.trial_fs_path
+
+
+def check_storage(storage) -> None:
+    """Raises UserError where this node does not find what the driver has written into `storage`, a StorageContext of Ray.
+
+    Ray itself looks when the first checkpoint is saved, which may be hours later.
+    """
+    name = shown(storage.storage_filesystem, storage.experiment_fs_path)
+    try:
+        storage._check_validation_file()
+    except RuntimeError:
+        raise UserError(
+            f"{name}: this folder of the driver is not on node {socket.gethostname()}\n"
+            "several nodes need storage that all of them reach: give --save_dir a URI or a shared folder"
+        ) from None
+    except OSError as error:
+        raise storage_error(f"{name}: cannot be read", error) from None
+
+
+def report_to_tune(metrics: dict[str, Any], checkpoint) -> None:
+    """`ray.tune.report` of a checkpoint that is in the trial's folder already.
+
+    `ray.tune.report` would copy it within the folder, to a name that counts from 0 whenever a process takes the trial
+    over. So what a killed process has left there is mixed with the new files, and Tune, which finds two checkpoints of
+    one name, may delete the better one's files together with the worse one's. Ray itself reports what is in storage this
+    way.
+    """
+    from ray.train._internal.session import _TrainingResult, get_session
+
+    session = get_session()
+    session._report_training_result(_TrainingResult(checkpoint, session._auto_fill_metrics(metrics)))
 
 
 def has_trials(fs: pyarrow.fs.FileSystem, path: str) -> bool:
@@ -72,7 +111,7 @@ class OutdatedRestore:
     """Lets a trial start whose checkpoint is gone.
 
     What Tune last noted of a killed sweep's trial may be gone, because a newer checkpoint took its place. Tune would
-    fail the trial; `hrm_lm.tuning.trial.orphan` finds the newer checkpoint.
+    fail the trial; `hrm_lm.tuning.trial.newest_checkpoint` finds the newer checkpoint.
     """
 
     def restore(self, checkpoint) -> None:

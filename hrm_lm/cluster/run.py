@@ -162,10 +162,10 @@ def wait_for(trainer: "TorchTrainer") -> dict[str, Any] | BaseException:
 
 def explain_failure(error: BaseException) -> str:
     """A line or two for what stopped the workers. Raises UserError if a UserError stopped them."""
-    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, UserError):
-            raise UserError(f"worker {rank}: {cause}") from None
+    from hrm_lm.cluster.failures import user_error
+
+    if told := user_error(error):
+        raise told from None
     print(error, file=sys.stderr)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"training failed: {lines[-1].strip() if lines else type(error).__name__}"

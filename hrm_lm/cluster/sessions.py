@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -62,6 +63,7 @@ class RayTrainSession:
     ):
         ray_private.quiet_reports()  # the loop says itself what it reports
         context = ray.train.get_context()
+        ray_private.check_storage(context.get_storage())
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         use_assigned_cpus(self.device)
@@ -118,24 +120,28 @@ class RayTrainSession:
 
 
 class TuneSession:
-    """A trial of one worker, seen from the loop.
+    """A trial, seen from the loop of its single worker or from the TorchTrainer of its workers.
 
-    metric: what the sweep ranks trials by. start_from: the checkpoint to continue from.
+    metric: what the sweep ranks trials by.
     """
 
     rank, world_size = 0, 1
     display: Display = "none"
     event_folder: Path | None = None  # Tune writes the event files
 
-    def __init__(self, metric: str, start_from: ray.tune.Checkpoint | None):
-        self.metric, self._start_from = metric, start_from
+    def __init__(self, metric: str):
+        self.metric = metric
+        self.start_from: ray.tune.Checkpoint | None = None
+        self.attempt = uuid.uuid4().hex[:8]
+        """Part of the names of what this process stores, so that it never writes into a folder that was there: not the
+        folder of a killed process, which may hold a part of a checkpoint, nor a folder that Tune remembers."""
         self.last_report: dict[str, Any] = {}
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         use_assigned_cpus(self.device)
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        with self._start_from.as_directory() if self._start_from else nullcontext() as folder:
+        with self.start_from.as_directory() if self.start_from else nullcontext() as folder:
             yield Path(folder) if folder else None
 
     def new_folder(self) -> Path:
@@ -143,8 +149,16 @@ class TuneSession:
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         assert checkpoint, "a worker alone writes the whole checkpoint"
-        self.last_report = scored(metrics, "val_loss", self.metric)
+        fs, folder = ray_private.trial_folder()
+        path, here = f"{folder}/checkpoint_{metrics['step']:08d}_{self.attempt}", pyarrow.fs.LocalFileSystem()
         try:
-            ray.tune.report(self.last_report, checkpoint=ray.tune.Checkpoint.from_directory(checkpoint))
+            fs.create_dir(path)
+            pyarrow.fs.copy_files(str(checkpoint), path, source_filesystem=here, destination_filesystem=fs)
         finally:
             shutil.rmtree(checkpoint, ignore_errors=True)
+        self.report_stored(metrics, ray.tune.Checkpoint(path, fs))
+
+    def report_stored(self, metrics: dict[str, Any], checkpoint: ray.tune.Checkpoint) -> None:
+        """Tells Tune of a checkpoint that is in the trial's folder. Does not return if Tune stops the trial."""
+        self.last_report = scored(metrics, "val_loss", self.metric)
+        ray_private.report_to_tune(self.last_report, checkpoint)

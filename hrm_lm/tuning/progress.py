@@ -1,6 +1,7 @@
 """A sweep on the terminal: a live table of its trials, or a line per event in a log."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -45,6 +46,11 @@ class SweepProgress(Callback):
         row = self._row(trial)
         row["state"] = "done" if row["state"] == "running" else row["state"]
         self._event(trial, f"ended at step {row['step']}")
+
+    def on_trial_recover(self, iteration, trials, trial, **info) -> None:
+        # Tune's file of the trial's errors ends with the last error's traceback, which ends with the error.
+        lines = Path(trial.error_file).read_text().split("\n")
+        self._event(trial, f"starts again after: {[line for line in lines if line.strip()][-1]}")
 
     def on_trial_error(self, iteration, trials, trial, **info) -> None:
         self._row(trial)["state"] = "failed"

@@ -3,15 +3,15 @@
 import csv
 import io
 import math
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs
 
 from hrm_lm.cluster.run_folder import RunFolder
-from hrm_lm.errors import UserError
-from hrm_lm.training.checkpoint import read_checkpoint
+from hrm_lm.errors import StorageError, UserError
+from hrm_lm.training.checkpoint import Checkpoint, read_checkpoint
 from hrm_lm.tuning.space import Sweep, point
 
 CURVES = ("val_loss", "val_exact_match", "loss")
@@ -89,12 +89,25 @@ def saved_at(step: int, result):
     """The checkpoint of this step in a trial's folder, whether Tune knows of it or not; None where it is not there."""
     from ray.tune import Checkpoint
 
-    for info in result.filesystem.get_file_info(pyarrow.fs.FileSelector(result.path, allow_not_found=True)):
-        if info.base_name.startswith("checkpoint_"):
-            with suppress(UserError):  # torn
-                if read_checkpoint(info.path, result.filesystem).progress.step == step:
-                    return Checkpoint(info.path, result.filesystem)
+    for path, saved in whole_checkpoints(result.filesystem, result.path):
+        if saved.progress.step == step:
+            return Checkpoint(path, result.filesystem)
     return None
+
+
+def whole_checkpoints(
+    fs: pyarrow.fs.FileSystem, folder: str, for_resume: bool = False
+) -> Iterator[tuple[str, Checkpoint]]:
+    """The checkpoints in a trial's folder that are not torn, each with its path. Raises StorageError."""
+    # Those of a trial of several workers are a folder deeper.
+    for info in fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True, recursive=True)):
+        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("checkpoint_"):
+            try:
+                yield info.path, read_checkpoint(info.path, fs, for_resume)
+            except StorageError:
+                raise
+            except UserError:  # the upload was cut
+                continue
 
 
 def _status(result, last: dict[str, Any], sweep: Sweep) -> str:

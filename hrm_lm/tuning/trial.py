@@ -6,8 +6,6 @@ perturbing and resuming work the same way for both.
 """
 
 import logging
-import shutil
-import tempfile
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,17 +13,18 @@ from typing import Any, Literal
 import pyarrow.fs
 import ray.train
 import ray.tune
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.failures import Trainer, user_error
 from hrm_lm.cluster.run_folder import without_placeholder
-from hrm_lm.cluster.sessions import TuneSession, enter, scored
+from hrm_lm.cluster.sessions import TuneSession, enter
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
-from hrm_lm.errors import UserError
-from hrm_lm.training.checkpoint import obstacles, read_checkpoint
+from hrm_lm.errors import StorageError, UserError
+from hrm_lm.training.checkpoint import obstacles
 from hrm_lm.training.loop import train
+from hrm_lm.tuning.results import whole_checkpoints
 from hrm_lm.tuning.space import point
 
 WORST_LOSS = 1e9
@@ -69,16 +68,19 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     except UserError as error:
         ray.tune.report(failed("invalid", 0, str(error), setup))
         return
-    start_from = ray.tune.get_checkpoint() or orphan(config)
-    if setup.in_process:
-        session = TuneSession(setup.metric, start_from)
-        outcome, last = train(config, session), session.last_report
-    else:
-        outcome, last = train_with_workers(config, setup, start_from)
+    session = TuneSession(setup.metric)
+    try:
+        storage = ray_private.trial_folder()
+        session.start_from = ray.tune.get_checkpoint() or newest_checkpoint(config, *storage)
+        outcome = train(config, session) if setup.in_process else train_with_workers(config, setup, session, *storage)
+    except StorageError:
+        raise  # it may heal: Tune starts the trial again
+    except UserError as error:
+        outcome = {"status": "failed", "step": session.last_report.get("step", 0), "error": str(error)}
     if "error" in outcome:
         ray.tune.report(failed(outcome["status"], outcome["step"], outcome["error"], setup))
-    elif last:
-        ray.tune.report(last | {"status": outcome["status"]})
+    elif session.last_report:
+        ray.tune.report(session.last_report | {"status": outcome["status"]})
 
 
 def failed(status: str, step: int, error: str, setup: TrialSetup) -> dict[str, Any]:
@@ -87,18 +89,22 @@ def failed(status: str, step: int, error: str, setup: TrialSetup) -> dict[str, A
 
 
 def train_with_workers(
-    config: Config, setup: TrialSetup, start_from: ray.tune.Checkpoint | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs a TorchTrainer beside this thread, which hands the reports to Tune. Returns outcome and last metrics."""
-    queue = Queue(maxsize=1, actor_options={"num_cpus": 0})  # no checkpoint goes before Tune has its copy
-    scratch = tempfile.mkdtemp(prefix="workers_", dir=ray.tune.get_context().get_trial_dir())
-    trainer = TorchTrainer(
+    config: Config, setup: TrialSetup, session: TuneSession, fs: pyarrow.fs.FileSystem, folder: str
+) -> dict[str, Any]:
+    """Runs a TorchTrainer beside this thread, which hands the reports to Tune. Returns the loop's outcome.
+
+    fs, folder: the trial's folder in storage. The workers write their checkpoints there, into a folder of this attempt,
+    so every node reaches them and nothing is copied. Tune deletes the checkpoints that it does not keep.
+    """
+    # The workers go ahead of Tune, which may stop the trial, by few checkpoints.
+    queue = Queue(maxsize=1, actor_options={"num_cpus": 0})
+    trainer = Trainer(
         train_loop_per_worker,
         train_loop_config={
             "config": config.to_dict(),
             "driver_folder": setup.driver_folder,
             "display": "none",
-            "start_from": start_from,
+            "start_from": session.start_from,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=setup.workers,
@@ -106,9 +112,9 @@ def train_with_workers(
             resources_per_worker=setup.resources,
         ),
         run_config=ray.train.RunConfig(
-            name="workers",
-            storage_path=scratch,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=4),
+            name=f"workers_{session.attempt}",
+            storage_path=folder,
+            storage_filesystem=fs,
             callbacks=[QueueCallback(queue)],
             logging_config=ray_private.quiet_logging(),
         ),
@@ -122,37 +128,28 @@ def train_with_workers(
             ended.append(error)
 
     threading.Thread(target=fit, daemon=True).start()
-    metrics: dict[str, Any] = {}
-    try:
-        while not (ended and queue.empty()):
-            try:
-                reported, checkpoint = queue.get(timeout=0.2)
-            except Empty:
-                continue
-            metrics = scored(without_placeholder(reported), setup.metric)
-            # Tune has a class of its own, though Ray Train's class holds the same.
-            ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint(checkpoint.path, checkpoint.filesystem))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    while not (ended and queue.empty()):
+        try:
+            reported, checkpoint = queue.get(timeout=0.2)
+        except Empty:
+            continue
+        # Tune has a class of its own, though Ray Train's class holds the same.
+        stored = ray.tune.Checkpoint(checkpoint.path, checkpoint.filesystem)
+        session.report_stored(without_placeholder(reported), stored)
     if isinstance(ended[0], BaseException):
-        raise ended[0]
-    return ended[0], metrics
+        raise user_error(ended[0]) or ended[0]
+    return ended[0]
 
 
-def orphan(config: Config) -> ray.tune.Checkpoint | None:
-    """This trial's newest whole checkpoint in storage that it can go on from. It is asked for where Tune knows of no
-    checkpoint.
+def newest_checkpoint(config: Config, fs: pyarrow.fs.FileSystem, folder: str) -> ray.tune.Checkpoint | None:
+    """The newest whole checkpoint in a trial's folder that the trial can go on from. It is asked for where Tune knows of
+    no checkpoint.
 
     Tune notes about once a second what it knows. A checkpoint that a killed sweep saved after Tune's last note is found
     here.
     """
-    fs, folder = ray_private.trial_folder()
-    infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
-    for path in sorted((i.path for i in infos if i.base_name.startswith("checkpoint_")), reverse=True):
-        try:
-            saved = read_checkpoint(path, fs, for_resume=True)
-        except UserError:  # torn: the upload was cut
-            continue
-        if not obstacles(saved.config, config):
-            return ray.tune.Checkpoint(path, fs)
-    return None
+    newest: tuple[int, ray.tune.Checkpoint | None] = -1, None
+    for path, saved in whole_checkpoints(fs, folder, for_resume=True):
+        if saved.progress.step > newest[0] and not obstacles(saved.config, config):
+            newest = saved.progress.step, ray.tune.Checkpoint(path, fs)
+    return newest[1]
