@@ -36,7 +36,8 @@ class Diverged(Exception):
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
-    """Trains to the end. Returns `status`: "finished", "early_stopped", or with an `error` "diverged" or "failed".
+    """Trains to the end. Returns `status`: "finished", "early_stopped", "preempted" (saved, and to be
+    continued elsewhere), or with an `error` "diverged" or "failed".
 
     A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker. So is a step that does
     not fit the memory of a GPU.
@@ -108,9 +109,10 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 log_interval(*due)
                 due = None
 
+            leaving = session.preempted(state.step)
             last = state.step == config.train.steps
             validating = last or is_due(config.train.val_every, state.step)
-            saving = validating or is_due(config.train.checkpoint_every, state.step)
+            saving = validating or leaving or is_due(config.train.checkpoint_every, state.step)
             if not (saving or is_due(config.train.log_every, state.step)):
                 continue
             due = state.step, stats.send()
@@ -120,7 +122,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(config, rows=rows))
+                    val = validate(state.model, splits, EvalOptions.of(config, rows=rows), session.alive)
                 if not math.isfinite(val["val_loss"]):
                     raise Diverged(state.step)
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])
@@ -128,9 +130,13 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 metrics |= val
             progress.window_step, progress.window = window_of(state.step - 1, starts)
             save(state, progress, splits, session, metrics)
+            session.alive()
             clock = time.perf_counter()
             if patience and progress.stale_validations >= patience and not last:
                 status = "early_stopped"
+                break
+            if leaving and not last:
+                status = "preempted"
                 break
     except Diverged as error:
         return {"status": "diverged", "step": error.step, "error": divergence(config, error.step)}

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import pyarrow.fs
 import ray.train
 import ray.tune
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.failures import Trainer
 from hrm_lm.cluster.run_folder import without_placeholder
 from hrm_lm.cluster.sessions import TuneSession, enter, scored
+from hrm_lm.cluster.watchdog import process_group
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
 from hrm_lm.errors import UserError
@@ -92,7 +93,7 @@ def train_with_workers(
     """Runs a TorchTrainer beside this thread, which hands the reports to Tune. Returns outcome and last metrics."""
     queue = Queue(maxsize=1, actor_options={"num_cpus": 0})  # no checkpoint goes before Tune has its copy
     scratch = tempfile.mkdtemp(prefix="workers_", dir=ray.tune.get_context().get_trial_dir())
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
         train_loop_config={
             "config": config.to_dict(),
@@ -100,6 +101,7 @@ def train_with_workers(
             "display": "none",
             "start_from": start_from,
         },
+        torch_config=process_group(config.ray.hang_timeout),
         scaling_config=ray.train.ScalingConfig(
             num_workers=setup.workers,
             use_gpu="GPU" in setup.resources,
