@@ -674,6 +674,12 @@ class LocalSession:
         self.folder = folder
         self.seconds: list[float] = []
 
+    def alive(self) -> None:
+        pass
+
+    def preempted(self, step: int) -> bool:
+        return False
+
     def restored(self):
         return nullcontext()
 

@@ -98,6 +98,12 @@ class LocalSession:
         self.folder, self.stop_at, self.reports = folder, stop_at, []
         folder.mkdir(parents=True, exist_ok=True)
 
+    def alive(self) -> None:
+        pass
+
+    def preempted(self, step: int) -> bool:
+        return False
+
     @contextmanager
     def restored(self):
         yield max(self.folder.glob("step_*"), default=None)

@@ -1,4 +1,5 @@
-"""What happens when workers fail: a UserError ends the run, anything else starts the workers again and is told.
+"""What happens when workers fail: a UserError ends the run, anything else starts the workers again and is told. A node
+that was announced to go is no failure.
 
 Ray Train has no public place for either. Left alone, it starts the workers again after any error, and says nothing of it
 at the log level that this project gives it.
@@ -10,6 +11,7 @@ from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
+from hrm_lm.cluster.preemption import Preempted
 from hrm_lm.cluster.scaling import ScalingPolicy
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import StorageError, UserError
@@ -36,7 +38,10 @@ class FailurePolicy(DefaultFailurePolicy):
         told = user_error(training_failed_error)
         if told and not isinstance(told, StorageError):
             return FailureDecision.RAISE
-        decision = super().make_decision(training_failed_error)
+        if any(isinstance(e, Preempted) for e in failures.values()):
+            decision = FailureDecision.RETRY
+        else:
+            decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
             self.attempt += 1
             ranks: dict[str, list[str]] = {}  # by reason

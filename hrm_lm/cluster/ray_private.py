@@ -48,6 +48,34 @@ def quiet_reports() -> None:
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
 
 
+class PreemptionSignal:
+    """Whether Ray Train has told this worker that a node of the run is about to go.
+
+    The public `ray.train.get_preemption_info` is a round trip between all workers besides.
+    """
+
+    def __init__(self) -> None:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        self._context = None
+        with suppress(RuntimeError):  # without Ray Train's processes nobody tells
+            self._context = get_train_context().preemption_context
+
+    def is_set(self) -> bool:
+        return self._context is not None and self._context.preemption_info is not None
+
+
+def fail_worker(error: Exception) -> None:
+    """Ray Train takes `error` for this worker's. Its training thread does not raise it: that thread may never end, and Ray
+    would log a traceback.
+    """
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    raised = UserExceptionWithTraceback(error, traceback_str=str(error))
+    get_train_context().execution_context.training_thread_runner.get_exception_queue().put(raised)
+
+
 def progress_bar(steps: int) -> Any:
     """A progress bar that the driver draws, wherever the worker is: no public API does that."""
     from ray.experimental.tqdm_ray import tqdm

@@ -108,6 +108,7 @@ def fit(config: Config, folder: RunFolder, scaling: "ScalingConfig") -> dict[str
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
     from hrm_lm.cluster.failures import Trainer
+    from hrm_lm.cluster.watchdog import process_group
     from hrm_lm.cluster.worker import train_loop_per_worker
 
     trainer = Trainer(
@@ -118,6 +119,7 @@ def fit(config: Config, folder: RunFolder, scaling: "ScalingConfig") -> dict[str
             "display": "bar" if sys.stderr.isatty() else "lines",
             "run_folder": (folder.fs, folder.path),
         },
+        torch_config=process_group(config.ray.hang_timeout),
         scaling_config=scaling,
         run_config=RunConfig(
             name=folder.name,

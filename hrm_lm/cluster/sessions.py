@@ -19,8 +19,10 @@ import ray.tune
 import torch
 
 from hrm_lm.cluster import ray_private
+from hrm_lm.cluster.preemption import Lookout, Reached
 from hrm_lm.cluster.run_folder import NO_VAL_LOSS
 from hrm_lm.cluster.start import say
+from hrm_lm.cluster.watchdog import Watchdog
 from hrm_lm.filesystem import reason, shown
 from hrm_lm.training.metrics import Display
 
@@ -50,7 +52,7 @@ def scored(metrics: dict[str, Any], *names: str) -> dict[str, Any]:
 class RayTrainSession:
     """A worker of a `TorchTrainer`.
 
-    run_folder: file system and path of the folder that TensorBoard files go to.
+    run_folder: file system and path of the folder that TensorBoard files go to. hang_timeout: seconds, 0 for never.
     start_from: the checkpoint to continue from where the run has no checkpoint of its own.
     """
 
@@ -60,6 +62,7 @@ class RayTrainSession:
         display: Literal["bar", "lines", "none"],
         run_folder: tuple[pyarrow.fs.FileSystem, str] | None = None,
         start_from: ray.train.Checkpoint | ray.tune.Checkpoint | None = None,
+        hang_timeout: float = 0,
     ):
         ray_private.quiet_reports()  # the loop says itself what it reports
         context = ray.train.get_context()
@@ -81,6 +84,29 @@ class RayTrainSession:
             self.event_folder = Path(path if local else tempfile.mkdtemp(prefix="events_", dir=self._scratch))
         enter(driver_folder)
         self._start_from = start_from
+        self._watchdog = Watchdog(hang_timeout, self.rank, ray_private.fail_worker)
+        self._lookout = Lookout(self.rank, self.world_size)
+        self._reached = Reached(*run_folder) if self.rank == 0 and run_folder else None
+
+    def alive(self) -> None:
+        self._watchdog.alive()
+
+    def preempted(self, step: int) -> bool:
+        if self._reached:
+            if not self._reached.step and (step > 1 or self._reached.before):
+                repeated = max(self._reached.before - step + 1, 0)
+                say(f"resumed from step {step - 1}; {repeated} steps are repeated")
+            self._reached.step = step
+        announced = self._lookout.sees(step)
+        self._watchdog.alive(step)
+        return announced
+
+    def close(self) -> None:
+        """Ends what watches the loop, and copies what was written after the last report."""
+        self._watchdog.close()
+        if self._reached:
+            self._reached.close()
+        self.copy_events()
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
@@ -138,6 +164,12 @@ class TuneSession:
         self.last_report: dict[str, Any] = {}
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         use_assigned_cpus(self.device)
+
+    def alive(self) -> None:
+        pass  # Tune lets a trial wait for others, for as long as it likes
+
+    def preempted(self, step: int) -> bool:
+        return False
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:

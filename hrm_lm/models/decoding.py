@@ -32,11 +32,13 @@ def generate_ids(
     top_k: int | None = None,
     seed: int = 0,
     in_step: bool = False,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The responses to `prompts`, in their order; each ends before EOS or after `max_new_tokens` (the model's most).
 
     Greedy at temperature 0, else sampled from the `top_k` likeliest tokens (all of them for None). `in_step`: takes all
-    steps whatever the answers, as workers that share a model must, and captures no graph, since they communicate.
+    steps whatever the answers, as workers that share a model must, and captures no graph, since they communicate. alive:
+    called after each batch.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -62,6 +64,7 @@ def generate_ids(
                 done |= tokens[-1] == tokenizer.eos_id
             for i, row in zip(chosen, torch.stack(tokens, dim=1).tolist()):
                 responses[i] = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+            alive()
     return responses
 
 

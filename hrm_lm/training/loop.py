@@ -31,7 +31,8 @@ from hrm_lm.training.validation import validate
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
-    """Trains to the end. Returns `status`: "finished", "early_stopped", or with an `error` "diverged" or "failed".
+    """Trains to the end. Returns `status`: "finished", "early_stopped", "preempted" (saved, and to be
+    continued elsewhere), or with an `error` "diverged" or "failed".
 
     A divergence is returned, not raised: it would only repeat itself if Ray restarted the worker. So is a step that does
     not fit the memory of a GPU.
@@ -116,9 +117,10 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             else:
                 train_step(state, micro_batches, stats)
 
+            leaving = session.preempted(state.step)
             last = state.step == config.train.steps
             validating = last or is_due(config.train.val_every, state.step)
-            saving = validating or is_due(config.train.checkpoint_every, state.step)
+            saving = validating or leaving or is_due(config.train.checkpoint_every, state.step)
             logging = saving or is_due(config.train.log_every, state.step)
             # On a GPU an interval is logged while later steps are under way: it idles if the host waits for its last step.
             if due and (logging or due[1].arrived()):
@@ -136,7 +138,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(group, rows=rows))
+                    val = validate(state.model, splits, EvalOptions.of(group, rows=rows), session.alive)
                 if not math.isfinite(val["val_loss"]):
                     raise Diverged(state.step)
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])
@@ -145,9 +147,13 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             progress.window_step, progress.window = window_of(state.step - 1, starts)
             save(state, progress, splits, session, metrics)
             guard.keep(progress)
+            session.alive()
             clock = time.perf_counter()
             if patience and progress.stale_validations >= patience and not last:
                 status = "early_stopped"
+                break
+            if leaving and not last:
+                status = "preempted"
                 break
     except Diverged as error:
         return {"status": "diverged", "step": error.step, "error": divergence(config, error)}

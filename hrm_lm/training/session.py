@@ -21,6 +21,14 @@ class Session(Protocol):
     event_folder: Path | None
     """A local folder for TensorBoard files."""
 
+    def alive(self) -> None:
+        """Told wherever the loop gets on in what takes longer than a step: a loop that does not is taken for hung."""
+
+    def preempted(self, step: int) -> bool:
+        """Told after each step. Whether a node of the run is about to go: then the loop saves and ends. The answer is the
+        same on all ranks.
+        """
+
     def restored(self) -> AbstractContextManager[Path | None]:
         """The checkpoint to continue from, as a local folder; None where the run has no checkpoint yet."""
 

@@ -1,7 +1,7 @@
 """How good a model is on held-out samples, over all workers: loss, exact match, and the task's own verdict."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +47,12 @@ def metric_names(splits: Splits) -> list[str]:
 
 
 @torch.no_grad()
-def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict[str, float]:
+def validate(
+    model: LanguageModel, splits: Splits, options: EvalOptions, alive: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """`val_loss` and the like over all validation samples and, of a mixture, of each member (`val_loss/<name>`).
 
-    Every worker of the process group takes its share and gets the same numbers.
+    Every worker of the process group takes its share and gets the same numbers. alive: called after each batch.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
@@ -70,10 +72,10 @@ def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict
             options.rows,
         )
         with autocast(device, options.mixed_precision):
-            sums = predicted(model, prefetch(batches, device), options)
+            sums = predicted(model, prefetch(batches, device), options, alive)
         verdicts = [0.0, 0.0]
         if member.val.verdict is not None:
-            verdicts = answered(model, member, options, rank, world_size)
+            verdicts = answered(model, member, options, rank, world_size, alive)
         sums = torch.cat([sums, sums.new_tensor(verdicts)])
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -86,7 +88,9 @@ def validate(model: LanguageModel, splits: Splits, options: EvalOptions) -> dict
     return metrics
 
 
-def predicted(model: LanguageModel, batches: Iterable[list[AnyBatch]], options: EvalOptions) -> torch.Tensor:
+def predicted(
+    model: LanguageModel, batches: Iterable[list[AnyBatch]], options: EvalOptions, alive: Callable[[], None]
+) -> torch.Tensor:
     """(4,) float64: loss, labelled tokens, samples predicted whole, samples.
 
     A sample whose every labelled token is the argmax under teacher forcing is one that greedy decoding gets right.
@@ -100,16 +104,19 @@ def predicted(model: LanguageModel, batches: Iterable[list[AnyBatch]], options: 
             whole = (batch.per_sample(prediction.right.long()) == labelled) & (labelled > 0)
             counts = torch.stack([labelled.sum(), whole.sum(), (labelled > 0).sum()])
             sums += torch.cat([prediction.losses.sum()[None].double(), counts.double()])
+            alive()
     return sums
 
 
-def answered(model: LanguageModel, splits: Splits, options: EvalOptions, rank: int, world_size: int) -> list[float]:
+def answered(
+    model: LanguageModel, splits: Splits, options: EvalOptions, rank: int, world_size: int, alive: Callable[[], None]
+) -> list[float]:
     """What the task's verifier says of this worker's share of greedy answers, and how many they are."""
     mine = np.arange(rank, len(splits.val), world_size)
     most = -(-len(splits.val) // world_size)
     asked = np.resize(mine if len(mine) else np.zeros(1, dtype=np.int64), most)  # as many on every worker
     prompts = [splits.val[i].prompt for i in asked.tolist()]
-    answers = generate_ids(model, splits.tokenizer, prompts, options, in_step=is_sharded(model))
+    answers = generate_ids(model, splits.tokenizer, prompts, options, in_step=is_sharded(model), alive=alive)
     verdict, texts = splits.val.verdict, map(splits.tokenizer.decode, answers)
     assert verdict is not None
     return [math.fsum(verdict(i, text) for i, text in zip(mine.tolist(), texts, strict=False)), float(len(mine))]

@@ -19,6 +19,7 @@ from hrm_lm.cluster import ray_private
 from hrm_lm.cluster.failures import Trainer, user_error
 from hrm_lm.cluster.run_folder import without_placeholder
 from hrm_lm.cluster.sessions import TuneSession, enter
+from hrm_lm.cluster.watchdog import process_group
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
 from hrm_lm.errors import StorageError, UserError
@@ -106,6 +107,7 @@ def train_with_workers(
             "display": "none",
             "start_from": session.start_from,
         },
+        torch_config=process_group(config.ray.hang_timeout),
         scaling_config=ray.train.ScalingConfig(
             num_workers=setup.workers,
             use_gpu="GPU" in setup.resources,
