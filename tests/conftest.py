@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,11 @@ class LocalSession:
         self.folder, self.stop_at, self.reports = folder, stop_at, []
         folder.mkdir(parents=True, exist_ok=True)
 
-    @contextmanager
-    def restored(self):
-        yield max(self.folder.glob("step_*"), default=None)
+    def checkpoints(self):
+        return map(nullcontext, sorted(self.folder.glob("step_*"), reverse=True))
 
-    def new_folder(self) -> Path:
-        path = self.folder / "new"
-        path.mkdir()
-        return path
-
-    def report(self, metrics, checkpoint):
-        checkpoint.rename(self.folder / f"step_{metrics['step']:06d}")
+    def report(self, metrics, snapshot):
+        snapshot.write(pyarrow.fs.LocalFileSystem(), str(self.folder / f"step_{metrics['step']:06d}"))
         self.reports.append(metrics)
         if self.stop_at == metrics["step"]:
             raise KeyboardInterrupt
@@ -147,7 +141,7 @@ def assert_resumes_exactly(config: Config, folder: Path, *stops: int) -> LocalSe
         session = train_locally(config, folder / "stopped", stop_at)
         reports += session.reports
         assert reports[-1]["step"] == stop_at
-    measured = {"seconds", "samples_per_s", "tokens_per_s", "mfu"}
+    measured = {"seconds", "samples_per_s", "tokens_per_s", "mfu", "save_ms"}
     kept, expected = (
         [{name: value for name, value in metrics.items() if name not in measured} for metrics in run]
         for run in (reports, straight.reports)

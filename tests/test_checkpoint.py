@@ -1,5 +1,6 @@
 """Checkpoints that are torn, what a run may go on with, and checkpoints between validations; no Ray cluster."""
 
+import json
 import shutil
 
 import pyarrow.fs
@@ -41,8 +42,18 @@ def test_only_a_resume_needs_the_optimizer(checkpoint):
         read_checkpoint(checkpoint, for_resume=True)
 
 
+def without_checksums(checkpoint):
+    """A checkpoint of earlier versions."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    older = {name: value for name, value in state.items() if name not in ("files", "workers", "crc32")}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(older))
+
+
 def shard(checkpoint, kind, name):
-    """Two files in place of one, with the tensor `name` cut in two, as workers with a sharded model write them."""
+    """Two files in place of one, with the tensor `name` cut in two, as workers with a sharded model wrote them when
+    checkpoints had no checksums.
+    """
+    without_checksums(checkpoint)
     tensors = load_file(checkpoint / f"{kind}.safetensors")
     (checkpoint / f"{kind}.safetensors").unlink()
     (checkpoint / kind).mkdir()

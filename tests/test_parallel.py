@@ -50,15 +50,10 @@ class OneOfMany(LocalSession):
         super().__init__(folder, stop_at)
         self.rank, self.world_size, self.progress = dist.get_rank(), dist.get_world_size(), "none"
 
-    def new_folder(self):
-        (self.folder / "new").mkdir(exist_ok=True)
-        return self.folder / "new"
-
-    def report(self, metrics, checkpoint):
-        dist.barrier()
+    def report(self, metrics, snapshot):
         try:
-            if self.rank == 0:
-                super().report(metrics, checkpoint)
+            if snapshot:
+                super().report(metrics, snapshot)
         finally:
             dist.barrier()
         if self.stop_at == metrics["step"]:

@@ -21,10 +21,11 @@ from ray.util.queue import Empty, Queue
 from hrm_lm.cluster import ray_private
 from hrm_lm.cluster.run_folder import without_placeholder
 from hrm_lm.cluster.sessions import TuneSession, enter, scored
+from hrm_lm.cluster.start import say
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
-from hrm_lm.errors import UserError
-from hrm_lm.training.checkpoint import obstacles, read_checkpoint
+from hrm_lm.errors import DamagedCheckpoint, UserError
+from hrm_lm.training.checkpoint import check_contents, obstacles, read_checkpoint
 from hrm_lm.training.loop import train
 from hrm_lm.tuning.space import point
 
@@ -69,7 +70,9 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     except UserError as error:
         ray.tune.report(failed("invalid", 0, str(error), setup))
         return
-    start_from = ray.tune.get_checkpoint() or orphan(config)
+    start_from = ray.tune.get_checkpoint()
+    if start_from is None or not goes_on(config, start_from):
+        start_from = orphan(config)
     if setup.in_process:
         session = TuneSession(setup.metric, start_from)
         outcome, last = train(config, session), session.last_report
@@ -139,9 +142,20 @@ def train_with_workers(
     return ended[0], metrics
 
 
+def goes_on(config: Config, checkpoint: ray.tune.Checkpoint) -> bool:
+    """Whether a trial can go on from the checkpoint: it is whole, and of a run that `config` can continue."""
+    try:
+        saved = read_checkpoint(checkpoint.path, checkpoint.filesystem, for_resume=True)
+        check_contents(saved, checkpoint.filesystem)
+    except DamagedCheckpoint as error:
+        say(str(error))
+        return False
+    return not obstacles(saved.config, config)
+
+
 def orphan(config: Config) -> ray.tune.Checkpoint | None:
-    """This trial's newest whole checkpoint in storage that it can go on from. It is asked for where Tune knows of no
-    checkpoint.
+    """This trial's newest whole checkpoint in storage that it can go on from. It is asked for where Tune knows of none
+    that is whole.
 
     Tune notes about once a second what it knows. A checkpoint that a killed sweep saved after Tune's last note is found
     here.
@@ -149,10 +163,6 @@ def orphan(config: Config) -> ray.tune.Checkpoint | None:
     fs, folder = ray_private.trial_folder()
     infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
     for path in sorted((i.path for i in infos if i.base_name.startswith("checkpoint_")), reverse=True):
-        try:
-            saved = read_checkpoint(path, fs, for_resume=True)
-        except UserError:  # torn: the upload was cut
-            continue
-        if not obstacles(saved.config, config):
-            return ray.tune.Checkpoint(path, fs)
+        if goes_on(config, checkpoint := ray.tune.Checkpoint(path, fs)):  # another upload was cut
+            return checkpoint
     return None
