@@ -308,7 +308,8 @@ class RayConfig(Section):
     """Whether a run or a sweep waits when its workers do not fit the cluster. Otherwise it is refused, unless the
     cluster is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
     num_to_keep: Positive = 1
-    """How many checkpoints of the lowest `val_loss` are kept. The last checkpoint is kept besides."""
+    """How many checkpoints of the lowest `val_loss` are kept, at least two, so that a run can go back behind a damaged one.
+    The last checkpoint is kept besides."""
 
 
 class Config(Section):
