@@ -24,8 +24,9 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ from hrm_lm.training.checkpoint_files import (
     check_bytes,
     check_file,
     empty_folder,
+    records,
     safetensors_pieces,
     sealed,
     unsealed,
@@ -248,18 +250,23 @@ def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, f
     if fs is None:
         fs, path = pyarrow.fs.LocalFileSystem(), Path(path).absolute()
     name = shown(fs, str(path))
-    info = retrying(f"{name}: cannot be read", lambda: fs.get_file_info(str(path)))
-    if info.type != pyarrow.fs.FileType.Directory:
+
+    def read(what: str, action: Callable[[], Any]) -> Any:
+        try:
+            return retrying(f"{what}: cannot be read", action)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error(f"{what}: cannot be read", error) from None
+
+    if read(name, lambda: fs.get_file_info(str(path))).type != pyarrow.fs.FileType.Directory:
         raise DamagedCheckpoint(f"{name}: no such checkpoint folder")
 
     def text(file: str) -> str:
-        what = f"{name}/{file}: cannot be read"
         try:
-            data = retrying(what, lambda: read_bytes(fs, f"{path}/{file}"))
+            data = read(f"{name}/{file}", lambda: read_bytes(fs, f"{path}/{file}"))
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{name}: not a whole checkpoint: {file} is missing") from None
-        except OSError as error:
-            raise storage_error(what, error) from None
         check_bytes(f"{name}/{file}", files.get(file), [data])
         return data.decode("utf-8")
 
@@ -270,11 +277,11 @@ def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, f
         version, scaler = fields.pop("format_version"), fields.pop("scaler")
         if version != FORMAT_VERSION:
             raise UserError(f"{name}/trainer_state.json: format version {version}, this program reads {FORMAT_VERSION}")
-        workers, files = fields.pop("workers", 1), fields.pop("files", {})
+        workers, files = fields.pop("workers", 1), records(fields.pop("files", {}))
         progress = Progress(**fields)
         for rank in range(1, workers):
             file = f"files-{rank:05d}.json"
-            files |= unsealed(text(file))["files"]
+            files |= records(unsealed(text(file))["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{name}/{file}: torn or foreign: {error!r}") from None
     try:
@@ -289,7 +296,7 @@ def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, f
     needed = {}
     for kind in ["model"] + ["average"] * bool(config.train.ema_decay) + ["optimizer"] * for_resume:
         saved = {file: record for file, record in files.items() if file.split("/")[0].split(".")[0] == kind}
-        found = _tensor_files(fs, f"{path}/{kind}")
+        found = read(name, partial(_tensor_files, fs, f"{path}/{kind}"))
         sizes = {info.path.removeprefix(f"{path}/"): info.size for info in found}
         if missing := sorted(saved.keys() - sizes.keys()) or ([] if found else [f"{kind}.safetensors"]):
             raise DamagedCheckpoint(f"{name}: not a whole checkpoint: {missing[0]} is missing")
@@ -478,8 +485,9 @@ def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], 
     sizes: dict[str, int] = {}  # elements of each tensor that there are
     ends: dict[str, list[int]] = {}  # and its shape, as far as the parts reach
     for file in files:
+        what = f"{shown(fs, file.path)}: cannot be read"
         try:
-            header = _read_header(fs, file)
+            header = retrying(what, partial(_read_header, fs, file))
             sharding = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
             for tensor, entry in header.items():
                 shape = entry["shape"]
@@ -490,7 +498,7 @@ def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], 
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise DamagedCheckpoint(f"{shown(fs, file.path)}: torn or foreign: {error}") from None
         except OSError as error:
-            raise storage_error(f"{shown(fs, file.path)}: cannot be read", error) from None
+            raise storage_error(what, error) from None
     for tensor, size in sizes.items():
         if size != math.prod(ends[tensor]):
             raise DamagedCheckpoint(f"{name}: not whole: a part of {tensor} is missing")

@@ -92,6 +92,11 @@ def unsealed(text: str) -> dict[str, Any]:
     return fields
 
 
+def records(fields: Any) -> dict[str, dict[str, int]]:
+    """The records of files as a checkpoint has them. Raises AttributeError, KeyError, TypeError or ValueError otherwise."""
+    return {name: {key: int(record[key]) for key in ("size", "crc32")} for name, record in fields.items()}
+
+
 def _crc32_of(fields: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
