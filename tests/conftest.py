@@ -120,6 +120,13 @@ def flip_bit(file: Path, position: int) -> None:
     file.write_bytes(data)
 
 
+def without_checksums(checkpoint: Path) -> None:
+    """Makes a checkpoint what earlier versions wrote."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    older = {name: value for name, value in state.items() if name not in ("files", "workers", "crc32")}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(older))
+
+
 def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> LocalSession:
     session = LocalSession(folder, stop_at)
     with suppress(KeyboardInterrupt):

@@ -3,7 +3,6 @@ checkpoints between validations; no Ray cluster.
 """
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -11,7 +10,15 @@ import threading
 import pyarrow.fs
 import pytest
 import torch
-from conftest import assert_resumes_exactly, assert_same_weights, batches_of, flip_bit, small_config, train_locally
+from conftest import (
+    assert_resumes_exactly,
+    assert_same_weights,
+    batches_of,
+    flip_bit,
+    small_config,
+    train_locally,
+    without_checksums,
+)
 from safetensors.torch import load_file, save_file
 
 from hrm_lm.cluster import ray_private
@@ -57,13 +64,6 @@ def test_only_a_resume_needs_the_optimizer(checkpoint):
     assert load_model(checkpoint)
     with pytest.raises(UserError, match="not a whole checkpoint: optimizer.safetensors is missing"):
         read_checkpoint(checkpoint, for_resume=True)
-
-
-def without_checksums(checkpoint):
-    """A checkpoint of earlier versions."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    older = {name: value for name, value in state.items() if name not in ("files", "workers", "crc32")}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(older))
 
 
 def shard(checkpoint, kind, name):
