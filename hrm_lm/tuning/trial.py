@@ -25,7 +25,7 @@ from hrm_lm.cluster.start import say
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
 from hrm_lm.errors import DamagedCheckpoint, UserError
-from hrm_lm.training.checkpoint import check_contents, obstacles, read_checkpoint
+from hrm_lm.training.checkpoint import Checkpoint, check_contents, obstacles, read_checkpoint
 from hrm_lm.training.loop import train
 from hrm_lm.tuning.space import point
 
@@ -71,7 +71,7 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
         ray.tune.report(failed("invalid", 0, str(error), setup))
         return
     start_from = ray.tune.get_checkpoint()
-    if start_from is None or not goes_on(config, start_from):
+    if start_from is None or whole(start_from) is None:
         start_from = orphan(config)
     if setup.in_process:
         session = TuneSession(setup.metric, start_from)
@@ -142,15 +142,15 @@ def train_with_workers(
     return ended[0], metrics
 
 
-def goes_on(config: Config, checkpoint: ray.tune.Checkpoint) -> bool:
-    """Whether a trial can go on from the checkpoint: it is whole, and of a run that `config` can continue."""
+def whole(checkpoint: ray.tune.Checkpoint) -> Checkpoint | None:
+    """What the checkpoint says of itself; None where it is damaged, which is told."""
     try:
         saved = read_checkpoint(checkpoint.path, checkpoint.filesystem, for_resume=True)
         check_contents(saved, checkpoint.filesystem)
     except DamagedCheckpoint as error:
         say(str(error))
-        return False
-    return not obstacles(saved.config, config)
+        return None
+    return saved
 
 
 def orphan(config: Config) -> ray.tune.Checkpoint | None:
@@ -163,6 +163,8 @@ def orphan(config: Config) -> ray.tune.Checkpoint | None:
     fs, folder = ray_private.trial_folder()
     infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
     for path in sorted((i.path for i in infos if i.base_name.startswith("checkpoint_")), reverse=True):
-        if goes_on(config, checkpoint := ray.tune.Checkpoint(path, fs)):  # another upload was cut
+        checkpoint = ray.tune.Checkpoint(path, fs)
+        saved = whole(checkpoint)  # not where the upload was cut
+        if saved and not obstacles(saved.config, config):
             return checkpoint
     return None
