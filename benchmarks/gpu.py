@@ -42,7 +42,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -68,6 +68,7 @@ from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.models.decoding import generate_ids
+from hrm_lm.training.checkpoint import Snapshot
 from hrm_lm.training.flops import known_peak, training_flops
 from hrm_lm.training.loop import train
 from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_step
@@ -680,13 +681,12 @@ class LocalSession:
     def preempted(self, step: int) -> bool:
         return False
 
-    def restored(self):
-        return nullcontext()
+    def checkpoints(self):
+        return iter(())
 
-    def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.folder))
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
+        assert snapshot, "a worker alone writes the whole checkpoint"
+        snapshot.write(pyarrow.fs.LocalFileSystem(), tempfile.mkdtemp(dir=self.folder))
         self.seconds.append(metrics["seconds"])
 
 

@@ -330,14 +330,16 @@ class RayConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """How many failures of workers a run recovers from. With -1 it recovers from any number. An error that the user must
     mend ends the run at once."""
-    hang_timeout: Annotated[float, Field(ge=0, le=1e6)] = 600.0
+    hang_timeout: Annotated[float, Field(ge=0, le=1e6)] = 900.0
     """After how many seconds without progress a worker counts as failed, and its stack is logged. The start, with the first
-    step, may take four times as long. 0 means never."""
+    step, may take four times as long. Storage that is away is waited for up to 600 s, which must be less. 0 means
+    never."""
     wait_for_nodes: bool = False
     """Whether a run or a sweep waits when its workers do not fit the cluster. Otherwise it is refused, unless the
     cluster is known to grow far enough. Set it where Ray cannot know how far the cluster grows, as under KubeRay."""
     num_to_keep: Positive = 1
-    """How many checkpoints of the lowest `val_loss` are kept. The last checkpoint is kept besides."""
+    """How many checkpoints of the lowest `val_loss` are kept, at least two, so that a run can go back behind a damaged one.
+    The last checkpoint is kept besides."""
 
     @field_validator("num_workers", mode="before")
     @classmethod

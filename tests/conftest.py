@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +104,11 @@ class LocalSession:
     def preempted(self, step: int) -> bool:
         return False
 
-    @contextmanager
-    def restored(self):
-        yield max(self.folder.glob("step_*"), default=None)
+    def checkpoints(self):
+        return map(nullcontext, sorted(self.folder.glob("step_*"), reverse=True))
 
-    def new_folder(self) -> Path:
-        path = self.folder / "new"
-        path.mkdir()
-        return path
-
-    def report(self, metrics, checkpoint):
-        checkpoint.rename(self.folder / f"step_{metrics['step']:06d}")
+    def report(self, metrics, snapshot):
+        snapshot.write(pyarrow.fs.LocalFileSystem(), str(self.folder / f"step_{metrics['step']:06d}"))
         self.reports.append(metrics)
         if self.stop_at == metrics["step"]:
             raise KeyboardInterrupt
@@ -125,6 +119,20 @@ class LocalSession:
 
     def last_weights(self) -> dict[str, torch.Tensor]:
         return load_model(self.last_checkpoint)[0].state_dict()
+
+
+def flip_bit(file: Path, position: int) -> None:
+    """What a disk or a transfer does to a file: its size stays. position: of the byte, from the end where negative."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= 4
+    file.write_bytes(data)
+
+
+def without_checksums(checkpoint: Path) -> None:
+    """Makes a checkpoint what earlier versions wrote."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    older = {name: value for name, value in state.items() if name not in ("files", "workers", "crc32")}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(older))
 
 
 def train_locally(config: Config, folder: Path, stop_at: int | None = None) -> LocalSession:
@@ -155,7 +163,7 @@ def assert_resumes_exactly(config: Config, folder: Path, *stops: int) -> LocalSe
         session = train_locally(config, folder / "stopped", stop_at)
         reports += session.reports
         assert reports[-1]["step"] == stop_at
-    measured = {"seconds", "samples_per_s", "tokens_per_s", "mfu"}
+    measured = {"seconds", "samples_per_s", "tokens_per_s", "mfu", "save_ms"}
     kept, expected = (
         [{name: value for name, value in metrics.items() if name not in measured} for metrics in run]
         for run in (reports, straight.reports)
@@ -295,6 +303,14 @@ def bucket(tmp_path_factory):
         patch.setenv("HRM_LM_CACHE", str(tmp_path_factory.mktemp("bucket") / "cache"))
         yield uri
     server.stop()
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """The waits for storage, in seconds, which then take no time."""
+    waits: list[float] = []
+    monkeypatch.setattr("hrm_lm.filesystem.sleep", waits.append)
+    return waits
 
 
 @pytest.fixture

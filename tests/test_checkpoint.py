@@ -1,17 +1,42 @@
-"""Checkpoints that are torn, what a run may go on with, and checkpoints between validations; no Ray cluster."""
+"""Checkpoints that are torn or damaged, what a run may go on with, how a checkpoint is written while training goes on, and
+checkpoints between validations; no Ray cluster.
+"""
 
+import errno
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from conftest import assert_resumes_exactly, assert_same_weights, small_config, train_locally
+import torch
+from conftest import (
+    assert_resumes_exactly,
+    assert_same_weights,
+    batches_of,
+    flip_bit,
+    small_config,
+    train_locally,
+    without_checksums,
+)
 from safetensors.torch import load_file, save_file
 
 from hrm_lm.cluster import ray_private
 from hrm_lm.cluster.sessions import TuneSession
-from hrm_lm.errors import UserError
-from hrm_lm.training.checkpoint import load_model, obstacles, read_checkpoint
+from hrm_lm.data.collate import to_device
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.errors import DamagedCheckpoint, StorageError, UserError
+from hrm_lm.training.checkpoint import (
+    Progress,
+    Snapshot,
+    check_contents,
+    load_model,
+    load_state,
+    obstacles,
+    read_checkpoint,
+)
+from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.tuning.trial import newest_checkpoint
 
 
@@ -44,7 +69,10 @@ def test_only_a_resume_needs_the_optimizer(checkpoint):
 
 
 def shard(checkpoint, kind, name):
-    """Two files in place of one, with the tensor `name` cut in two, as workers with a sharded model write them."""
+    """Two files in place of one, with the tensor `name` cut in two, as workers with a sharded model wrote them when
+    checkpoints had no checksums.
+    """
+    without_checksums(checkpoint)
     tensors = load_file(checkpoint / f"{kind}.safetensors")
     (checkpoint / f"{kind}.safetensors").unlink()
     (checkpoint / kind).mkdir()
@@ -74,6 +102,153 @@ def test_a_sharded_checkpoint_is_whole_only_with_all_its_parts(checkpoint):
     second.unlink()
     with pytest.raises(UserError, match="model.safetensors is missing"):
         read_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "config.yaml", "tokenizer.json", "trainer_state.json"]
+)
+def test_a_flipped_bit_anywhere_is_found_and_its_file_named(checkpoint, file):
+    whole = (checkpoint / file).read_bytes()
+    for position in (10, len(whole) // 2, len(whole) - 2):
+        flip_bit(checkpoint / file, position)
+        with pytest.raises(DamagedCheckpoint, match=file):
+            check_contents(read_checkpoint(checkpoint, for_resume=True))
+        (checkpoint / file).write_bytes(whole)
+    check_contents(read_checkpoint(checkpoint, for_resume=True))
+
+
+def test_no_use_of_a_checkpoint_takes_changed_weights(checkpoint, tmp_path):
+    flip_bit(checkpoint / "model.safetensors", -1)
+    with pytest.raises(UserError, match="model.safetensors: damaged: its bytes are not those that were written"):
+        load_model(checkpoint)  # of `generate`, `evaluate` and `export`
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
+        train_locally(small_config(train__init_from=str(checkpoint)), tmp_path / "other")
+
+
+def test_a_resume_takes_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path, capsys):
+    config = small_config(train__steps=9, train__val_every=3)
+    straight = train_locally(config, tmp_path / "straight")
+    train_locally(config, tmp_path / "run", stop_at=6)
+    flip_bit(tmp_path / "run/step_000006/optimizer.safetensors", -1)
+    capsys.readouterr()
+    again = train_locally(config, tmp_path / "run")
+    assert "step_000006/optimizer.safetensors: damaged" in capsys.readouterr().err
+    assert [metrics["step"] for metrics in again.reports] == [6, 9]
+    assert_same_weights(again.last_weights(), straight.last_weights())
+    for folder in (tmp_path / "run").iterdir():
+        cut(folder / "model.safetensors")
+    with pytest.raises(UserError, match="step_000003/model.safetensors: torn or foreign"):
+        train_locally(config, tmp_path / "run")
+
+
+def test_a_checkpoint_without_checksums_resumes_as_it_always_did(tmp_path):
+    config = small_config(train__val_every=6)
+    straight = train_locally(config, tmp_path / "straight")
+    without_checksums(train_locally(config, tmp_path / "run", stop_at=6).last_checkpoint)
+    assert_same_weights(train_locally(config, tmp_path / "run").last_weights(), straight.last_weights())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_holds_the_state_that_was_taken_whatever_training_does_meanwhile(device, tmp_path):
+    config = small_config(train__ema_decay=0.5, model__d_model=64)
+    splits, device = load_dataset(config.data, config.model, 0), torch.device(device)
+
+    def new_state():
+        return build_state(config, splits.tokenizer.vocab_size, device)
+
+    state = new_state()
+    batches, stats = batches_of(splits, config, collate=state.model.collate), Stats(state)
+
+    def step():
+        train_step(state, [to_device(batch, device) for batch in next(batches)], stats)
+
+    def tensors(state):
+        tensors = {f"model/{name}": t.clone() for name, t in state.model.state_dict().items()}
+        tensors |= {f"average/{name}": t.clone() for name, t in state.average.tensors.items()}
+        moments = [
+            (i, slot) for i, p in enumerate(state.model.parameters()) for slot in state.optimizer.state[p].items()
+        ]
+        return tensors | {f"{slot}/{i}": t.clone() for i, (slot, t) in moments}
+
+    snapshot, fs = Snapshot(state, splits.tokenizer), pyarrow.fs.LocalFileSystem()
+    for i in range(2):  # the second copy takes the place of the first
+        step()
+        taken = tensors(state)
+        snapshot.take(Progress(step=i + 1))
+        step()
+        snapshot.write(fs, str(tmp_path / str(i)))
+        saved = new_state()
+        checkpoint = read_checkpoint(tmp_path / str(i), for_resume=True)
+        check_contents(checkpoint)
+        load_state(checkpoint, saved)
+        assert saved.step == i + 1
+        assert_same_weights(tensors(saved), taken)
+    if device.type == "cuda":
+        assert all(copy.is_pinned() for copies in snapshot.copies.values() for copy in copies.values())
+
+
+class Failing(pyarrow.fs.FileSystemHandler):
+    """A local disk on which opening a file to write fails with each of `errors` in turn, and then no more."""
+
+    def __init__(self, *errors):
+        self.local, self.errors = pyarrow.fs.LocalFileSystem(), list(errors)
+
+    def get_type_name(self):
+        return "failing"
+
+    def normalize_path(self, path):
+        return path
+
+    def create_dir(self, path, recursive):
+        self.local.create_dir(path, recursive=recursive)
+
+    def delete_dir_contents(self, path, missing_dir_ok=False):
+        self.local.delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
+
+    def open_output_stream(self, path, metadata):
+        if self.errors:
+            raise self.errors.pop()
+        return self.local.open_output_stream(path)
+
+    def unused(self, *_):
+        raise NotImplementedError
+
+    get_file_info = get_file_info_selector = delete_dir = delete_root_dir_contents = delete_file = unused
+    move = copy_file = open_input_stream = open_input_file = open_append_stream = unused
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def snapshot():
+    config = small_config()
+    splits = load_dataset(config.data, config.model, 0)
+    return Snapshot(build_state(config, splits.tokenizer.vocab_size), splits.tokenizer)
+
+
+def test_a_full_disk_is_waited_for_while_the_next_checkpoint_waits_for_this_one(snapshot, tmp_path, waits, capsys):
+    fs = pyarrow.fs.PyFileSystem(Failing(FULL, FULL, OSError("AWS Error NETWORK_CONNECTION")))
+    snapshot.take(Progress(step=1))
+    next_one = threading.Thread(target=snapshot.take, args=[Progress(step=2)])
+    next_one.start()
+    snapshot.write(fs, str(tmp_path / "c"))
+    next_one.join()
+    assert len(waits) == 3 and capsys.readouterr().err.count("No space left on device; next try in") == 2
+    checkpoint = read_checkpoint(tmp_path / "c", for_resume=True)
+    check_contents(checkpoint)
+    assert checkpoint.progress.step == 1
+
+
+@pytest.mark.parametrize("error, kind", [(PermissionError(errno.EACCES, "no"), UserError), (FULL, StorageError)])
+def test_training_ends_with_the_reason_when_a_checkpoint_cannot_be_written(snapshot, tmp_path, waits, error, kind):
+    fs = pyarrow.fs.PyFileSystem(Failing(*[error] * 100))
+    snapshot.take(Progress(step=1))
+    for action in (lambda: snapshot.write(fs, str(tmp_path)), lambda: snapshot.take(Progress(step=2))):
+        with pytest.raises(UserError, match="optimizer.safetensors: cannot be written: ") as caught:
+            action()
+        assert type(caught.value) is kind
+    assert bool(waits) == (kind is StorageError)
 
 
 def test_a_trial_passes_over_what_it_cannot_go_on_from(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import types
 
 import pytest
-from conftest import ROOT, small_config, train_locally
+from conftest import ROOT, small_config, train_locally, without_checksums
 
 from hrm_lm.cluster import run_folder
 from hrm_lm.commands.evaluate import main as evaluate
@@ -296,6 +296,7 @@ def strangers(checkpoint, monkeypatch):
 
     module.build, module.checkpoint = build, checkpoint
     monkeypatch.setitem(sys.modules, "strangers_module", module)
+    without_checksums(checkpoint)
     file = checkpoint / "config.yaml"
     file.write_text(file.read_text().replace("dataset: synthetic", "dataset: strangers_module:build"))
     return module

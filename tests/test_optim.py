@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow.fs
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from hrm_lm.config import OptimConfig
 from hrm_lm.data.loading import prefetch
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
-from hrm_lm.training.checkpoint import Progress, load_state, obstacles, read_checkpoint, save_checkpoint
+from hrm_lm.training.checkpoint import Progress, Snapshot, load_state, obstacles, read_checkpoint
 from hrm_lm.training.optim import (
     AdamAtan2,
     Muon,
@@ -315,7 +316,9 @@ def test_an_optimizer_on_a_gpu_takes_the_steps_that_it_takes_on_the_cpu(name, to
 def test_a_checkpoint_from_a_gpu_goes_on_there_and_on_the_cpu(name, tmp_path):
     state, _, _ = on_gpu(name, steps=3)
     splits = load_dataset(state.config.data, state.config.model, 0)
-    save_checkpoint(tmp_path, state, Progress(step=3), splits.tokenizer)
+    snapshot = Snapshot(state, splits.tokenizer)
+    snapshot.take(Progress(step=3))
+    snapshot.write(pyarrow.fs.LocalFileSystem(), str(tmp_path))
     gradients = {n: torch.randn(p.shape) for n, p in state.model.named_parameters()}
     weights = []
     for device in ("cuda", "cuda", "cpu"):

@@ -12,7 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import LocalSession, assert_same_weights, batches_of, eval_options, poisoned, small_config, train_locally
+from conftest import (
+    LocalSession,
+    assert_same_weights,
+    batches_of,
+    eval_options,
+    flip_bit,
+    poisoned,
+    small_config,
+    train_locally,
+)
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,15 +72,10 @@ class OneOfMany(LocalSession):
         super().__init__(folder, stop_at)
         self.rank, self.world_size, self.progress = dist.get_rank(), dist.get_world_size(), "none"
 
-    def new_folder(self):
-        (self.folder / "new").mkdir(exist_ok=True)
-        return self.folder / "new"
-
-    def report(self, metrics, checkpoint):
-        dist.barrier()
+    def report(self, metrics, snapshot):
         try:
-            if self.rank == 0:
-                super().report(metrics, checkpoint)
+            if snapshot:
+                super().report(metrics, snapshot)
         finally:
             dist.barrier()
         if self.stop_at == metrics["step"]:
@@ -83,6 +87,13 @@ def trained(config, folder, stop_at=None):
     with contextlib.suppress(KeyboardInterrupt):
         train(config, session)
     return session.reports
+
+
+def damage_last(folder):
+    """Changes a worker's part of the last checkpoint, which one of the workers reads at a resume."""
+    if dist.get_rank() == 0:
+        flip_bit(max(folder.glob("step_*")) / "optimizer/shard-00002-model-00001-of-00001.safetensors", -1)
+    dist.barrier()
 
 
 class AllGathers(TorchDispatchMode):
@@ -134,7 +145,7 @@ def uneven_nodes(config):
 def worker(rank, root, jobs, results, backend="gloo", workers_of_a_node=2):
     """Runs `{number of workers: [(name of the result, function, *arguments)]}`, in groups of so many."""
     torch.set_num_threads(1)
-    os.environ["LOCAL_WORLD_SIZE"] = str(workers_of_a_node)
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(workers_of_a_node), str(rank % workers_of_a_node)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     for world_size, some in jobs.items():
@@ -167,6 +178,9 @@ def runs(tmp_path_factory):
     sharded = small_config(**RECIPE, **TWO, ray__parallel="fsdp")
     two.append(("two_then_one", trained, sharded, root / "two_then_one", 6))
     two.append(("one_then_two", trained, sharded, root / "one_then_two"))
+    two.append(("damaged", trained, sharded, root / "damaged", 8))
+    two.append(("damaged", damage_last, root / "damaged"))
+    two.append(("damaged", trained, sharded, root / "damaged"))
     for kind, fields in {"hybrid": HYBRID, "recipe": RECIPE}.items():
         two.append((f"{kind}_gathers", few_steps, small_config(**fields, **TWO, ray__parallel="fsdp")))
 
@@ -292,15 +306,25 @@ def test_a_sharded_checkpoint_generates_and_evaluates_on_one_machine(runs, kind)
     assert generate(model, tokenizer, prompts) == generate(whole, tokenizer, prompts)
 
 
-@pytest.mark.parametrize("damage", ["missing", "torn"])
-def test_a_sharded_checkpoint_with_a_part_missing_or_torn_is_refused(runs, tmp_path, damage):
+def test_all_workers_go_back_behind_a_checkpoint_that_one_of_them_finds_damaged(runs):
+    assert column(runs[0]["damaged"], "step") == [8, 10, 12]
+    whole, again = (load_model(runs[1] / run / "step_000012")[0].state_dict() for run in ("recipe_fsdp", "damaged"))
+    assert_same_weights(whole, again)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "flipped"])
+def test_a_sharded_checkpoint_with_a_part_missing_or_damaged_is_refused(runs, tmp_path, damage):
     shutil.copytree(max((runs[1] / "recipe_fsdp").glob("step_*")), tmp_path / "c")
-    for file in sorted((tmp_path / "c" / "model").iterdir()):
+    files = sorted((tmp_path / "c" / "model").iterdir())
+    assert len(files) == 2
+    for file in [*files, tmp_path / "c/files-00001.json"]:
         copy = file.read_bytes()
         file.unlink()
-        if damage == "torn":
-            file.write_bytes(copy[: len(copy) // 2])
-        with pytest.raises(UserError, match="/c/model[:/]"):
+        if damage != "missing":
+            file.write_bytes(copy[: len(copy) // 2] if damage == "torn" else copy)
+        if damage == "flipped":
+            flip_bit(file, len(copy) // 2)
+        with pytest.raises(UserError, match=file.name):
             load_model(tmp_path / "c")
         file.write_bytes(copy)
     load_model(tmp_path / "c")

@@ -15,6 +15,7 @@ import pytest
 from conftest import (
     ROOT,
     assert_same_weights,
+    flip_bit,
     held_by_ray,
     kill_processes_with,
     small_config,
@@ -23,7 +24,7 @@ from conftest import (
 )
 
 from hrm_lm.cluster.capacity import plan_workers
-from hrm_lm.cluster.run import run
+from hrm_lm.cluster.run import check_resume, run
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.training.checkpoint import load_model
@@ -208,6 +209,26 @@ def test_a_run_of_the_same_name_resumes_is_refused_or_is_left_alone(overfitted, 
     longer = again(train__steps=75, optim__lr=1e-3)  # goes on from a list of checkpoints of which some have no score
     assert longer["step"] == 75 and longer["best_step"] == 20
     assert "optim.lr: 0.02 -> 0.001" in capsys.readouterr().err
+
+
+def test_a_run_goes_back_behind_a_damaged_checkpoint_and_ends_with_the_same_weights(overfitted, in_folder, capfd):
+    storage, _ = overfitted
+    shutil.copytree(storage, in_folder / "runs")
+    flip_bit(in_folder / "runs/r/checkpoint_00000060/model.safetensors", -1)
+    options = OVERFITS | {"train__steps": 75}
+    result = run(small_config(**options, ray__run_name="r", ray__num_to_keep=9))
+    assert "checkpoint_00000060/model.safetensors: damaged" in capfd.readouterr().err
+    assert result["step"] == 75 and result["best_step"] == 20
+    assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
+    assert (in_folder / "runs/r/checkpoint_00000060_again").is_dir(), (
+        "the damaged one is left for whoever looks into it"
+    )
+    # What the driver sees is said by the driver.
+    cut = in_folder / "runs/r/checkpoint_00000075/optimizer.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    folder = RunFolder(str(in_folder / "runs"), "r")
+    assert check_resume(small_config(**options), folder, "auto").step == 60
+    assert f"{cut}: torn or foreign" in capfd.readouterr().err
 
 
 def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):

@@ -311,6 +311,7 @@ def test_a_foreign_folder_and_a_later_format_are_refused(checkpoint, tmp_path):
     with pytest.raises(UserError, match="not a whole checkpoint"):
         read_checkpoint(tmp_path)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state.pop("crc32")
     (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         read_checkpoint(checkpoint)

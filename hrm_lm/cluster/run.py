@@ -19,9 +19,9 @@ from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.config import Config
 from hrm_lm.data.registry import BUILT_IN, Splits, load_dataset
-from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.errors import DamagedCheckpoint, RunFailed, UserError
 from hrm_lm.filesystem import resolve, without_secrets
-from hrm_lm.training.checkpoint import Progress, differences, obstacles, read_checkpoint
+from hrm_lm.training.checkpoint import Checkpoint, Progress, differences, obstacles, read_checkpoint
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -82,9 +82,7 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
     """How far the run that is there has come. Names what differs from it; refuses what cannot be continued."""
     if resume == "never":
         raise UserError(f"run {folder.name!r} already has checkpoints in {folder.uri}; give another --run_name")
-    _, last = folder.checkpoints()
-    assert last is not None  # the caller has seen that there are checkpoints
-    saved = read_checkpoint(last, folder.fs, for_resume=True)
+    saved = last_whole(folder)
     if refused := obstacles(saved.config, config):
         what = ", ".join(f"{key} ({_change(*values)})" for key, values in refused.items())
         raise UserError(
@@ -95,6 +93,22 @@ def check_resume(config: Config, folder: RunFolder, resume: str) -> Progress:
     for key, values in differences(saved.config, config).items():
         say(f"  {key}: {_change(*values)}")
     return saved.progress
+
+
+def last_whole(folder: RunFolder) -> Checkpoint:
+    """What the last checkpoint says of itself; where it is damaged, which is told, what the one before it says.
+
+    Only the headers of its tensors are read: the workers read all of it, and find other damage.
+    """
+    kept, last = folder.checkpoints()
+    earlier = sorted((metrics["step"], path) for path, metrics in kept if path != last)
+    for path in [last, *(path for _, path in reversed(earlier))]:
+        assert path is not None  # the caller has seen that there are checkpoints
+        try:
+            return read_checkpoint(path, folder.fs, for_resume=True)
+        except DamagedCheckpoint as error:
+            say(str(error))
+    raise UserError(f"run {folder.name!r} has no whole checkpoint in {folder.uri}; give another --run_name")
 
 
 def _change(old: Any, new: Any) -> str:
@@ -127,7 +141,7 @@ def fit(config: Config, folder: RunFolder, scaling: "ScalingConfig") -> dict[str
             storage_filesystem=folder.fs,
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
             checkpoint_config=CheckpointConfig(
-                num_to_keep=config.ray.num_to_keep,
+                num_to_keep=max(config.ray.num_to_keep, 2),  # there is one to go back to if the last is damaged
                 checkpoint_score_attribute="val_loss",
                 checkpoint_score_order="min",
             ),
@@ -193,5 +207,6 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         "last_checkpoint": folder.uri_of(last),
         "tokens_per_s": round(metrics["tokens"] / seconds, 1) if seconds else None,
         "seconds": round(seconds, 2),
+        **({"save_ms": round(metrics["save_ms"], 1)} if "save_ms" in metrics else {}),  # of an older checkpoint: none
         **({"mfu": round(metrics["mfu"], 4)} if "mfu" in metrics else {}),  # of the last interval
     }

@@ -107,9 +107,10 @@ class RunFolder:
             raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {error}") from None
         kept = [(checkpoint.path, without_placeholder(metrics)) for checkpoint, metrics in result.best_checkpoints]
 
-        def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float]:
+        def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float, int]:
+            # Two of the same step: the first was damaged, and the one of the longer name was saved in its place.
             val_loss, step = item[1]["val_loss"], item[1]["step"]
-            return (True, -step) if math.isnan(val_loss) else (False, val_loss)
+            return (True, -step, -len(item[0])) if math.isnan(val_loss) else (False, val_loss, -len(item[0]))
 
         return sorted(kept, key=rank), result.checkpoint.path if result.checkpoint else None
 

@@ -2,12 +2,11 @@
 
 import math
 import os
-import shutil
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,9 @@ from hrm_lm.cluster.preemption import Lookout, Reached
 from hrm_lm.cluster.run_folder import NO_VAL_LOSS
 from hrm_lm.cluster.start import say
 from hrm_lm.cluster.watchdog import Watchdog
-from hrm_lm.filesystem import reason, shown
+from hrm_lm.filesystem import reason, retrying, shown, storage_error
+from hrm_lm.training.checkpoint import Snapshot
+from hrm_lm.training.checkpoint_files import empty_folder
 from hrm_lm.training.metrics import Display
 
 
@@ -47,6 +48,23 @@ def scored(metrics: dict[str, Any], *names: str) -> dict[str, Any]:
     Tune ranks a checkpoint without its score above all others and a NaN below them.
     """
     return dict.fromkeys(names, math.nan) | metrics
+
+
+@contextmanager
+def opened(checkpoint: ray.train.Checkpoint | ray.tune.Checkpoint) -> Iterator[Path]:
+    """The checkpoint as a local folder, downloaded once a node. Raises UserError where it cannot be read.
+
+    Storage that is away is waited for before the download, and not in it: other workers of the node would take what is
+    there for all of it.
+    """
+    fs, what = checkpoint.filesystem, f"{shown(checkpoint.filesystem, checkpoint.path)}: cannot be read"
+    with ExitStack() as stack:
+        try:
+            retrying(what, lambda: fs.get_file_info(checkpoint.path))
+            folder = stack.enter_context(checkpoint.as_directory())
+        except OSError as error:
+            raise storage_error(what, error) from None
+        yield Path(folder)
 
 
 class RayTrainSession:
@@ -84,6 +102,7 @@ class RayTrainSession:
             self.event_folder = Path(path if local else tempfile.mkdtemp(prefix="events_", dir=self._scratch))
         enter(driver_folder)
         self._start_from = start_from
+        self._damaged: set[str] = set()  # names of checkpoints
         self._watchdog = Watchdog(hang_timeout, self.rank, ray_private.fail_worker)
         self._lookout = Lookout(self.rank, self.world_size)
         self._reached = Reached(*run_folder) if self.rank == 0 and run_folder else None
@@ -108,28 +127,39 @@ class RayTrainSession:
             self._reached.close()
         self.copy_events()
 
-    @contextmanager
-    def restored(self) -> Iterator[Path | None]:
-        checkpoint = ray.train.get_checkpoint() or self._start_from
-        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-            yield Path(folder) if folder else None
+    def checkpoints(self) -> Iterator[AbstractContextManager[Path]]:
+        last = ray.train.get_checkpoint() or self._start_from
+        if last is None:
+            return
+        yield opened(last)
+        self._damaged.add(Path(last.path).name)
+        kept = sorted(ray.train.get_all_reported_checkpoints(), key=lambda c: (c.metrics["step"], c.checkpoint.path))
+        for checkpoint in (item.checkpoint for item in reversed(kept) if item.checkpoint.path != last.path):
+            yield opened(checkpoint)
+            self._damaged.add(Path(checkpoint.path).name)
 
-    def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix="checkpoint_", dir=self._scratch))
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         name = f"checkpoint_{metrics['step']:08d}"
-        if self.rank == 0:
-            # A kill in mid-upload leaves files there, and other workers name their files otherwise. No worker uploads
-            # before all have called `ray.train.report`, which agrees on the name.
-            storage = ray.train.get_context().get_storage()
-            path = storage.build_checkpoint_path_from_name(name)
-            storage.storage_filesystem.delete_dir_contents(path, missing_dir_ok=True)
+        while name in self._damaged:  # Ray still lists it, and deletes its folder in its time
+            name += "_again"
+        storage = ray.train.get_context().get_storage()
+        fs, path = storage.storage_filesystem, storage.build_checkpoint_path_from_name(name)
+
+        def upload(checkpoint: ray.train.Checkpoint, _: str) -> ray.train.Checkpoint:
+            assert snapshot is not None
+            snapshot.write(fs, path)
+            return checkpoint
+
+        if self.rank == 0 and snapshot and snapshot.is_sharded:
+            # No worker writes before all have called `ray.train.report`, which agrees on the name.
+            empty_folder(fs, path)
         ray.train.report(
             {"val_loss": NO_VAL_LOSS} | metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
+            checkpoint=ray.train.Checkpoint(path, fs) if snapshot else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=False,  # it is where it belongs
         )
         self.copy_events()
 
@@ -171,23 +201,15 @@ class TuneSession:
     def preempted(self, step: int) -> bool:
         return False
 
-    @contextmanager
-    def restored(self) -> Iterator[Path | None]:
-        with self.start_from.as_directory() if self.start_from else nullcontext() as folder:
-            yield Path(folder) if folder else None
+    def checkpoints(self) -> Iterator[AbstractContextManager[Path]]:
+        if self.start_from:
+            yield opened(self.start_from)
 
-    def new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix="checkpoint_"))
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        assert checkpoint, "a worker alone writes the whole checkpoint"
+    def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
+        assert snapshot, "a worker alone writes the whole checkpoint"
         fs, folder = ray_private.trial_folder()
-        path, here = f"{folder}/checkpoint_{metrics['step']:08d}_{self.attempt}", pyarrow.fs.LocalFileSystem()
-        try:
-            fs.create_dir(path)
-            pyarrow.fs.copy_files(str(checkpoint), path, source_filesystem=here, destination_filesystem=fs)
-        finally:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        path = f"{folder}/checkpoint_{metrics['step']:08d}_{self.attempt}"
+        snapshot.write(fs, path)
         self.report_stored(metrics, ray.tune.Checkpoint(path, fs))
 
     def report_stored(self, metrics: dict[str, Any], checkpoint: ray.tune.Checkpoint) -> None:

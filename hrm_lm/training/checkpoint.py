@@ -5,20 +5,28 @@
     optimizer.safetensors   Adam's moments, `exp_avg/<parameter name>`; Muon's, `momentum_buffer/<parameter name>`
     config.yaml             the run's config
     tokenizer.json
-    trainer_state.json      step, progress, scaler, format version; written last
+    trainer_state.json      step, progress, scaler, format version, each file's size and checksum; written last
 
 A run whose model is sharded over its workers (`ray.parallel: fsdp` or `hsdp`) has folders `model/`, `average/` and
 `optimizer/` in place of the first three, with a file of each worker's parts, also safetensors
-(torch.distributed.checkpoint's Hugging Face format). A part that several workers hold is saved by one of them. Both kinds
-load into any number of workers, sharded or not. torch.distributed takes most of a second to import, so the functions that
-need it import it.
+(torch.distributed.checkpoint's Hugging Face format). A part that several workers hold is saved by one of them. The other
+workers' files have their checksums in `files-<rank>.json`. Both kinds load into any number of workers, sharded or not.
+torch.distributed takes most of a second to import, so the functions that need it import it.
+
+Training waits only for a copy of its state to host memory (`Snapshot`). Every file is checked against its checksum before
+it is loaded; checkpoints of earlier versions have none.
 """
 
 import json
 import math
+import os
 import struct
+import sys
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +34,25 @@ import pyarrow.fs
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, flatten, parse_config
 from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
-from hrm_lm.errors import UserError
-from hrm_lm.filesystem import one_line, read_text, shown, storage_error
+from hrm_lm.errors import DamagedCheckpoint, UserError
+from hrm_lm.filesystem import one_line, read_bytes, retrying, shown, storage_error
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
+from hrm_lm.training.checkpoint_files import (
+    check_bytes,
+    check_file,
+    empty_folder,
+    records,
+    safetensors_pieces,
+    sealed,
+    unsealed,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from hrm_lm.training.step import TrainState
@@ -92,74 +110,246 @@ class Checkpoint:
     tokenizer: Tokenizer
     progress: Progress
     scaler: dict
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Sizes and checksums of the files with the tensors that were asked for; of older checkpoints nothing."""
 
 
-def save_checkpoint(path: Path, state: "TrainState", progress: Progress, tokenizer: Tokenizer) -> None:
-    """Writes `state` into the existing folder `path`. All workers write a sharded state, rank 0 the rest."""
-    _save(path / "optimizer", _optimizer_tensors(state))
-    if state.average:
-        _save(path / "average", state.average.tensors)
-    _save(path / "model", state.model.state_dict())
-    if state.rank == 0:
-        _save_description(path, state.config, tokenizer, progress, state.scaler.state_dict())
+class Snapshot:
+    """A copy of a training state in host memory, from which its checkpoint is written while training goes on.
+
+    All workers of a sharded state need a snapshot, each of its own parts, and rank 0 of any other. The memory is taken
+    once and used for each checkpoint; on CUDA it is pinned. Raises UserError where there is not enough of it.
+    """
+
+    def __init__(self, state: "TrainState", tokenizer: Tokenizer):
+        self.state = state
+        self.is_sharded = any(map(_is_sharded, state.model.state_dict().values()))
+        self.texts = {"config.yaml": state.config.to_yaml(), "tokenizer.json": tokenizer.to_json()}
+        self.fields: dict[str, Any] = {}
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self.offsets: dict[str, dict[str, list[int]]] = {}
+        for kind, parts in self._parts().items():
+            self.copies[kind] = {name: _host_memory(tensor) for name, (tensor, _) in parts.items()}
+            self.offsets[kind] = {name: offsets for name, (_, offsets) in parts.items()}
+        self._is_written = threading.Event()
+        self._is_written.set()
+        self._failure: Exception | None = None
+
+    @torch.no_grad()
+    def take(self, progress: Progress) -> None:
+        """Copies the state as it is now. Waits until the last copy is written; raises what its writing ended with."""
+        self._is_written.wait()
+        if self._failure:
+            raise self._failure
+        self._is_written.clear()
+        for kind, parts in self._parts().items():
+            for name, (tensor, _) in parts.items():
+                self.copies[kind][name].copy_(tensor, non_blocking=True)
+        self.fields = {"scaler": self.state.scaler.state_dict(), **asdict(progress)}
+        if self.state.device.type == "cuda":
+            torch.cuda.current_stream(self.state.device).synchronize()
+
+    def write(self, fs: pyarrow.fs.FileSystem, path: str) -> None:
+        """Writes what was taken into the folder `path`, in any thread; then the next copy may be taken. Of a sharded state
+        all workers' files go there, so somebody empties it before.
+
+        Raises UserError where storage does not take it, StorageError where that may pass; then, too, when called again.
+        """
+        if self._failure:
+            raise self._failure
+        try:
+            rank, world_size = self.state.rank, self.state.world_size
+            if self.is_sharded:
+                _write(fs, path, self.copies, self.texts, self.fields, self.offsets, rank, world_size)
+            else:
+                empty_folder(fs, path)
+                _write(fs, path, self.copies, self.texts, self.fields)
+        except Exception as error:
+            self._failure = error
+            raise
+        finally:
+            self._is_written.set()
+
+    def _parts(self) -> dict[str, dict[str, tuple[Tensor, list[int]]]]:
+        """By kind and name what this worker saves of each tensor, and where that begins in the tensor."""
+        state = self.state
+        kinds = {"optimizer": _optimizer_tensors(state), "model": state.model.state_dict()}
+        if state.average:
+            kinds["average"] = state.average.tensors
+        return {kind: dict(self._own_parts(tensors)) for kind, tensors in kinds.items()}
+
+    def _own_parts(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, list[int]]]]:
+        for i, (name, tensor) in enumerate(tensors.items()):
+            tensor = tensor.detach()
+            if not _is_sharded(tensor):
+                if self.state.rank == 0:
+                    yield name, (tensor, [0] * tensor.dim())
+                continue
+            # Of workers that hold the same part, the tensor's number says which of them saves it.
+            mesh, own = tensor.device_mesh, tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+            copies = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]  # type: ignore[attr-defined]
+            part = tensor.to_local()  # type: ignore[operator]
+            if part.numel() and all(own[dim] == i % mesh.size(dim) for dim in copies):
+                (chunk,) = tensor.__create_chunk_list__()  # type: ignore[operator]
+                yield name, (part, list(chunk.offsets))
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Memory for a contiguous copy of `tensor`, pinned if that is on a GPU and there is enough to pin."""
+    if tensor.device.type == "cuda":
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError:
+            pass  # copies to other memory take longer, and are waited for as well
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    except RuntimeError as error:
+        raise UserError(f"no memory on the host for a copy of the training state: {one_line(error)}") from None
 
 
 def save_model(path: Path, model: LanguageModel, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
     """Writes a checkpoint without optimizer state: enough to generate and for `train.init_from`."""
-    _save(path / "model", model.state_dict())
-    _save_description(path, config, tokenizer, progress, scaler={})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    texts = {"config.yaml": config.to_yaml(), "tokenizer.json": tokenizer.to_json()}
+    fs = pyarrow.fs.LocalFileSystem()
+    _write(fs, str(path.absolute()), {"model": tensors}, texts, {"scaler": {}, **asdict(progress)})
 
 
-def _save_description(path: Path, config: Config, tokenizer: Tokenizer, progress: Progress, scaler: dict) -> None:
-    (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    fields = {"format_version": FORMAT_VERSION, "scaler": scaler, **asdict(progress)}
-    (path / "trainer_state.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
+def _write(
+    fs: pyarrow.fs.FileSystem,
+    path: str,
+    kinds: dict[str, dict[str, Tensor]],
+    texts: dict[str, str],
+    fields: dict[str, Any],
+    offsets: dict[str, dict[str, list[int]]] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Writes a worker's files into the folder `path`, those of rank 0 with the checkpoint's description.
+
+    offsets: where the tensors are parts, each part's begin, by kind and name.
+    """
+    files = {}
+    for kind, tensors in kinds.items():
+        if tensors:
+            # The second name is that of torch.distributed.checkpoint's HuggingFaceStorageWriter.
+            part = "" if offsets is None else f"/shard-{rank + 1:05d}-model-00001-of-00001"
+            pieces = safetensors_pieces(tensors, None if offsets is None else offsets[kind])
+            files[f"{kind}{part}.safetensors"] = write_file(fs, f"{path}/{kind}{part}.safetensors", pieces)
+    if rank:
+        write_file(fs, f"{path}/files-{rank:05d}.json", [sealed({"files": files}).encode()])
+        return
+    for name, text in texts.items():
+        files[name] = write_file(fs, f"{path}/{name}", [text.encode()])
+    state = {"format_version": FORMAT_VERSION, "workers": world_size, "files": files, **fields}
+    write_file(fs, f"{path}/trainer_state.json", [sealed(state).encode()])
 
 
 def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, for_resume: bool = False) -> Checkpoint:
     """Reads what a checkpoint says of itself, and of its tensors the headers, from a local folder or from storage.
 
     fs: the file system that `path` is in. for_resume: the optimizer's state must be there, too. Raises UserError,
-    naming the file and the reason, where the folder is torn or not a checkpoint.
+    naming the file and the reason, where the folder is not a checkpoint, and DamagedCheckpoint where it is torn.
+    `check_contents` finds what the headers do not tell.
     """
     if fs is None:
         fs, path = pyarrow.fs.LocalFileSystem(), Path(path).absolute()
     name = shown(fs, str(path))
-    if fs.get_file_info(str(path)).type != pyarrow.fs.FileType.Directory:
-        raise UserError(f"{name}: no such checkpoint folder")
+
+    def read(what: str, action: Callable[[], Any]) -> Any:
+        try:
+            return retrying(f"{what}: cannot be read", action)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error(f"{what}: cannot be read", error) from None
+
+    if read(name, lambda: fs.get_file_info(str(path))).type != pyarrow.fs.FileType.Directory:
+        raise DamagedCheckpoint(f"{name}: no such checkpoint folder")
 
     def text(file: str) -> str:
         try:
-            return read_text(fs, f"{path}/{file}")
+            data = read(f"{name}/{file}", lambda: read_bytes(fs, f"{path}/{file}"))
         except FileNotFoundError:
-            raise UserError(f"{name}: not a whole checkpoint: {file} is missing") from None
-        except OSError as error:
-            raise storage_error(f"{name}/{file}: cannot be read", error) from None
+            raise DamagedCheckpoint(f"{name}: not a whole checkpoint: {file} is missing") from None
+        check_bytes(f"{name}/{file}", files.get(file), [data])
+        return data.decode("utf-8")
 
+    files: dict[str, dict[str, int]] = {}
+    file = "trainer_state.json"
     try:
-        fields = json.loads(text("trainer_state.json"))
+        fields = unsealed(text(file))
         version, scaler = fields.pop("format_version"), fields.pop("scaler")
         if version != FORMAT_VERSION:
             raise UserError(f"{name}/trainer_state.json: format version {version}, this program reads {FORMAT_VERSION}")
+        workers, files = fields.pop("workers", 1), records(fields.pop("files", {}))
         progress = Progress(**fields)
+        for rank in range(1, workers):
+            file = f"files-{rank:05d}.json"
+            files |= records(unsealed(text(file))["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{name}/trainer_state.json: torn or foreign: {error!r}") from None
+        raise DamagedCheckpoint(f"{name}/{file}: torn or foreign: {error!r}") from None
     try:
         raw = yaml.safe_load(text("config.yaml"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}/config.yaml: torn or foreign: {one_line(error)}") from None
+        raise DamagedCheckpoint(f"{name}/config.yaml: torn or foreign: {one_line(error)}") from None
     config = parse_config(raw or {}, source=f"{name}/config.yaml")
     try:
         tokenizer = tokenizer_from_json(text("tokenizer.json"))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}/tokenizer.json: torn or foreign: {error}") from None
+        raise DamagedCheckpoint(f"{name}/tokenizer.json: torn or foreign: {error}") from None
+    needed = {}
     for kind in ["model"] + ["average"] * bool(config.train.ema_decay) + ["optimizer"] * for_resume:
-        files = _tensor_files(fs, f"{path}/{kind}")
-        if not files:
-            raise UserError(f"{name}: not a whole checkpoint: {kind}.safetensors is missing")
-        _check_tensors(fs, files, f"{name}/{kind}")
-    return Checkpoint(Path(path), config, tokenizer, progress, scaler)
+        saved = {file: record for file, record in files.items() if file.split("/")[0].split(".")[0] == kind}
+        found = read(name, partial(_tensor_files, fs, f"{path}/{kind}"))
+        sizes = {info.path.removeprefix(f"{path}/"): info.size for info in found}
+        if missing := sorted(saved.keys() - sizes.keys()) or ([] if found else [f"{kind}.safetensors"]):
+            raise DamagedCheckpoint(f"{name}: not a whole checkpoint: {missing[0]} is missing")
+        _check_tensors(fs, found, f"{name}/{kind}")
+        if files and (strange := sorted(sizes.keys() - saved.keys())):
+            raise DamagedCheckpoint(f"{name}/{strange[0]}: torn or foreign: this checkpoint was written without it")
+        needed |= saved
+    return Checkpoint(Path(path), config, tokenizer, progress, scaler, needed)
+
+
+def check_contents(
+    checkpoint: Checkpoint, fs: pyarrow.fs.FileSystem | None = None, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Reads the files with the tensors that `read_checkpoint` was asked for, and raises DamagedCheckpoint where one is
+    not what was written.
+
+    fs: the file system that the checkpoint is in, if that is not the local one. share: (i, n) reads every n-th file from
+    the i-th on, where n workers read for one another.
+    """
+    for name in sorted(checkpoint.files)[share[0] :: share[1]]:
+        check_file(fs or pyarrow.fs.LocalFileSystem(), f"{checkpoint.path}/{name}", checkpoint.files[name])
+
+
+def whole_checkpoint(folder: Path, device: torch.device, world_size: int) -> Checkpoint:
+    """The checkpoint in a local folder, to go on from. Raises DamagedCheckpoint, and tells it on standard error.
+
+    All workers of a run must call it, and for all of them it ends alike. The workers of a node read its files for one
+    another.
+    """
+    damage, share = None, (0, 1)
+    if world_size > 1 and "LOCAL_RANK" in os.environ:  # torchrun and Ray Train set both
+        share = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    try:
+        checkpoint = read_checkpoint(folder, for_resume=True)
+        check_contents(checkpoint, share=share)
+    except DamagedCheckpoint as error:
+        damage = error
+        print(f"{error}\nlooking for the checkpoint before it", file=sys.stderr, flush=True)
+    if world_size > 1:
+        import torch.distributed as dist
+
+        is_damaged = torch.tensor(damage is not None, dtype=torch.int32, device=device)
+        dist.all_reduce(is_damaged, op=dist.ReduceOp.MAX)
+        if is_damaged.item() and damage is None:
+            damage = DamagedCheckpoint(f"{folder}: damaged, as another worker has found")
+    if damage:
+        raise damage
+    return checkpoint
 
 
 def differences(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
@@ -187,14 +377,20 @@ def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
-    """Fills `model` for use, with averaged weights where there are any; raises UserError where the two do not fit."""
+    """Fills `model` for use, with averaged weights where there are any.
+
+    Raises UserError where the two do not fit, and where a file is not what was written.
+    """
+    check_contents(checkpoint)
     _fill(model.state_dict(), checkpoint.path / "model")
     if checkpoint.config.train.ema_decay:
         _fill(dict(model.named_parameters()), checkpoint.path / "average")
 
 
 def load_state(checkpoint: Checkpoint, state: "TrainState") -> None:
-    """Continues a run exactly: weights, their average, optimizer, scaler and step."""
+    """Continues a run exactly: weights, their average, optimizer, scaler and step. The files are taken as they are; see
+    `whole_checkpoint`.
+    """
     _fill(state.model.state_dict(), checkpoint.path / "model")
     if state.average and checkpoint.config.train.ema_decay:
         _fill(state.average.tensors, checkpoint.path / "average")
@@ -237,22 +433,9 @@ def _is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, nn.Parameter)
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes `<path>.safetensors`, or of sharded tensors this worker's part, a file of its own in the folder `path`."""
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    if any(_is_sharded(tensor) for tensor in tensors.values()):
-        import torch.distributed.checkpoint as dcp
-
-        writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
-    else:
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(tensors, path.with_suffix(".safetensors"), metadata={"format": "pt"})
-
-
 @torch.no_grad()
 def _fill(own: dict[str, Tensor], path: Path) -> None:
-    """Copies what `_save` wrote into `own`, sharded or not, however many workers wrote it.
+    """Copies what `_write` wrote into `own`, sharded or not, however many workers wrote it.
 
     Raises UserError where names or shapes differ, or where a part is missing.
     """
@@ -278,7 +461,7 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(own, storage_reader=reader, no_dist=True)  # each worker reads what it needs
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: torn or foreign: {error}") from None
+        raise DamagedCheckpoint(f"{path}: torn or foreign: {error}") from None
 
 
 def _check_fit(own: dict[str, Tensor], saved: dict[str, torch.Size], source: Path) -> None:
@@ -295,13 +478,13 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except FileNotFoundError:
-        raise UserError(f"{file.parent}: not a whole checkpoint: {file.name} is missing") from None
+        raise DamagedCheckpoint(f"{file.parent}: not a whole checkpoint: {file.name} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: torn or foreign: {error}") from None
+        raise DamagedCheckpoint(f"{file}: torn or foreign: {error}") from None
 
 
 def _tensor_files(fs: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
-    """The files that `_save` made of `path`."""
+    """The files that `_write` made of `path`."""
     folder, file = fs.get_file_info([path, f"{path}.safetensors"])
     if folder.type != pyarrow.fs.FileType.Directory:
         return [file] if file.is_file else []
@@ -313,8 +496,9 @@ def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], 
     sizes: dict[str, int] = {}  # elements of each tensor that there are
     ends: dict[str, list[int]] = {}  # and its shape, as far as the parts reach
     for file in files:
+        what = f"{shown(fs, file.path)}: cannot be read"
         try:
-            header = _read_header(fs, file)
+            header = retrying(what, partial(_read_header, fs, file))
             sharding = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
             for tensor, entry in header.items():
                 shape = entry["shape"]
@@ -323,12 +507,12 @@ def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], 
                 reach = [offset + length for offset, length in zip(offsets, shape)]
                 ends[tensor] = [max(pair) for pair in zip(ends.get(tensor, reach), reach)]
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise UserError(f"{shown(fs, file.path)}: torn or foreign: {error}") from None
+            raise DamagedCheckpoint(f"{shown(fs, file.path)}: torn or foreign: {error}") from None
         except OSError as error:
-            raise storage_error(f"{shown(fs, file.path)}: cannot be read", error) from None
+            raise storage_error(what, error) from None
     for tensor, size in sizes.items():
         if size != math.prod(ends[tensor]):
-            raise UserError(f"{name}: not whole: a part of {tensor} is missing")
+            raise DamagedCheckpoint(f"{name}: not whole: a part of {tensor} is missing")
 
 
 def _read_header(fs: pyarrow.fs.FileSystem, info: pyarrow.fs.FileInfo) -> dict[str, Any]:

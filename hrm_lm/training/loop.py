@@ -1,6 +1,7 @@
 """The life of a run on one worker: build, restore, {batch, step, maybe log, maybe validate, maybe save}, done."""
 
 import math
+import statistics
 import time
 from collections.abc import Generator
 from contextlib import nullcontext
@@ -15,10 +16,10 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import WindowStart, batch_rows, window_of
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import model_vocab_size, same_tokens
-from hrm_lm.errors import UserError
+from hrm_lm.errors import DamagedCheckpoint, UserError
 from hrm_lm.filesystem import local_copy, without_secrets
 from hrm_lm.models.contract import EvalOptions, layout
-from hrm_lm.training.checkpoint import Progress, load_state, load_weights, read_checkpoint, save_checkpoint
+from hrm_lm.training.checkpoint import Progress, Snapshot, load_state, load_weights, read_checkpoint, whole_checkpoint
 from hrm_lm.training.flops import interval_flops, matrix_peak
 from hrm_lm.training.memory import does_not_fit, out_of_memory
 from hrm_lm.training.metrics import MetricsLog
@@ -72,6 +73,9 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         )
         return prefetch(source, state.device)
 
+    writes = session.rank == 0 or is_sharded(state.model)
+    snapshot = Snapshot(state, splits.tokenizer) if writes else None
+    waits: list[float] = []  # of training for checkpoints, in milliseconds
     batches = batches_from_here()
     if config.train.profile and session.event_folder:
         batches = profiled(batches, session.event_folder / "profile", state.device, config.train.steps - state.step)
@@ -145,7 +149,8 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 log.write(state.step, val)
                 metrics |= val
             progress.window_step, progress.window = window_of(state.step - 1, starts)
-            save(state, progress, splits, session, metrics)
+            waits.append(save(state, progress, session, snapshot, metrics, waits))
+            log.record(state.step, {"save_ms": waits[-1]})
             guard.keep(progress)
             session.alive()
             clock = time.perf_counter()
@@ -169,10 +174,15 @@ def train(config: Config, session: Session) -> dict[str, Any]:
 
 
 def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
-    """Continues from the session's checkpoint, or starts from `train.init_from`'s weights, or from nothing."""
-    with session.restored() as folder:
-        if folder is not None:
-            checkpoint = read_checkpoint(folder, for_resume=True)
+    """Continues from the session's last whole checkpoint, or starts from `train.init_from`'s weights, or from nothing."""
+    damage = None
+    for opened in session.checkpoints():
+        with opened as folder:
+            try:
+                checkpoint = whole_checkpoint(folder, state.device, state.world_size)
+            except DamagedCheckpoint as error:
+                damage = error
+                continue
             if not same_tokens(checkpoint.tokenizer, splits.tokenizer):
                 raise UserError(f"{folder}: was trained with another tokenizer than the dataset now has")
             if checkpoint.progress.num_train_samples != len(splits.train):
@@ -182,6 +192,8 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
                 )
             load_state(checkpoint, state)
             return checkpoint.progress
+    if damage:
+        raise damage
     if state.config.train.init_from:
         with local_copy(state.config.train.init_from) as folder:
             checkpoint = read_checkpoint(folder)
@@ -197,13 +209,25 @@ def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
     return Progress(num_train_samples=len(splits.train))
 
 
-def save(state: TrainState, progress: Progress, splits: Splits, session: Session, metrics: dict[str, float]) -> None:
-    """Reports a checkpoint, written by rank 0, or by all where each has a part; Ray uploads it as training goes on."""
-    folder, progress.step = None, state.step
-    if session.rank == 0 or is_sharded(state.model):
-        folder = session.new_folder()
-        save_checkpoint(folder, state, progress, splits.tokenizer)
-    session.report(metrics | {"step": state.step, "seconds": progress.seconds, "tokens": progress.tokens}, folder)
+def save(
+    state: TrainState,
+    progress: Progress,
+    session: Session,
+    snapshot: Snapshot | None,
+    metrics: dict[str, float],
+    waits: list[float],
+) -> float:
+    """Reports a checkpoint, of rank 0, or of all where each has a part. Returns the milliseconds that training waited.
+
+    waits: those of the checkpoints before. The reported `save_ms` is the mean over all.
+    """
+    start, progress.step = time.perf_counter(), state.step
+    if snapshot:
+        snapshot.take(progress)
+    save_ms = statistics.fmean([*waits, 1000 * (time.perf_counter() - start)])
+    counts = {"step": state.step, "seconds": progress.seconds, "tokens": progress.tokens, "save_ms": save_ms}
+    session.report(metrics | counts, snapshot)
+    return 1000 * (time.perf_counter() - start)
 
 
 def is_due(interval: int, step: int) -> bool:

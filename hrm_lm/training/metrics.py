@@ -35,10 +35,14 @@ class MetricsLog:
         if self.bar:
             self.bar.update(first_step)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """For the event files alone."""
         if self.writer:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.record(step, metrics)
         text = "  ".join(f"{name} {_format(name, value)}" for name, value in metrics.items())
         if self.lines:
             print(f"step {step}/{self.steps}  {text}", flush=True)

@@ -3,12 +3,14 @@
 The loop talks to this interface, and Ray stays behind it (`hrm_lm.cluster.sessions`).
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from hrm_lm.training.checkpoint import Snapshot
 from hrm_lm.training.metrics import Display
 
 
@@ -29,15 +31,13 @@ class Session(Protocol):
         same on all ranks.
         """
 
-    def restored(self) -> AbstractContextManager[Path | None]:
-        """The checkpoint to continue from, as a local folder; None where the run has no checkpoint yet."""
+    def checkpoints(self) -> Iterator[AbstractContextManager[Path]]:
+        """The checkpoints to continue from, each as a local folder, the last one first; on every rank the same. The next
+        one is asked for where a checkpoint is damaged."""
 
-    def new_folder(self) -> Path:
-        """An empty local folder for a checkpoint to be reported."""
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        """Hands metrics over on every rank, and a checkpoint's folder for good. Folders of several ranks become one
-        checkpoint.
+    def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
+        """Hands metrics over on every rank, and has a snapshot written, perhaps while training goes on. What several ranks
+        write becomes one checkpoint.
 
         Metrics without `val_loss` belong to a checkpoint that was saved between validations.
         """

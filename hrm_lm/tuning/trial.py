@@ -19,11 +19,12 @@ from hrm_lm.cluster import ray_private
 from hrm_lm.cluster.failures import Trainer, user_error
 from hrm_lm.cluster.run_folder import without_placeholder
 from hrm_lm.cluster.sessions import TuneSession, enter
+from hrm_lm.cluster.start import say
 from hrm_lm.cluster.watchdog import process_group
 from hrm_lm.cluster.worker import train_loop_per_worker
 from hrm_lm.config import Config
-from hrm_lm.errors import StorageError, UserError
-from hrm_lm.training.checkpoint import obstacles
+from hrm_lm.errors import DamagedCheckpoint, StorageError, UserError
+from hrm_lm.training.checkpoint import Checkpoint, check_contents, obstacles, read_checkpoint
 from hrm_lm.training.loop import train
 from hrm_lm.tuning.results import whole_checkpoints
 from hrm_lm.tuning.space import point
@@ -72,7 +73,9 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     session = TuneSession(setup.metric)
     try:
         storage = ray_private.trial_folder()
-        session.start_from = ray.tune.get_checkpoint() or newest_checkpoint(config, *storage)
+        session.start_from = ray.tune.get_checkpoint()
+        if session.start_from is None or whole(session.start_from) is None:
+            session.start_from = newest_checkpoint(config, *storage)
         outcome = train(config, session) if setup.in_process else train_with_workers(config, setup, session, *storage)
     except StorageError:
         raise  # it may heal: Tune starts the trial again
@@ -143,15 +146,24 @@ def train_with_workers(
     return ended[0]
 
 
+def whole(checkpoint: ray.tune.Checkpoint) -> Checkpoint | None:
+    """What the checkpoint says of itself; None where it is damaged, which is told."""
+    try:
+        saved = read_checkpoint(checkpoint.path, checkpoint.filesystem, for_resume=True)
+        check_contents(saved, checkpoint.filesystem)
+    except DamagedCheckpoint as error:
+        say(str(error))
+        return None
+    return saved
+
+
 def newest_checkpoint(config: Config, fs: pyarrow.fs.FileSystem, folder: str) -> ray.tune.Checkpoint | None:
     """The newest whole checkpoint in a trial's folder that the trial can go on from. It is asked for where Tune knows of
-    no checkpoint.
+    no checkpoint that is whole.
 
     Tune notes about once a second what it knows. A checkpoint that a killed sweep saved after Tune's last note is found
     here.
     """
-    newest: tuple[int, ray.tune.Checkpoint | None] = -1, None
-    for path, saved in whole_checkpoints(fs, folder, for_resume=True):
-        if saved.progress.step > newest[0] and not obstacles(saved.config, config):
-            newest = saved.progress.step, ray.tune.Checkpoint(path, fs)
-    return newest[1]
+    found = sorted(whole_checkpoints(fs, folder, for_resume=True), key=lambda item: item[1].progress.step, reverse=True)
+    candidates = (ray.tune.Checkpoint(path, fs) for path, saved in found if not obstacles(saved.config, config))
+    return next((checkpoint for checkpoint in candidates if whole(checkpoint)), None)
