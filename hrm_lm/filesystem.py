@@ -1,14 +1,35 @@
 """Folders and URIs: everything that is read or written may be on a local disk or in object storage."""
 
+import errno
 import os
+import random
+import re
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
+from typing import TypeVar
 
 import pyarrow.fs
 
 from hrm_lm.errors import StorageError, UserError
+
+T = TypeVar("T")
+
+PATIENCE = 600.0
+"""Seconds that `retrying` waits in all for storage that is away or full."""
+LONGEST_WAIT = 60.0
+
+IN_VAIN = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+"""Errors of a file system that another try does not mend. A full disk is not among them: somebody empties it."""
+# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes.
+REFUSED = re.compile(
+    r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
+    r"|UNRECOGNIZED_CLIENT|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|HTTP status 30\d"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found"
+)
 
 
 def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -49,13 +70,39 @@ def read_text(fs: pyarrow.fs.FileSystem, path: str) -> str:
 
 def reason(error: OSError) -> str:
     """Why a file could not be read or written, in a line."""
-    return os.strerror(error.errno) if error.errno else one_line(error)
+    return os.strerror(error.errno) if error.errno else one_line(error) or type(error).__name__
+
+
+def is_permanent(error: OSError) -> bool:
+    """Whether another try is in vain: the file or bucket is missing, or access to it is not allowed."""
+    missing_or_refused = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
+    return isinstance(error, missing_or_refused) or error.errno in IN_VAIN or bool(REFUSED.search(str(error)))
 
 
 def storage_error(what: str, error: OSError) -> UserError:
-    """`what` and the reason. A StorageError, unless another try is in vain: the file is missing or not allowed."""
-    permanent = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
-    return (UserError if permanent else StorageError)(f"{what}: {reason(error)}")
+    """`what` and the reason. A StorageError, unless another try is in vain."""
+    return (UserError if is_permanent(error) else StorageError)(f"{what}: {reason(error)}")
+
+
+def retrying(what: str, action: Callable[[], T]) -> T:
+    """What `action()` returns, which is called again after an OSError that may pass: storage is away, a disk is full.
+
+    Waits grow from a second to LONGEST_WAIT, shortened at random lest all workers come back at once, and each wait is
+    told on standard error. what: what failed, for that line ("s3://bucket/run: cannot be written").
+    Raises the last OSError after waits of PATIENCE in all, and at once where another try is in vain.
+    """
+    wait, waited = 1.0, 0.0
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if is_permanent(error) or waited >= PATIENCE:
+                raise
+            pause = wait * random.SystemRandom().uniform(0.5, 1)
+            print(f"{what}: {reason(error)}; next try in {pause:.0f} s", file=sys.stderr, flush=True)
+        sleep(pause)
+        waited += pause
+        wait = min(2 * wait, LONGEST_WAIT)
 
 
 def one_line(error: BaseException) -> str:
@@ -66,7 +113,8 @@ def one_line(error: BaseException) -> str:
 def local_copy(location: str, fs: pyarrow.fs.FileSystem | None = None) -> Iterator[Path]:
     """A folder as a local folder. Where it is elsewhere, it is downloaded for the time being.
 
-    location: a folder or URI, or with `fs` a path in it. Raises UserError where it cannot be downloaded.
+    location: a folder or URI, or with `fs` a path in it. Storage that is away is waited for (`retrying`). Raises
+    UserError where the folder cannot be downloaded.
     """
     if fs is None:
         fs, location = resolve(location)
@@ -74,11 +122,16 @@ def local_copy(location: str, fs: pyarrow.fs.FileSystem | None = None) -> Iterat
         yield Path(location)
         return
     with tempfile.TemporaryDirectory(prefix="hrm_lm_") as folder:
-        try:
+        what = f"{shown(fs, location)}: cannot be read"
+
+        def download() -> None:
             if fs.get_file_info(location).type != pyarrow.fs.FileType.Directory:
                 raise UserError(f"{shown(fs, location)}: no such folder")
             here = pyarrow.fs.LocalFileSystem()
             pyarrow.fs.copy_files(location, folder, source_filesystem=fs, destination_filesystem=here)
+
+        try:
+            retrying(what, download)
         except OSError as error:
-            raise storage_error(f"{shown(fs, location)}: cannot be read", error) from None
+            raise storage_error(what, error) from None
         yield Path(folder)

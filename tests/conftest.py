@@ -262,6 +262,14 @@ def bucket(tmp_path_factory):
 
 
 @pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """The waits for storage, in seconds, which then take no time."""
+    waits: list[float] = []
+    monkeypatch.setattr("hrm_lm.filesystem.sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
