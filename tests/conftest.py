@@ -87,6 +87,23 @@ def write_prepared(
     return folder
 
 
+class Remote:
+    """A local file system as if it were remote: it counts what is opened, and `fails(method, path)` may raise."""
+
+    def __init__(self, fails=lambda method, path: None):
+        self.fs, self.opened, self.fails = pyarrow.fs.LocalFileSystem(), [], fails
+
+    def __getattr__(self, method):
+        def call(what, *args, **kwargs):
+            path = getattr(what, "base_dir", what)
+            if method.startswith("open_input"):
+                self.opened.append(os.path.basename(path))
+            self.fails(method, path)
+            return getattr(self.fs, method)(what, *args, **kwargs)
+
+        return call
+
+
 class LocalSession:
     """Runs the loop in this process and keeps every checkpoint in `folder`."""
 
