@@ -103,7 +103,7 @@ def load_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
     mixture = dict(sorted(config.mixture.items()))  # the order in the config does not count
     ready = next((member.dataset for member in mixture.values() if is_prepared(member.dataset)), None)
     tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")
-    remote = sum("://" in member.dataset for member in mixture.values())
+    remote = max(sum("://" in member.dataset for member in mixture.values()), 1)
     members = {}
     for name, member in mixture.items():
         own = member.model_dump(exclude={"weight"}, exclude_none=True) | {"mixture": {}, "tokenizer": tokenizer}

@@ -1,11 +1,10 @@
 """A node's copies of what lies on remote storage. A file is fetched once and checked, whoever asks for it, and is there
 under its name only when it is whole. Several files come at a time, and what is not needed yet comes in the background.
 
-The copies of all datasets may have a limit together. What was needed longest ago then goes first, and never what this
+The copies of all datasets may have a limit together. What was needed longest ago then goes first, and last of all what this
 process said it needs (`RemoteFiles.keep`). A file that goes while another process reads it stays readable there.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -21,7 +20,7 @@ import pyarrow.fs
 
 from hrm_lm.data.prepared.format import META
 from hrm_lm.errors import StorageError, UserError
-from hrm_lm.filesystem import retrying, storage_error
+from hrm_lm.filesystem import outlasting
 
 STREAMS = 16
 """Files that a process fetches at a time. S3 gives a stream some 100 MB/s. All workers of a node go through the same list,
@@ -133,12 +132,7 @@ def fetch(
                     file.write(block)
             return digest.hexdigest()
 
-        what = f"{source}: cannot be fetched to {target.parent}"
-        try:
-            came = retrying(what, copy)
-        except OSError as error:
-            raise storage_error(what, error) from None
-        if came != sha256:
+        if outlasting(f"{source}: cannot be fetched to {target.parent}", copy) != sha256:
             partial.unlink()
             raise UserError(
                 f"{source}: is not what {META} says it is (SHA-256 differs): changed or damaged; prepare it again"
@@ -147,10 +141,7 @@ def fetch(
 
 
 def reserve(partial: Path, size: int, limit: float) -> None:
-    """Makes an empty file of `size`, so that other processes count it, and removes what must go for that.
-
-    Raises UserError where all that is there is needed, and OSError where the disk has no room.
-    """
+    """Makes a file of `size` that holds nothing, so that other processes count it, and removes what must go for that."""
     root = partial.parent.parent
     with open(root / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -158,25 +149,18 @@ def reserve(partial: Path, size: int, limit: float) -> None:
         found = []
         for folder in os.scandir(root):
             if folder.is_dir() and re.fullmatch("[0-9a-f]{32}", folder.name):  # the folder may hold what is not ours
-                found += [(file.stat(), Path(file.path)) for file in os.scandir(folder) if file.name[-4:] in OURS]
-        found.sort(key=lambda entry: entry[0].st_mtime_ns)
+                for file in os.scandir(folder):
+                    with suppress(FileNotFoundError):  # it has just got its name
+                        if file.name.endswith((".bin", ".idx", ".partial")):
+                            found.append((file.stat(), Path(file.path)))
+        found.sort(key=lambda entry: (entry[1].name in _kept.get(entry[1].parent, ()), entry[0].st_mtime_ns))
         used, free = sum(stat.st_size for stat, _ in found), shutil.disk_usage(root).free
         over = used + size - min(limit, used + free)
         for stat, file in found:
-            if over > 0 and file.name not in _kept.get(file.parent, ()) and _remove(file):
+            if over > 0 and _remove(file):
                 over -= stat.st_size
-        if over > 0 and used + size > limit:
-            raise UserError(
-                f"{root}: {(over + limit) / 1e9:.3g} GB are needed at once, more than data.cache_gb ({limit / 1e9:g}): "
-                "raise that, or lower train.length_window"
-            )
-        if over > 0:
-            raise OSError(errno.ENOSPC, f"no room for {size / 1e9:.3g} GB")
         with open(partial, "wb") as file:
             file.truncate(size)
-
-
-OURS = {".bin", ".idx", "tial"}
 
 
 def _remove(file: Path) -> bool:

@@ -24,7 +24,7 @@ from hrm_lm.data.prepared.format import FORMAT_VERSION, META, TOKENIZER
 from hrm_lm.data.splits import Limits, Prompt, Split, Splits, too_long
 from hrm_lm.data.tokenizer import tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_bytes, resolve, retrying, storage_error, without_secrets
+from hrm_lm.filesystem import outlasting, read_bytes, resolve, without_secrets
 
 
 class MappedShard:
@@ -176,16 +176,13 @@ def load_prepared(location: str, cache_gb: float | None = None, sharing: int = 1
         return sizes, read_bytes(fs, f"{path}/{META}")
 
     what = f"{shown}: cannot be read"
-    try:
-        sizes, raw = retrying(what, read)
-        meta = _parse(raw, f"{shown}/{META}")
-        for name, (size, _) in meta["files"].items():
-            if sizes.get(name) != size:
-                there = f"has {sizes[name]} bytes" if name in sizes else "is missing"
-                raise UserError(f"{shown}/{name}: {there}, {META} says {size} bytes: torn or changed; prepare it again")
-        text = retrying(what, lambda: read_bytes(fs, f"{path}/{TOKENIZER}"))
-    except OSError as error:
-        raise storage_error(what, error) from None
+    sizes, raw = outlasting(what, read)
+    meta = _parse(raw, f"{shown}/{META}")
+    for name, (size, _) in meta["files"].items():
+        if sizes.get(name) != size:
+            there = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+            raise UserError(f"{shown}/{name}: {there}, {META} says {size} bytes: torn or changed; prepare it again")
+    text = outlasting(what, lambda: read_bytes(fs, f"{path}/{TOKENIZER}"))
     if hashlib.sha256(text).hexdigest() != meta["files"][TOKENIZER][1]:
         raise UserError(f"{shown}/{TOKENIZER}: is not the one that {META} was written with; prepare it again")
     try:
@@ -220,9 +217,10 @@ def _blocks(train: PreparedSplit, files: dict[str, tuple[int, str]], share: floa
     if sizes.sum() <= room:
         return None
     if 4 * sizes.max() > room:
+        least = (share - room + 4 * sizes.max()) / 1e9
         raise UserError(
-            f"{train.shown}: its part of data.cache_gb is {share / 1e9:.3g} GB; it needs {(share - room + 4 * sizes.max()) / 1e9:.3g} "
-            "for the validation split and four shards: raise that, or prepare it with a lower --shard_mb"
+            f"{train.shown}: its part of data.cache_gb is {share / 1e9:.3g} GB; it needs {least:.3g} GB for the "
+            " validation split and four shards: raise that, or prepare it with a lower --shard_mb"
         )
     return Blocks(np.diff(train.starts), sizes, room / 4)
 
