@@ -6,16 +6,19 @@ the share of the step's time on the default config that making its batch takes
 padding and useful tokens/s on a skewed corpus, prompts and responses of 8 to 512 tokens, with and without batches by
 length
 
-`python benchmarks/reading.py --resume` prints instead the seconds that each of 128 ranks takes to its first batch, from the
-start and on a resume, in a corpus of 10^9 samples: 1,000 shards, all of them the same two files, which are in the page cache.
+`python benchmarks/reading.py --resume` prints instead the seconds that a rank of 128 takes to its first batch, from the start
+and on a resume, in a corpus of 10^9 samples: 1,000 shards, all of them the same two files, which are in the page cache. The
+ranks are taken one after another, each on a core of its own, so to say.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,11 +30,13 @@ import pyarrow.fs
 from hrm_lm.config import Config, load_config
 from hrm_lm.data.collate import pack_apart, pad
 from hrm_lm.data.loading import train_batches
+from hrm_lm.data.mixture import Mixture
+from hrm_lm.data.order import Blocks
 from hrm_lm.data.prepared.reader import PreparedSplit
 from hrm_lm.data.prepared.writer import ShardWriter, write_meta
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import WindowStart, batch_rows, window_batches, window_size
-from hrm_lm.data.splits import Splits
+from hrm_lm.data.splits import Split, Splits
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, Tokenizer
 from hrm_lm.training.step import Stats, build_state, train_step
 
@@ -85,23 +90,34 @@ def shares(config: Config, splits: Splits, steps: int) -> tuple[float, float, di
     return making / steps, training / steps, stats.read()
 
 
-def open_large(folder: Path) -> PreparedSplit:
-    """The split of 10^9 samples that `resume` wrote a shard of."""
+def open_large(folder: Path, blocks: bool = False) -> PreparedSplit:
+    """The split of 10^9 samples that `resume` wrote a shard of; in the order by blocks of a cache of 100 GB if `blocks`."""
     meta = {"shards": [{"name": "shard", "samples": 10**6}] * 1000}
-    return PreparedSplit(meta, np.dtype("<u2"), lambda name: folder / name, "corpus")
+    split = PreparedSplit(meta, np.dtype("<u2"), str(folder), "corpus")
+    if blocks:
+        size = sum((folder / f"shard{suffix}").stat().st_size for suffix in (".idx", ".bin"))
+        split.blocks = Blocks(np.full(1000, 10**6), np.full(1000, size), 25e9)
+    return split
 
 
-def first_batch_seconds(folder: Path, config: Config, first_step: int, start: WindowStart) -> float:
-    """The most that any of three of the config's workers takes, each with a split of its own."""
+def open_mixture(folder: Path) -> Mixture:
+    """That split twice, once in the order by blocks."""
+    return Mixture({"all": open_large(folder), "blocks": open_large(folder, blocks=True)}, [2, 1])
+
+
+def first_batch_seconds(
+    open_split: Callable[[], Split], config: Config, first_step: int, start: WindowStart
+) -> list[float]:
+    """What each of the workers of a node of eight takes, the node in the middle of all, each with a split of its own."""
     seconds, world_size = [], config.ray.workers.most
-    for rank in (0, world_size // 2, world_size - 1):
-        begin, split = time.perf_counter(), open_large(folder)
+    for rank in range(world_size // 2, world_size // 2 + 8):
+        begin, split = time.perf_counter(), open_split()
         step_rows, rows = batch_rows(split, config)
         collate = partial(pack_apart, rows=rows) if rows else pad
         place = first_step, rank, world_size
         next(train_batches(split, ByteTokenizer(), collate, config.train, *place, rows=step_rows, starts=[start]))
         seconds.append(time.perf_counter() - begin)
-    return max(seconds)
+    return seconds
 
 
 def resume(folder: Path) -> None:
@@ -109,25 +125,37 @@ def resume(folder: Path) -> None:
     ends = np.cumsum(np.append(0, np.random.default_rng(0).integers(8, 65, (10**6, 2)) + [0, 1]))
     ends.astype("<i8").tofile(folder / "shard.idx")
     np.full(ends[-1], 10, "<u2").tofile(folder / "shard.bin")
-    split = open_large(folder)
     by_tokens = {"train.batch_tokens": 2**20, "train.length_window": 65_536}
-    for title, options in (
-        ("random batches of 8,192", {"train.batch_size": 8_192}),
-        ("by length, 1,048,576 tokens", by_tokens),
-        ("packed, 1,048,576 tokens", by_tokens | {"train.packing": True, "model.bridge.type": "cross_attention"}),
+    orders = {
+        "all samples": partial(open_large, folder),
+        "blocks of shards": partial(open_large, folder, blocks=True),
+        "a mixture of both": partial(open_mixture, folder),
+    }
+    print("seconds to the first batch, median and most of the eight workers of a node, and their sum")
+    for (order, open_split), (title, options) in itertools.product(
+        orders.items(),
+        (
+            ("random batches of 8,192", {"train.batch_size": 8_192}),
+            ("by length, 1,048,576 tokens", by_tokens),
+            ("packed, 1,048,576 tokens", by_tokens | {"train.packing": True, "model.bridge.type": "cross_attention"}),
+        ),
     ):
         config = load_config(overrides={"train.steps": 10**9, "ray.num_workers": 128} | options)
-        window = len(split) // window_size(config.train)
+        split = open_split()
+        window = 10**9 // window_size(config.train)
         rows, _ = batch_rows(split, config)
         begin = time.perf_counter()
         batches = len(window_batches(split, config.train, window, rows))
         counting = (time.perf_counter() - begin) * window
         # The number of a window's first batch is not counted out here. A batch right behind its window costs most.
         start = WindowStart(window * batches, window)
-        fresh = first_batch_seconds(folder, config, 0, WindowStart(0, 0))
-        resumed = first_batch_seconds(folder, config, start.batch + batches, start)
-        unknown = f" ({counting:,.0f} s by counting)" if config.train.batch_tokens else ""
-        print(f"{title}: to a rank's first batch {fresh:.2f} s, on a resume after an epoch {resumed:.2f} s{unknown}")
+        places = {"start": (0, WindowStart(0, 0)), "resume after 10^9 samples": (start.batch + batches, start)}
+        for what, place in places.items():
+            seconds = first_batch_seconds(open_split, config, *place)
+            figures = f"{statistics.median(seconds):.2f} {max(seconds):.2f} {sum(seconds):.2f}"
+            print(f"{order}, {title}, {what}: {figures}", flush=True)
+        if config.train.batch_tokens:
+            print(f"{order}, {title}, by counting, which a checkpoint saves: {counting:,.0f}", flush=True)
 
 
 def main() -> None:

@@ -295,6 +295,11 @@ class DataConfig(Section):
     max_val_samples: Positive | None = 16_384
     """How many validation samples a validation reads at most, of each dataset, spread evenly over what is held out. With
     null it reads all of them."""
+    cache_gb: Annotated[float, Field(gt=0)] | None = 100.0
+    """Gigabytes of each node's disk that copies of remote prepared datasets may take (`HRM_LM_CACHE` says where). Of a
+    larger dataset a node holds a part at a time, and its samples come in a random order within blocks of a quarter
+    of that. Several remote datasets of a mixture share it equally. With null all copies are kept, and samples come
+    in a random order over the whole dataset."""
     truncate: bool = False
     """Whether samples longer than the model takes are cut. Otherwise they are refused."""
     synthetic: SyntheticConfig = SyntheticConfig()

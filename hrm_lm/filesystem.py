@@ -135,3 +135,11 @@ def local_copy(location: str, fs: pyarrow.fs.FileSystem | None = None) -> Iterat
         except OSError as error:
             raise storage_error(what, error) from None
         yield Path(folder)
+
+
+def outlasting(what: str, action: Callable[[], T]) -> T:
+    """`retrying`, whose last error is a UserError (`storage_error`)."""
+    try:
+        return retrying(what, action)
+    except OSError as error:
+        raise storage_error(what, error) from None

@@ -89,6 +89,56 @@ def write_prepared(
     return folder
 
 
+class Remote:
+    """A local file system as if it were remote: it lists what is opened to be read, and `fails(method, path)` may raise."""
+
+    type_name = "remote"
+
+    def __init__(self, fails=lambda method, path: None):
+        self.fs, self.opened, self.fails = pyarrow.fs.LocalFileSystem(), [], fails
+
+    def __getattr__(self, method):
+        def call(what, *args, **kwargs):
+            path = getattr(what, "base_dir", what)
+            if method.startswith("open_input"):
+                self.opened.append(os.path.basename(path))
+            self.fails(method, path)
+            found = getattr(self.fs, method)(what, *args, **kwargs)
+            return RemoteFile(found, path, self.fails) if method.startswith("open_") else found
+
+        return call
+
+
+class RemoteFile:
+    def __init__(self, file, path, fails):
+        self.file, self.path, self.fails = file, path, fails
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, method):
+        def call(*args):
+            self.fails(method, self.path)
+            return getattr(self.file, method)(*args)
+
+        return call
+
+
+def each_fails_once():
+    """For `Remote`: every call fails when it is first made."""
+    failed = set()
+
+    def fails(method, path):
+        if (method, path) not in failed:
+            failed.add((method, path))
+            raise OSError(f"AWS Error SLOW_DOWN during {method} of {path}")
+
+    return fails
+
+
 class LocalSession:
     """Runs the loop in this process and keeps every checkpoint in `folder`."""
 

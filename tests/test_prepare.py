@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import zlib
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from conftest import processes_with, small_config, train_locally, wait_until
+from conftest import Remote, each_fails_once, processes_with, small_config, train_locally, wait_until
 
 from hrm_lm.commands.help import field_docs
 from hrm_lm.commands.prepare import main
@@ -24,10 +25,12 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
+from hrm_lm.prepare.pipeline import run_task
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
 from hrm_lm.prepare.tasks import Job, Settings, survey, write_shard
 from hrm_lm.training.checkpoint import load_model
 
+LOCAL = pyarrow.fs.LocalFileSystem()
 MAPPING = Mapping("prompt", "response")
 
 
@@ -254,6 +257,38 @@ def test_a_fault_of_the_storage_is_not_taken_for_one_of_the_file(tmp_path, name)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"{name}: cannot be read"):
         list(read_piece(file, MAPPING))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_no_pair_is_lost_where_reading_fails_now_and_then(tmp_path, waits, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"prompt": ["a", "b"] * 500, "response": ["c", "d"] * 500}), path, row_group_size=300)
+    else:
+        with LOCAL.open_output_stream(str(path)) as file:  # compressed for its name
+            file.write(b"".join(b'{"prompt": "%d", "response": "x"}\n' % i for i in range(1000)))
+    (file, _), *_ = find_files([str(path)])
+    expected = [piece for part in plan_parts([file], 5000) for piece in part]
+    far = [piece._replace(fs=Remote(each_fails_once())) for piece in expected]
+    read, expected = ([item for piece in side for item in read_piece(piece, MAPPING)] for side in (far, expected))
+    assert read == expected and len(expected) >= 1000 and len(waits) >= 3
+
+
+def test_a_task_whose_storage_fails_is_done_again_to_the_same_bytes(tmp_path, waits):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(20))))
+    parts = plan_parts([file for file, _ in find_files([str(tmp_path)])], 1 << 20)
+    shards = []
+    for name, fs in (("near", LOCAL), ("far", Remote(each_fails_once()))):
+        (tmp_path / name / ".prepare").mkdir(parents=True)
+        job = Job(Settings(tokenizer="bytes"), parts, fs, str(tmp_path / name), False, False)
+        surveyed = json.loads(run_task(job, "survey", [0], survey, {"i": 0})["result"])
+        task = partial(
+            write_shard, tokenizer_json=ByteTokenizer().to_json(), duplicates={}, pairs=[sum(surveyed["groups"])]
+        )
+        done = run_task(job, "shard", [0], task, {"i": 0})
+        assert not done["error"] and job.read_json(".prepare/shard-00000.json") == json.loads(done["result"])
+        shards.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.*") if file.is_file()})
+    assert shards[0] == shards[1] and "train-00000.bin" in shards[0] and waits
 
 
 def test_input_that_changes_while_it_is_read_is_noticed(tmp_path):

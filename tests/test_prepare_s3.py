@@ -2,20 +2,23 @@
 
 import io
 import json
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 
 import pyarrow.fs
 import pytest
-from conftest import small_config
+from conftest import small_config, sums, write_prepared
 
 from hrm_lm.cluster.run import check_resume, run
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.data.prepared.cache import cache_folder
+from hrm_lm.data.prepared.format import write_file
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import resolve_tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import outlasting, read_bytes
 from hrm_lm.models.build import build_model
 from hrm_lm.training.checkpoint import Progress, save_model
 
@@ -122,6 +125,44 @@ def test_what_changed_in_storage_is_not_trained_on(cluster, command, bucket):
     config = small_config(data__dataset=bucket("changed/out"))
     with pytest.raises(UserError, match="train-00000.bin: is not what meta.json says"):
         load_dataset(config.data, config.model, 0).train[0]
+
+
+@pytest.fixture
+def throttled(monkeypatch):
+    """Storage answers 503 SlowDown to the first requests of each kind for each object, more than S3's own client repeats."""
+    werkzeug_app = pytest.importorskip("moto.moto_server.werkzeug_app")
+    answered, requests = werkzeug_app.DomainDispatcherApplication.__call__, Counter()
+
+    def answer(app, environ, start_response):
+        request = environ["REQUEST_METHOD"], environ["PATH_INFO"], "uploads" in environ["QUERY_STRING"]
+        requests[request] += 1
+        if requests[request] > 3:
+            return answered(app, environ, start_response)
+        start_response("503 Slow Down", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+
+    monkeypatch.setattr(werkzeug_app.DomainDispatcherApplication, "__call__", answer)
+    return requests
+
+
+@pytest.fixture
+def in_bucket(tmp_path, bucket):
+    """A prepared dataset in `tmp_path/near` and in storage."""
+    write_prepared(tmp_path / "near", sums(40), shards=1)
+    here = pyarrow.fs.LocalFileSystem()
+    pyarrow.fs.copy_files(
+        str(tmp_path / "near"), "bucket/slow", source_filesystem=here, destination_filesystem=bucket.fs
+    )
+
+
+def test_a_throttled_bucket_is_read_and_written_in_the_end(in_bucket, tmp_path, bucket, throttled, waits):
+    config = small_config(data__dataset=bucket("slow"))
+    near = small_config(data__dataset=str(tmp_path / "near"))
+    far, near = (load_dataset(side.data, side.model, 0).train for side in (config, near))
+    assert [far[i].prompt.tolist() for i in range(40)] == [near[i].prompt.tolist() for i in range(40)]
+    write_file(bucket.fs, "bucket/slow/more", b"more")
+    assert waits and throttled["GET", "/bucket/slow/train-00000.bin", False] > 3
+    assert outlasting("more", lambda: read_bytes(bucket.fs, "bucket/slow/more")) == b"more"
 
 
 def test_a_hugging_face_tokenizer_is_read_from_object_storage_with_what_is_beside_it(bucket):

@@ -6,11 +6,24 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pyarrow.fs
 import pytest
-from conftest import DIGITS, ROOT, assert_resumes_exactly, small_config, sums, train_locally, write_prepared
+from conftest import (
+    DIGITS,
+    ROOT,
+    Remote,
+    assert_resumes_exactly,
+    batches_of,
+    each_fails_once,
+    small_config,
+    sums,
+    train_locally,
+    wait_until,
+    write_prepared,
+)  # fmt: skip
 
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.collate import pad, pad_batch
@@ -18,6 +31,7 @@ from hrm_lm.data.prepared.cache import fetch
 from hrm_lm.data.prepared.format import token_dtype
 from hrm_lm.data.prepared.reader import load_prepared
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.data.sampler import global_batches
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 
@@ -168,7 +182,8 @@ class CountingFileSystem:
 
 
 def fetch_once(source, target, log, sha256):
-    assert fetch(CountingFileSystem(log), source, target, 1 << 20, sha256).read_bytes() == b"x" * (1 << 20)
+    fetch(CountingFileSystem(log), source, target, 1 << 20, sha256)
+    assert target.read_bytes() == b"x" * (1 << 20)
 
 
 @pytest.mark.slow
@@ -189,6 +204,155 @@ def test_what_comes_damaged_is_refused_and_not_kept(tmp_path):
     with pytest.raises(UserError, match="SHA-256 differs"):
         fetch(LOCAL, str(tmp_path / "remote"), tmp_path / "cache" / "file", 1, hashlib.sha256(b"x").hexdigest())
     assert not (tmp_path / "cache" / "file").exists()
+
+
+class RemoteDataset:
+    """A dataset of 300 samples in 20 shards, as if it were remote. Eight shards fit `cache_gb`, and so two a block."""
+
+    def __init__(self, folder, cache, monkeypatch):
+        monkeypatch.setenv("HRM_LM_CACHE", str(cache))
+        monkeypatch.setattr(
+            "hrm_lm.data.prepared.reader.resolve", lambda location: (self.fs, location.removeprefix("far://"))
+        )
+        self.folder, self.cache, self.fs = write_prepared(folder, sums(300), shards=20), cache, Remote()
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+        largest = max(sizes[f"train-{i:05d}.bin"] + sizes[f"train-{i:05d}.idx"] for i in range(20))
+        self.cache_gb = (sizes["val-00000.bin"] + sizes["val-00000.idx"] + 8 * largest) / 1e9
+
+    def load(self, **fields):
+        return load(self.folder, **{"cache_gb": self.cache_gb} | fields)
+
+    def cached(self):
+        return {file.name: file.stat().st_size for file in self.cache.glob("*/*") if file.suffix != ".lock"}
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    return RemoteDataset(tmp_path / "d", tmp_path / "cache", monkeypatch)
+
+
+def idle(splits):
+    def nothing_asked():
+        with splits.train.remote._lock:
+            return not (splits.train.remote._wanted or splits.train.remote._running)
+
+    wait_until(nothing_asked)
+
+
+def assert_same_batches(splits, others, config, steps=60, first=0):
+    both = (islice(batches_of(side, config, first), steps) for side in (splits, others))
+    for (one,), (other,) in zip(*both, strict=True):
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def in_memory(remote, train):
+    """The dataset's samples, read locally, in the order of `train`."""
+    remote.fs, local = LOCAL, remote.fs
+    splits = load(remote.folder)
+    remote.fs, splits.train.blocks = local, train.blocks
+    return splits
+
+
+def test_a_remote_dataset_is_checked_without_its_shards_and_gives_the_batches_of_a_local_one(remote):
+    splits, config = remote.load(cache_gb=1), small_config(train__length_window=64, train__batch_tokens=700)
+    assert sorted(remote.fs.opened) == ["meta.json", "tokenizer.json"]
+    assert_same_batches(splits, in_memory(remote, splits.train), config)
+    idle(splits)
+    assert sorted(remote.fs.opened) == sorted(path.name for path in remote.folder.iterdir()), "each file once"
+
+
+def test_of_a_dataset_larger_than_the_cache_an_epoch_takes_each_sample_once_in_blocks_of_shards(remote):
+    train = remote.load().train
+    row = train.order(0, 900, seed=3)
+    for epoch in np.split(row, 3):
+        assert sorted(epoch.tolist()) == list(range(300))
+        shards = np.searchsorted(train.starts, epoch, side="right") - 1
+        blocks = [set(shards[i : i + 30].tolist()) for i in range(0, 300, 30)]
+        assert all(len(block) == 2 for block in blocks) and len(set().union(*blocks)) == 20
+        assert all(len(set(shards[i : i + 15].tolist())) == 2 for i in range(0, 300, 15)), "mixed within a block"
+    assert (row[:300] != row[300:600]).any() and (train.order(0, 300, seed=4) != row[:300]).any()
+    for start, stop in ((0, 1), (29, 31), (250, 700), (600, 601)):
+        assert (train.order(start, stop, seed=3) == row[start:stop]).all()
+
+
+def test_shards_come_when_they_are_due_or_ahead_of_that_and_the_cache_keeps_to_its_limit(remote):
+    splits = remote.load()
+    config = small_config(train__batch_size=5, train__length_window=10, train__steps=200)
+    batches, local = batches_of(splits, config), batches_of(in_memory(remote, splits.train), config)
+    for step in range(130):
+        (batch,), (expected,) = next(batches), next(local)
+        assert all(a.equal(b) for a, b in zip(batch, expected, strict=True))
+        idle(splits)
+        assert sum(remote.cached().values()) <= remote.cache_gb * 1e9
+        if step == 0:
+            homes = {
+                home for block in splits.train.blocks.around(0, 31, 0) for home in splits.train.blocks.shards(block, 0)
+            }
+            assert set(remote.cached()) == {*splits.train.files(homes), *splits.val.files()} and len(homes) == 4
+        if step == 59:  # the end of an epoch
+            train_files = [name for name in remote.fs.opened if name.startswith("train-")]
+            assert len(set(train_files)) == 40 and len(train_files) <= 40 + 4, "once, and the next epoch's first block"
+    assert len(splits.train._shards) <= 8, "what is removed does not stay mapped, and takes no room"
+
+
+def test_a_copy_that_another_process_removes_is_fetched_again(remote):
+    splits, config = remote.load(), small_config(train__batch_size=5)
+    others = in_memory(remote, splits.train)
+    splits.train.lengths(np.arange(300))
+    for file in remote.cache.glob("*/*.idx"):
+        file.unlink()
+    assert_same_batches(splits, others, config, 60)
+
+
+def test_processes_that_make_batches_read_what_their_worker_has_fetched(remote):
+    splits = remote.load()
+    config = small_config(train__batch_size=5, train__length_window=10, train__loader_workers=2, train__steps=40)
+    assert_same_batches(splits, in_memory(remote, splits.train), config, 40)
+
+
+def test_a_run_on_blocks_of_a_remote_dataset_resumes_bit_for_bit(tmp_path, remote):
+    fields = {"data__dataset": str(remote.folder), "data__cache_gb": remote.cache_gb, "train__length_window": 16}
+    assert_resumes_exactly(small_config(train__val_every=1, **fields), tmp_path, 4, 9)
+
+
+def test_a_mixture_fetches_what_its_remote_member_is_asked_for(tmp_path, remote):
+    local = {"dataset": str(write_prepared(tmp_path / "local", sums(30)))}
+    data = {"data__dataset": None, "data__mixture": {"far": {"dataset": f"far://{remote.folder}"}, "near": local}}
+    config = small_config(
+        **data, data__tokenizer=str(remote.folder), data__cache_gb=remote.cache_gb, train__batch_size=64
+    )
+    splits = load_dataset(config.data, config.model, 0)
+    assert splits.train.members[0].blocks
+    assert {"train-00000.bin"}.isdisjoint(remote.cached())
+    indices = next(global_batches(splits.train, config.train))
+    (batch,) = next(batches_of(splits, config))
+    prompts = [DIGITS.decode(row) for row in batch.encoder_ids.tolist()]
+    expected = [DIGITS.decode(splits.train[i].prompt) for i in indices.tolist()]
+    assert prompts == expected
+
+
+def test_a_cache_too_small_for_its_shards_is_refused_with_the_size_that_it_needs(remote):
+    with pytest.raises(UserError, match=r"data.cache_gb is 1e-07 GB; it needs \S+ GB"):
+        remote.load(cache_gb=1e-7)
+
+
+def test_reading_outlasts_storage_that_fails_now_and_then(remote, waits):
+    remote.fs = Remote(each_fails_once())
+    splits = remote.load()
+    assert_same_batches(splits, in_memory(remote, splits.train), small_config(train__batch_size=5), 20)
+    assert len(waits) > 10
+
+
+def test_what_a_killed_fetch_left_does_no_harm(remote, tmp_path):
+    raw = b"x" * 1000
+    (tmp_path / "far").write_bytes(raw)
+    target = tmp_path / "cache" / ("0" * 32) / "train-00000.bin"
+    target.parent.mkdir(parents=True)
+    for limit in (None, 2000):
+        target.with_name("train-00000.bin.partial").write_bytes(b"y" * 3000)
+        fetch(LOCAL, str(tmp_path / "far"), target, 1000, hashlib.sha256(raw).hexdigest(), limit)
+        assert target.read_bytes() == raw and sum(remote.cached().values()) == 1000
+        target.unlink()
 
 
 # --- training ----------------------------------------------------------------------------------------------------

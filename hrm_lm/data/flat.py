@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from hrm_lm.data.splits import Limits, Ragged, Sample, Split
 
 
-class Shard(NamedTuple):
+class Shard(Protocol):
     """Two arrays, as their bytes: slicing a memoryview costs a fraction of slicing an array."""
 
+    @property
+    def tokens(self) -> memoryview:
+        """Token ids, sample after sample: prompt, BOS, response, EOS."""
+
+    @property
+    def ends(self) -> memoryview:
+        """int64: where each prompt and each sample ends in the tokens, after a leading 0."""
+
+
+class MemoryShard(NamedTuple):
+    """A shard in memory."""
+
     tokens: memoryview
-    """Token ids, sample after sample: prompt, BOS, response, EOS."""
     ends: memoryview
-    """int64: where each prompt and each sample ends in the tokens, after a leading 0."""
 
 
 class FlatSplit(Split):
@@ -45,9 +55,13 @@ class FlatSplit(Split):
         flat = [split for split in splits if isinstance(split, FlatSplit)]
         if len(flat) < len(splits) or len({(split.dtype, split.limits) for split in flat}) > 1:
             return None
-        owners = [(split, home) for split in flat for home in range(len(split.starts) - 1)]
-        counts = np.concatenate([np.diff(split.starts) for split in flat])
-        return FlatSplit(counts, flat[0].dtype, lambda home: owners[home][0]._shard(owners[home][1]), flat[0].limits)
+        return _Merged(flat)
+
+    def fetch_shards(self, homes: Iterable[int], tokens: bool = True) -> None:
+        """Waits until shards can be opened. tokens: whether more than the ends of samples is wanted."""
+
+    def fetch(self, indices: np.ndarray) -> None:
+        self.fetch_shards(set(self._locate(indices)[0].tolist()))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -62,6 +76,7 @@ class FlatSplit(Split):
     def ragged(self, indices: np.ndarray) -> Ragged:
         homes, rows = self._locate(indices)
         size, here = self.dtype.itemsize, homes.tolist()
+        self.fetch_shards(set(here))
         shards = {home: self._shard(home) for home in set(here)}
         places = (16 * rows).tolist()
         raw = b"".join([shards[home].ends[place : place + 24] for home, place in zip(here, places, strict=True)])
@@ -82,6 +97,7 @@ class FlatSplit(Split):
         homes, rows = self._locate(indices)
         order = np.argsort(homes, kind="stable")  # a corpus has a thousand shards: no pass over all indices for each
         found, firsts = np.unique(homes[order], return_index=True)
+        self.fetch_shards(found.tolist(), tokens=False)
         bounds = np.empty((len(indices), 3), dtype=np.int64)
         for home, here in zip(found.tolist(), np.split(order, firsts[1:]), strict=False):
             ends = np.frombuffer(self._shard(home).ends, "<i8")
@@ -98,3 +114,23 @@ class FlatSplit(Split):
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         homes = np.searchsorted(self.starts, indices, side="right") - 1
         return homes, indices - self.starts[homes]
+
+
+class _Merged(FlatSplit):
+    """The samples of several flat splits, which keep their shards: a split may close shards that it is done with."""
+
+    def __init__(self, splits: Sequence[FlatSplit]):
+        self.owners = [(split, home) for split in splits for home in range(len(split.starts) - 1)]
+        counts = np.concatenate([np.diff(split.starts) for split in splits])
+        super().__init__(counts, splits[0].dtype, self._shard, splits[0].limits)
+
+    def _shard(self, home: int) -> Shard:
+        split, own = self.owners[home]
+        return split._shard(own)
+
+    def fetch_shards(self, homes: Iterable[int], tokens: bool = True) -> None:
+        wanted: dict[FlatSplit, list[int]] = {}
+        for split, own in map(self.owners.__getitem__, homes):
+            wanted.setdefault(split, []).append(own)
+        for split, own in wanted.items():
+            split.fetch_shards(own, tokens)

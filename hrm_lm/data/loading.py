@@ -80,11 +80,16 @@ def train_batches(
     )
     made: Iterable[list[AnyBatch] | UserError] = map(batches.__getitem__, steps)
     if config.loader_workers:
-        split[0]  # opens what is remote, which a forked process might not
+
+        def fetched(micro_batches: list[np.ndarray]) -> list[np.ndarray]:
+            # A forked process might not fetch what is remote. The first sample stands where there is no other.
+            split.fetch(np.concatenate([indices if len(indices) else [0] for indices in micro_batches]))
+            return micro_batches
+
         made = DataLoader(
             batches,
             batch_size=None,
-            sampler=steps,
+            sampler=map(fetched, steps),
             num_workers=config.loader_workers,
             multiprocessing_context="fork",  # shares what is in memory
         )

@@ -64,6 +64,10 @@ class Concatenation(Split):
             return pieces[0]
         return Ragged.concatenate(pieces).take(np.argsort(np.concatenate([here for *_, here in groups])))
 
+    def fetch(self, indices: np.ndarray) -> None:
+        for member, start, here in self._by_member(indices):
+            member.fetch(indices[here] - start)
+
     def _by_member(self, indices: np.ndarray) -> list[tuple[Split, int, np.ndarray]]:
         """Each member that is asked for, its first number, and which of the `indices` (B,) are its samples'."""
         homes = np.searchsorted(self.starts, indices, side="right") - 1
@@ -102,6 +106,11 @@ class Mixture(Concatenation):
         first, last = start // BLOCK, -(-stop // BLOCK)
         row = np.concatenate([self._block(block, seed) for block in range(first, last)])
         return row[start - first * BLOCK : stop - first * BLOCK]
+
+    def expect(self, start: int, stop: int, seed: Seed) -> None:
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        for number, (member, count) in enumerate(zip(self.members, self.counts.tolist(), strict=True)):
+            member.expect(first * count, last * count, (seed, number))
 
     def _block(self, block: int, seed: Seed) -> np.ndarray:
         samples = np.concatenate(

@@ -29,14 +29,15 @@ BUILT_IN = {
 }
 
 
-def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
+def load_dataset(config: DataConfig, model: ModelConfig, seed: int, sharing: int = 1) -> Splits:
     """The data set that `config.dataset` names, or the mixture, fit for the model's lengths.
 
+    sharing: how many remote data sets of the run share `config.cache_gb`.
     Raises UserError where it is missing, empty or malformed, or where a sample is too long for the model.
     """
     if config.mixture:
         return load_mixture(config, model, seed)
-    name, splits = config.dataset, named_dataset(config, seed)
+    name, splits = config.dataset, named_dataset(config, seed, sharing)
     named = resolve_tokenizer(config.tokenizer) if config.tokenizer and config.tokenizer != CHARACTERS else None
     if named and not same_tokens(splits.tokenizer, named):
         raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
@@ -59,7 +60,7 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
     return fitted.map(lambda which, split: Capped(split, most) if which == "val" else split)
 
 
-def named_dataset(config: DataConfig, seed: int) -> Splits:
+def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
     """The data set that `config.dataset` names, as it is."""
     name = config.dataset
     if name is None:
@@ -70,7 +71,7 @@ def named_dataset(config: DataConfig, seed: int) -> Splits:
     if (base := name.partition(":")[0]) in BUILT_IN:
         return function(BUILT_IN[base])(config, seed)
     if is_prepared(name):
-        return load_prepared(name)
+        return load_prepared(name, config.cache_gb, sharing)
     if Path(name).exists() or name.endswith(".jsonl"):
         return build_jsonl_dataset(config, seed)
     if is_function(name):
@@ -102,10 +103,11 @@ def load_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
     mixture = dict(sorted(config.mixture.items()))  # the order in the config does not count
     ready = next((member.dataset for member in mixture.values() if is_prepared(member.dataset)), None)
     tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")
+    remote = max(sum("://" in member.dataset for member in mixture.values()), 1)
     members = {}
     for name, member in mixture.items():
         own = member.model_dump(exclude={"weight"}, exclude_none=True) | {"mixture": {}, "tokenizer": tokenizer}
-        members[name] = load_dataset(config.model_copy(update=own), model, seed)
+        members[name] = load_dataset(config.model_copy(update=own), model, seed, remote)
     return mix(members, [member.weight for member in mixture.values()])
 
 

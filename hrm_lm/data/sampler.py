@@ -57,6 +57,8 @@ def global_batches(
     for window in count(start):
         starts.append(WindowStart(begin, window))
         batches = window_batches(split, config, window, rows)
+        if first < begin + len(batches):
+            split.expect(window * window_size(config), (window + 1) * window_size(config), config.seed)
         yield from batches[max(first - begin, 0) :]
         begin += len(batches)
 
@@ -104,7 +106,7 @@ def by_length(lengths: np.ndarray, num_batches: float) -> np.ndarray:
 def fill(lengths: np.ndarray, tokens: int) -> list[int]:
     """Where to cut samples of padded `lengths` (N, 2) into runs of at most `tokens` positions, each run as long as fits."""
     cuts, start, prompt, response = [], 0, 0, 0
-    for i, (p, r) in enumerate(lengths.tolist()):
+    for i, (p, r) in enumerate(zip(*lengths.T.tolist(), strict=True)):  # not a list for each sample to be collected
         prompt, response = max(prompt, p), max(response, r)
         if (i + 1 - start) * (prompt + response) > tokens and i > start:
             cuts.append(i)

@@ -122,6 +122,14 @@ class Split(ABC):
         """(stop - start,) int64: samples `start` to `stop` of an endless row; a pure function of its arguments."""
         return epochs(start, stop, len(self), seed)
 
+    def expect(self, start: int, stop: int, seed: Seed) -> None:  # noqa: B027 (most splits have nothing to fetch)
+        """Told before samples `start` to `stop` of that row are read. A split whose samples are far away fetches them
+        ahead, and those that come after; it must not wait for them.
+        """
+
+    def fetch(self, indices: np.ndarray) -> None:  # noqa: B027
+        """Waits until the samples at `indices` (B,) can be read by a process that is forked from this process."""
+
     def fitted(self, limits: Limits, truncate: bool) -> Split:
         """The split, fit for a model of these limits. Longer samples are cut where `truncate`, else refused.
 
@@ -204,6 +212,9 @@ class Subset(Split):
     def ragged(self, indices: np.ndarray) -> Ragged:
         return self.split.ragged(self.indices[indices])
 
+    def fetch(self, indices: np.ndarray) -> None:
+        self.split.fetch(self.indices[indices])
+
 
 class Capped(Subset):
     """At most so many samples of a validation split, spread evenly over it. All of its prompts stay held out."""
@@ -235,6 +246,12 @@ class Truncated(Split):
 
     def order(self, start: int, stop: int, seed: Seed) -> np.ndarray:
         return self.split.order(start, stop, seed)
+
+    def expect(self, start: int, stop: int, seed: Seed) -> None:
+        self.split.expect(start, stop, seed)
+
+    def fetch(self, indices: np.ndarray) -> None:
+        self.split.fetch(indices)
 
 
 class Samples(Split):

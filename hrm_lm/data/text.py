@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hrm_lm.config import DataConfig
-from hrm_lm.data.flat import FlatSplit, Shard
+from hrm_lm.data.flat import FlatSplit, MemoryShard
 from hrm_lm.data.splits import (
     Limits,
     Ragged,
@@ -63,7 +63,7 @@ class TextSplit(Split):
             bounds.append(total + np.cumsum(lens + 1) - np.tile([1, 0], len(pairs)))
             total += size
         tokens, ends = np.concatenate(blocks), np.concatenate(bounds).astype("<i8")
-        shard = Shard(tokens.data.cast("B"), ends.data.cast("B"))
+        shard = MemoryShard(tokens.data.cast("B"), ends.data.cast("B"))
         flat = FlatSplit([len(self.pairs)], dtype, lambda _: shard, self.limits if self.truncate else None)
         if self.limits is not None:
             self._check(flat.lengths(np.arange(len(flat))), np.arange(len(flat)), self.limits)

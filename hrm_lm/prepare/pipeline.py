@@ -30,7 +30,7 @@ import pyarrow.fs
 from hrm_lm.data.prepared.format import META, write_file
 from hrm_lm.data.prepared.writer import write_meta
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import resolve, without_secrets
+from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_secrets
 from hrm_lm.prepare.reading import find_files, parse_mapping, plan_parts
 from hrm_lm.prepare.report import describe, merge_drops
 from hrm_lm.prepare.tasks import WORK, Job, Settings, find_duplicates, survey, write_shard
@@ -111,8 +111,14 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     write_file(fs, f"{path}/report.json", json.dumps(report, indent=1).encode())
     fields = {"prompt": settings.prompt_field, "response": settings.response_field}
     write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint)
-    fs.delete_dir(job.folder)
+    outlasting(f"--output {without_secrets(output)}: cannot be used", lambda: remove(job))
     return report
+
+
+def remove(job: Job) -> None:
+    """Removes the work folder; another try finds nothing more to remove."""
+    with suppress(FileNotFoundError):
+        job.fs.delete_dir(job.folder)
 
 
 def finished(job: Job, output: str, fingerprint: str) -> bool:
@@ -120,34 +126,35 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
 
     fingerprint: of the input and the settings. Raises UserError where `output` holds anything else.
     """
-    shown = without_secrets(output)
+    location = without_secrets(output)
+    what, folder = f"--output {location}: cannot be used", pyarrow.fs.FileSelector(job.output, allow_not_found=True)
     try:
-        there = {
-            info.base_name for info in job.fs.get_file_info(pyarrow.fs.FileSelector(job.output, allow_not_found=True))
-        }
+        there = {info.base_name for info in retrying(what, lambda: job.fs.get_file_info(folder))}
         if META in there:
             same = False
             with suppress(ValueError, AttributeError):  # the file is not one that this program wrote
                 same = job.read_json(META).get("plan") == fingerprint
             if not same:
-                raise UserError(f"--output {shown}: holds a dataset of other input or settings; give another --output")
+                raise UserError(
+                    f"--output {location}: holds a dataset of other input or settings; give another --output"
+                )
             if WORK in there:  # a run was killed while it deleted the folder
-                job.fs.delete_dir(job.folder)
+                retrying(what, lambda: remove(job))
             return True
         if WORK in there:
             with suppress(FileNotFoundError):  # a run was killed before it wrote the plan
                 if job.read_json(f"{WORK}/plan.json")["plan"] != fingerprint:
                     raise UserError(
-                        f"--output {shown}: holds an unfinished dataset of other input or settings; finish that, delete it, "
+                        f"--output {location}: holds an unfinished dataset of other input or settings; finish that, delete it, "
                         "or give another --output"
                     )
                 return False
         elif there:
-            raise UserError(f"--output {shown}: is not empty; give another --output")
-        job.fs.create_dir(job.folder, recursive=True)
+            raise UserError(f"--output {location}: is not empty; give another --output")
+        retrying(what, lambda: job.fs.create_dir(job.folder, recursive=True))
         write_file(job.fs, job.work("plan.json"), json.dumps({"plan": fingerprint}).encode())
     except OSError as error:
-        raise UserError(f"--output {shown}: cannot be used: {' '.join(str(error).split())}") from None
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
     return False
 
 
@@ -164,7 +171,7 @@ def run_step(
 
     items = list(items)
     results: dict[int, dict[str, Any]] = {}
-    done = {info.base_name for info in job.fs.get_file_info(pyarrow.fs.FileSelector(job.folder))}
+    done = job.list()
     for i in range(len(items)):
         if f"{name}-{i:05d}.json" in done:
             results[i] = job.read_json(f"{WORK}/{name}-{i:05d}.json")
@@ -201,9 +208,11 @@ def run_task(
     """
     gc.freeze()  # Ray's and pyarrow's objects stay, so the collector need not walk through them over and over
     try:
-        result = json.dumps(task(job, items[row["i"]]))
-        write_file(job.fs, job.work(f"{name}-{row['i']:05d}.json"), result.encode())
-    except (UserError, OSError) as error:
+        file = f"{name}-{row['i']:05d}.json"
+        # A shard's stream does not go on after an error: the task is done again, from its beginning.
+        result = json.dumps(outlasting(f"{shown(job.fs, job.work(file))}: failed", lambda: task(job, items[row["i"]])))
+        write_file(job.fs, job.work(file), result.encode())
+    except UserError as error:
         return row | {"result": "", "error": str(error)}
     return row | {"result": result, "error": ""}
 

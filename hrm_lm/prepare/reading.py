@@ -7,10 +7,12 @@ read twice, or again after a kill, and gives the same pairs in the same order. W
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import PurePosixPath
 from string import Formatter
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import resolve, without_secrets
+from hrm_lm.filesystem import resolve, retrying, shown, without_secrets
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
@@ -102,24 +104,25 @@ def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
     found = {}
     for location in locations:
         fs, path = resolve(location)
-        shown = without_secrets(location)
+        place = without_secrets(location)
+        what = f"--input {place}: cannot be read"
         try:
-            info = fs.get_file_info(path)
+            info = retrying(what, partial(fs.get_file_info, path))
             if info.type == pyarrow.fs.FileType.File:
                 infos = [info]
                 if file_format(path) is None:
                     raise UserError(
-                        f"--input {shown}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
+                        f"--input {place}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
                     )
             elif info.type == pyarrow.fs.FileType.Directory:
-                infos = fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+                infos = retrying(what, partial(fs.get_file_info, pyarrow.fs.FileSelector(path, recursive=True)))
                 infos = [i for i in infos if i.type == pyarrow.fs.FileType.File and file_format(i.path)]
                 if not infos:
-                    raise UserError(f"--input {shown}: no {', '.join(FORMATS)} file in it, compressed or not")
+                    raise UserError(f"--input {place}: no {', '.join(FORMATS)} file in it, compressed or not")
             else:
-                raise UserError(f"--input {shown}: does not exist")
+                raise UserError(f"--input {place}: does not exist")
         except OSError as error:
-            raise UserError(f"--input {shown}: cannot be read: {' '.join(str(error).split())}") from None
+            raise UserError(f"{what}: {' '.join(str(error).split())}") from None
         for i in sorted(infos, key=lambda i: i.path):
             if kind := file_format(i.path):
                 found[i.path] = (Piece(fs, i.path, *kind, i.size), i.mtime_ns or 0)
@@ -157,7 +160,7 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
         return [file]
     if file.format == "parquet":
         try:
-            with file.fs.open_input_file(file.path) as stream:
+            with open_file(file) as stream:
                 metadata = pq.ParquetFile(stream).metadata
                 sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
         except UNREADABLE:
@@ -330,10 +333,43 @@ def raise_if_storage(error: Exception, piece: Piece) -> None:
 def open_stream(piece: Piece):
     """The file of a piece, decompressed."""
     if piece.compression == "gzip":  # where a file is cut, pyarrow's reader would lose up to a block before the cut
-        return gzip.GzipFile(fileobj=piece.fs.open_input_stream(piece.path, compression=None))
+        return gzip.GzipFile(fileobj=open_file(piece))
     if piece.compression:
-        return piece.fs.open_input_stream(piece.path, compression=piece.compression)
-    return piece.fs.open_input_file(piece.path) if piece.start else piece.fs.open_input_stream(piece.path)
+        return pyarrow.CompressedInputStream(open_file(piece), piece.compression)
+    return open_file(piece)
+
+
+def open_file(piece: Piece):
+    """The file of a piece as it is stored."""
+    if isinstance(piece.fs, pyarrow.fs.LocalFileSystem):
+        return piece.fs.open_input_file(piece.path)
+    return io.BufferedReader(RemoteFile(piece), BLOCK)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file of object storage. A read that fails is made again where that may help, and alone: what came before stays."""
+
+    def __init__(self, piece: Piece):
+        self.what = f"{shown(piece.fs, piece.path)}: cannot be read"
+        self.file = retrying(self.what, lambda: piece.fs.open_input_file(piece.path))
+        self.place, self.size = 0, retrying(self.what, self.file.size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(min(len(buffer), self.size - self.place), 0)
+        block = retrying(self.what, lambda: self.file.read_at(wanted, self.place))
+        buffer[: len(block)] = block
+        self.place += len(block)
+        return len(block)
 
 
 def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
@@ -389,7 +425,7 @@ def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any
 def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem]:
     row = 0
     try:
-        with piece.fs.open_input_file(piece.path) as stream:
+        with open_file(piece) as stream:
             file = pq.ParquetFile(stream)
             groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
             row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))

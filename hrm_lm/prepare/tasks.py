@@ -20,6 +20,7 @@ from hrm_lm.data.prepared.format import write_file
 from hrm_lm.data.prepared.writer import ShardWriter
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import outlasting, read_bytes, retrying, shown, storage_error
 from hrm_lm.prepare.reading import Mapping, Pair, Piece, Problem, read_piece
 
 WORK = ".prepare"
@@ -87,9 +88,20 @@ class Job:
         return f"{self.folder}/{name}"
 
     def read_json(self, name: str) -> Any:
-        """A file of the output. Raises FileNotFoundError, ValueError."""
-        with self.fs.open_input_stream(f"{self.output}/{name}") as stream:
-            return json.loads(stream.read())
+        """A file of the output. Raises FileNotFoundError, ValueError, and UserError where it cannot be read."""
+        path = f"{self.output}/{name}"
+        try:
+            return json.loads(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error(f"{shown(self.fs, path)}: cannot be read", error) from None
+
+    def list(self) -> set[str]:
+        """The names in the work folder. Raises UserError where it cannot be read."""
+        folder = pyarrow.fs.FileSelector(self.folder)
+        what = f"{shown(self.fs, self.folder)}: cannot be read"
+        return {info.base_name for info in outlasting(what, lambda: self.fs.get_file_info(folder))}
 
 
 class Drops:
@@ -236,5 +248,9 @@ def read_groups(job: Job, name: str, counts: np.ndarray, first: int, last: int, 
     start, stop = (int(np.sum(counts[:group])) * 8 * width for group in (first, last))
     if start == stop:
         return np.empty((0, width), dtype="<u8")
-    with job.fs.open_input_file(job.work(name)) as file:
-        return np.frombuffer(file.read_at(stop - start, start), "<u8").reshape(-1, width)
+
+    def read() -> bytes:
+        with job.fs.open_input_file(job.work(name)) as file:
+            return file.read_at(stop - start, start)
+
+    return np.frombuffer(outlasting(f"{shown(job.fs, job.work(name))}: cannot be read", read), "<u8").reshape(-1, width)

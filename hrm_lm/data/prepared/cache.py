@@ -1,15 +1,34 @@
-"""A node's copies of what lies on remote storage: a file is fetched once and checked, whoever asks for it."""
+"""A node's copies of what lies on remote storage. A file is fetched once and checked, whoever asks for it, and is there
+under its name only when it is whole. Several files come at a time, and what is not needed yet comes in the background.
+
+The copies of all datasets may have a limit together. What was needed longest ago then goes first, and last of all what this
+process said it needs (`RemoteFiles.keep`). A file that goes while another process reads it stays readable there.
+"""
 
 import fcntl
 import hashlib
 import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.fs
 
 from hrm_lm.data.prepared.format import META
-from hrm_lm.errors import UserError
-from hrm_lm.filesystem import storage_error
+from hrm_lm.errors import StorageError, UserError
+from hrm_lm.filesystem import outlasting
+
+STREAMS = 16
+"""Files that a process fetches at a time. S3 gives a stream some 100 MB/s. All workers of a node go through the same list,
+and wait for one another's files, so a node has about as many streams as a worker.
+"""
+
+_kept: dict[Path, frozenset[str]] = {}
+"""The files that this process needs, by folder."""
 
 
 def cache_folder() -> Path:
@@ -17,30 +36,143 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HRM_LM_CACHE") or "~/.cache/hrm_lm").expanduser()
 
 
-def fetch(fs: pyarrow.fs.FileSystem, source: str, target: Path, size: int, sha256: str) -> Path:
+class RemoteFiles:
+    """The files of a remote dataset, as copies in `folder`."""
+
+    def __init__(
+        self,
+        fs: pyarrow.fs.FileSystem,
+        path: str,
+        files: dict[str, tuple[int, str]],
+        folder: Path,
+        limit: float | None = None,
+    ):
+        """files: size and SHA-256 of each. folder: in the cache's folder. limit: bytes that the whole cache may take."""
+        self.fs, self.path, self.files, self.folder, self.limit = fs, path, files, folder, limit
+        self._lock, self._threads, self._process = threading.Lock(), 0, os.getpid()
+        self._wanted: dict[str, Future] = {}
+        self._running: dict[str, Future] = {}
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Returns when these files are there; they come before all that was asked for so far.
+
+        Raises UserError where a file is not what it should be, and StorageError where it cannot be had now.
+        """
+        if missing := self._missing(names):
+            for future in self._ask(missing, first=True):
+                future.result()
+
+    def fetch_ahead(self, names: Iterable[str]) -> None:
+        """Begins to fetch these files, in this order, in the background. What fails there fails again when it is due."""
+        if missing := self._missing(names):
+            self._ask(missing, first=False)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Says which files this process needs from now on: no other file takes their place."""
+        _kept[self.folder] = frozenset(names)
+        for name in _kept[self.folder]:
+            with suppress(FileNotFoundError):
+                os.utime(self.folder / name)  # for other processes, which remove the oldest
+
+    def _missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if not os.path.exists(self.folder / name)]
+
+    def _ask(self, names: list[str], first: bool) -> list[Future]:
+        if os.getpid() != self._process:  # storage's threads are not there after a fork, and a request would never end
+            raise StorageError(f"{self.folder}/{names[0]}: went before it was read; raise data.cache_gb")
+        with self._lock:
+            asked = {name: self._running.get(name) or self._wanted.get(name) or Future() for name in names}
+            new = {name: future for name, future in asked.items() if name not in self._running}
+            self._wanted = new | self._wanted if first else self._wanted | new
+            for _ in range(min(len(self._wanted), STREAMS - self._threads)):
+                self._threads += 1
+                threading.Thread(target=self._work, name="fetch", daemon=True).start()  # a pool's would delay the exit
+        return list(asked.values())
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._threads -= 1
+                    return
+                name = next(iter(self._wanted))
+                future = self._running[name] = self._wanted.pop(name)
+            try:
+                fetch(self.fs, f"{self.path}/{name}", self.folder / name, *self.files[name], self.limit)
+                future.set_result(None)
+            except BaseException as error:  # raised where the file is waited for
+                future.set_exception(error)
+            with self._lock:
+                del self._running[name]
+
+
+def fetch(
+    fs: pyarrow.fs.FileSystem, source: str, target: Path, size: int, sha256: str, limit: float | None = None
+) -> None:
     """Copies a file to `target` unless it is there; of several processes that want it, one fetches and the rest wait.
 
-    Raises UserError where what came is not what `sha256` says; then nothing is left at `target`.
+    limit: as for RemoteFiles. Raises UserError where what came is not what `sha256` says; then nothing is left at `target`.
     """
     if target.exists():  # it got its name when it was whole and checked
-        return target
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(target.name + ".lock"), "w") as lock:
+    with open(_lock_file(target), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
-            return target
-        partial, digest = target.with_name(target.name + ".partial"), hashlib.sha256()
-        try:
-            with fs.open_input_stream(source) as remote, open(partial, "wb") as file:
+            return
+        partial = target.with_name(target.name + ".partial")
+
+        def copy() -> str:
+            if limit is not None:
+                reserve(partial, size, limit)
+            digest = hashlib.sha256()
+            with fs.open_input_stream(source) as remote, open(partial, "r+b" if limit is not None else "wb") as file:
                 while block := remote.read(1 << 22):
                     digest.update(block)
                     file.write(block)
-        except OSError as error:
-            raise storage_error(f"{source}: cannot be fetched to {target.parent}", error) from None
-        if digest.hexdigest() != sha256:
+            return digest.hexdigest()
+
+        if outlasting(f"{source}: cannot be fetched to {target.parent}", copy) != sha256:
             partial.unlink()
             raise UserError(
                 f"{source}: is not what {META} says it is (SHA-256 differs): changed or damaged; prepare it again"
             )
         os.replace(partial, target)
-    return target
+
+
+def reserve(partial: Path, size: int, limit: float) -> None:
+    """Makes a file of `size` that holds nothing, so that other processes count it, and removes what must go for that."""
+    root = partial.parent.parent
+    with open(root / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        partial.unlink(missing_ok=True)
+        found = []
+        for folder in os.scandir(root):
+            if folder.is_dir() and re.fullmatch("[0-9a-f]{32}", folder.name):  # the folder may hold what is not ours
+                for file in os.scandir(folder):
+                    with suppress(FileNotFoundError):  # it has just got its name
+                        if file.name.endswith((".bin", ".idx", ".partial")):
+                            found.append((file.stat(), Path(file.path)))
+        found.sort(key=lambda entry: (entry[1].name in _kept.get(entry[1].parent, ()), entry[0].st_mtime_ns))
+        used, free = sum(stat.st_size for stat, _ in found), shutil.disk_usage(root).free
+        over = used + size - min(limit, used + free)
+        for stat, file in found:
+            if over > 0 and _remove(file):
+                over -= stat.st_size
+        with open(partial, "wb") as file:
+            file.truncate(size)
+
+
+def _remove(file: Path) -> bool:
+    """Removes a copy, unless a process is just fetching it."""
+    with open(_lock_file(file), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        file.unlink(missing_ok=True)
+    return True
+
+
+def _lock_file(file: Path) -> Path:
+    return file.with_name(file.name.removesuffix(".partial") + ".lock")

@@ -10,6 +10,8 @@ val-00000.bin ...
 import numpy as np
 import pyarrow.fs
 
+from hrm_lm.filesystem import outlasting, shown
+
 FORMAT_VERSION = 1
 META, TOKENIZER = "meta.json", "tokenizer.json"
 
@@ -20,10 +22,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_file(fs: pyarrow.fs.FileSystem, path: str, content: bytes) -> None:
-    """Writes all or nothing. A file of object storage appears whole by itself; elsewhere that takes a rename."""
+    """Writes all or nothing. A file of object storage appears whole by itself; elsewhere that takes a rename.
+
+    Storage that is away is waited for. Raises UserError where it stays away.
+    """
     renames = isinstance(fs, pyarrow.fs.LocalFileSystem)
     written = path + ".partial" if renames else path
-    with fs.open_output_stream(written) as file:
-        file.write(content)
-    if renames:
-        fs.move(written, path)
+
+    def write() -> None:
+        with fs.open_output_stream(written) as file:
+            file.write(content)
+        if renames:
+            fs.move(written, path)
+
+    outlasting(f"{shown(fs, path)}: cannot be written", write)

@@ -1,5 +1,7 @@
 """Reading a prepared dataset: shards are memory-mapped, so a worker's memory does not grow with the corpus, and the workers
-of a node share a copy in the page cache. On remote storage each node fetches a file once, into `cache_folder()`.
+of a node share a copy in the page cache. On remote storage each node fetches a file once, when it is due or ahead of that
+(`hrm_lm.data.prepared.cache`). Of a dataset that is larger than `data.cache_gb` a node holds some blocks of shards at a time:
+the last, the present and the next, and samples come in an order by blocks (`hrm_lm.data.order.Blocks`).
 """
 
 from __future__ import annotations
@@ -7,42 +9,120 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Set
-from pathlib import Path
+from collections.abc import Iterable, Set
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow.fs
 import torch
 
-from hrm_lm.data.flat import FlatSplit, Shard
-from hrm_lm.data.prepared.cache import cache_folder, fetch
+from hrm_lm.data.flat import FlatSplit
+from hrm_lm.data.order import Blocks, Seed
+from hrm_lm.data.prepared.cache import RemoteFiles, cache_folder
 from hrm_lm.data.prepared.format import FORMAT_VERSION, META, TOKENIZER
 from hrm_lm.data.splits import Limits, Prompt, Split, Splits, too_long
 from hrm_lm.data.tokenizer import tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_bytes, resolve, storage_error, without_secrets
+from hrm_lm.filesystem import outlasting, read_bytes, resolve, without_secrets
+
+
+class MappedShard:
+    """A shard's files, each mapped when it is first read. path: that of the files, less their endings."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @cached_property
+    def tokens(self) -> memoryview:
+        return map_file(f"{self.path}.bin")
+
+    @cached_property
+    def ends(self) -> memoryview:
+        return map_file(f"{self.path}.idx")
+
+    def is_there(self) -> bool:
+        """Whether no file of it that is mapped has been removed since."""
+        files = {"tokens": ".bin", "ends": ".idx"}
+        return all(os.path.exists(self.path + files[part]) for part in files.keys() & vars(self).keys())
 
 
 class PreparedSplit(FlatSplit):
-    """A split of a prepared dataset. `open_file` gives the local path of a file of the dataset."""
+    """A split of a prepared dataset, in a local folder or from `remote`."""
+
+    _shards: dict[int, MappedShard]  # type: ignore[assignment]
+    blocks: Blocks | None = None
+    """The order of a dataset that is larger than the cache."""
+    validation: tuple[str, ...] = ()
+    """The files of the validation split, which are fetched beside those of the training split."""
 
     def __init__(
         self,
         meta: dict[str, Any],
         dtype: np.dtype,
-        open_file: Callable[[str], Path],
+        folder: str,
         shown: str,
+        remote: RemoteFiles | None = None,
         limits: Limits | None = None,
     ):
-        """meta: the split's part of meta.json. shown: the split's name for messages. limits: what is longer is cut."""
-        self.meta, self.open_file, self.shown = meta, open_file, shown
+        """meta: the split's part of meta.json. folder: where its files are, or come to be. shown: the split's name for
+        messages. limits: what is longer is cut.
+        """
+        self.meta, self.folder, self.shown, self.remote = meta, folder, shown, remote
         self.places = lambda i: f"{shown} sample {i + 1}"
+        self._expected: list[tuple[int, int]] | None = None
         super().__init__([shard["samples"] for shard in meta["shards"]], dtype, self._map, limits)
 
-    def _map(self, home: int) -> Shard:
-        name = self.meta["shards"][home]["name"]
-        return Shard(map_file(self.open_file(f"{name}.bin")), map_file(self.open_file(f"{name}.idx")))
+    def _map(self, home: int) -> MappedShard:
+        return MappedShard(f"{self.folder}/{self.meta['shards'][home]['name']}")
+
+    def files(self, homes: Iterable[int] | None = None) -> list[str]:
+        """The files of some shards, or of all: first those that lengths are read from."""
+        names = [shard["name"] for shard in self.meta["shards"]]
+        names = names if homes is None else [names[home] for home in homes]
+        return [f"{name}{suffix}" for suffix in (".idx", ".bin") for name in names]
+
+    def fetch_shards(self, homes: Iterable[int], tokens: bool = True) -> None:
+        if self.remote is None:
+            return
+        parts = {"ends": ".idx"} | ({"tokens": ".bin"} if tokens else {})
+        closed = [(home, part) for home in homes for part in parts if part not in vars(self._shard(home))]
+        if closed:  # a file that is mapped takes room when it is removed, too
+            self._shards = {home: shard for home, shard in self._shards.items() if shard.is_there()}
+        while closed:
+            self.remote.fetch(f"{self.meta['shards'][home]['name']}{parts[part]}" for home, part in closed)
+            still = []
+            for home, part in closed:
+                try:
+                    getattr(self._shard(home), part)
+                except FileNotFoundError:  # another process needed its room
+                    still.append((home, part))
+            closed = still
+
+    def order(self, start: int, stop: int, seed: Seed) -> np.ndarray:
+        return self.blocks.order(start, stop, seed) if self.blocks else super().order(start, stop, seed)
+
+    def expect(self, start: int, stop: int, seed: Seed) -> None:
+        if self.remote is None:
+            return
+        if self.blocks is None:
+            if self._expected is None:
+                self.remote.keep(self.files() + [*self.validation])
+                self.remote.fetch_ahead(self.files() + [*self.validation])
+                self._expected = []
+            return
+        now = self.blocks.around(start, stop, seed)
+        if now == self._expected:
+            return
+        self._expected = now
+        first, last = self.blocks.span(now[0], seed)[0], self.blocks.span(now[-1], seed)[1]
+        (coming,) = self.blocks.around(last, last + 1, seed)
+        # Processes that make batches may still read the block before. Where a window is in two blocks, the first is that.
+        gone = self.blocks.around(first - 1, first, seed) if first and len(now) == 1 else []
+        files = {block: self.files(self.blocks.shards(block, seed)) for block in (*gone, *now, coming)}
+        present = [name for block in now for name in files[block]]
+        self.remote.keep([name for names in files.values() for name in names] + [*self.validation])
+        self.remote.fetch_ahead(dict.fromkeys([*present, *self.validation, *files[coming]]))
 
     def fitted(self, limits: Limits, truncate: bool) -> Split:
         """Knows from meta.json how long the longest sample is, and opens no shard. A prepared prompt is never empty."""
@@ -51,7 +131,9 @@ class PreparedSplit(FlatSplit):
             return self
         if not truncate:
             raise too_long(f"{self.shown}: the longest", longest, limits)
-        return PreparedSplit(self.meta, self.dtype, self.open_file, self.shown, limits)
+        cut = PreparedSplit(self.meta, self.dtype, self.folder, self.shown, self.remote, limits)
+        cut.blocks, cut.validation = self.blocks, self.validation
+        return cut
 
     def prompts(self) -> Set[Prompt]:
         """No prompt: a prepared dataset is taken as it is, and not looked through."""
@@ -61,36 +143,46 @@ class PreparedSplit(FlatSplit):
         return self
 
 
-def map_file(path: Path) -> memoryview:
+def map_file(path: str) -> memoryview:
     """The file's bytes, mapped. PyTorch's mapping keeps no file descriptor, as Python's `mmap` does."""
     size = os.path.getsize(path)
-    return memoryview(torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()) if size else memoryview(b"")
+    try:
+        return memoryview(torch.from_file(path, size=size, dtype=torch.uint8).numpy()) if size else memoryview(b"")
+    except RuntimeError:
+        if os.path.exists(path):
+            raise
+        raise FileNotFoundError(path) from None
 
 
 def is_prepared(location: str) -> bool:
     return "://" in location or os.path.isfile(f"{location}/{META}")
 
 
-def load_prepared(location: str) -> Splits:
-    """A folder or URI as train and validation split. Raises UserError, naming file and reason, where it is not whole."""
+def load_prepared(location: str, cache_gb: float | None = None, sharing: int = 1) -> Splits:
+    """A folder or URI as train and validation split. No shard is read.
+
+    cache_gb: what a node's copies of remote datasets may take. sharing: how many remote datasets of the run share that.
+    Raises UserError, naming file and reason, where the dataset is not whole.
+    """
     fs, path = resolve(location)
     shown = without_secrets(location)
-    try:
-        found = fs.get_file_info(pyarrow.fs.FileSelector(path))
-        sizes = {info.base_name: info.size for info in found}
+
+    def read() -> tuple[dict[str, int], bytes]:
+        sizes = {info.base_name: info.size for info in fs.get_file_info(pyarrow.fs.FileSelector(path))}
         if META not in sizes:
             raise UserError(
                 f"{shown}: no {META} there: not a prepared dataset, or ray_jobs.prepare has not finished it"
             )
-        raw = read_bytes(fs, f"{path}/{META}")
-        meta = _parse(raw, f"{shown}/{META}")
-        for name, (size, _) in meta["files"].items():
-            if sizes.get(name) != size:
-                there = f"has {sizes[name]} bytes" if name in sizes else "is missing"
-                raise UserError(f"{shown}/{name}: {there}, {META} says {size} bytes: torn or changed; prepare it again")
-        text = read_bytes(fs, f"{path}/{TOKENIZER}")
-    except OSError as error:
-        raise storage_error(f"{shown}: cannot be read", error) from None
+        return sizes, read_bytes(fs, f"{path}/{META}")
+
+    what = f"{shown}: cannot be read"
+    sizes, raw = outlasting(what, read)
+    meta = _parse(raw, f"{shown}/{META}")
+    for name, (size, _) in meta["files"].items():
+        if sizes.get(name) != size:
+            there = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+            raise UserError(f"{shown}/{name}: {there}, {META} says {size} bytes: torn or changed; prepare it again")
+    text = outlasting(what, lambda: read_bytes(fs, f"{path}/{TOKENIZER}"))
     if hashlib.sha256(text).hexdigest() != meta["files"][TOKENIZER][1]:
         raise UserError(f"{shown}/{TOKENIZER}: is not the one that {META} was written with; prepare it again")
     try:
@@ -98,17 +190,39 @@ def load_prepared(location: str) -> Splits:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{shown}/{TOKENIZER}: not a tokenizer: {error}") from None
 
-    local = isinstance(fs, pyarrow.fs.LocalFileSystem)
-    cache = cache_folder() / hashlib.sha256(raw).hexdigest()[:32]
-
-    def open_file(name: str) -> Path:
-        return Path(path) / name if local else fetch(fs, f"{path}/{name}", cache / name, *meta["files"][name])
-
-    dtype = np.dtype(meta["dtype"])
+    remote = None
+    if not isinstance(fs, pyarrow.fs.LocalFileSystem):
+        folder, limit = cache_folder() / hashlib.sha256(raw).hexdigest()[:32], cache_gb and cache_gb * 1e9
+        remote = RemoteFiles(fs, path, meta["files"], folder, limit)
+        path = str(folder)
     train, val = (
-        PreparedSplit(meta["splits"][split], dtype, open_file, f"{shown}: {split}") for split in ("train", "val")
+        PreparedSplit(meta["splits"][split], np.dtype(meta["dtype"]), path, f"{shown}: {split}", remote)
+        for split in ("train", "val")
     )
+    if remote:
+        train.validation = tuple(val.files())
+    if remote and cache_gb:
+        train.blocks = _blocks(train, meta["files"], cache_gb * 1e9 / sharing)
     return Splits(train, val, tokenizer)
+
+
+def _blocks(train: PreparedSplit, files: dict[str, tuple[int, str]], share: float) -> Blocks | None:
+    """The order by blocks of a training split that does not fit `share` bytes together with its validation split.
+
+    Four blocks fit. Three are there at a time, and the room of the fourth is for workers that are not quite as far.
+    """
+    names = [shard["name"] for shard in train.meta["shards"]]
+    sizes = np.array([files[f"{name}.idx"][0] + files[f"{name}.bin"][0] for name in names])
+    room = share - sum(files[name][0] for name in train.validation)
+    if sizes.sum() <= room:
+        return None
+    if 4 * sizes.max() > room:
+        least = (share - room + 4 * sizes.max()) / 1e9
+        raise UserError(
+            f"{train.shown}: its part of data.cache_gb is {share / 1e9:.3g} GB; it needs {least:.3g} GB for the "
+            " validation split and four shards: raise that, or prepare it with a lower --shard_mb"
+        )
+    return Blocks(np.diff(train.starts), sizes, room / 4)
 
 
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
