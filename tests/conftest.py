@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hrm_lm.cluster import lock
 from hrm_lm.config import Config, load_config
 from hrm_lm.data.collate import pad
 from hrm_lm.data.loading import train_batches
@@ -257,6 +258,7 @@ def bucket(tmp_path_factory):
     uri.fs.delete_dir_contents("bucket")  # moto keeps what an earlier server of this process held
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HRM_LM_CACHE", str(tmp_path_factory.mktemp("bucket") / "cache"))
+        patch.setattr(lock, "SETTLE_S", 0.01)
         yield uri
     server.stop()
 

@@ -2,14 +2,16 @@
 
 import errno
 import fcntl
+import json
 import os
 import socket
 from contextlib import suppress
+from queue import Queue
 
 import pytest
 from conftest import small_config
 
-from hrm_lm.cluster import run_folder, start
+from hrm_lm.cluster import lock, run_folder, start
 from hrm_lm.cluster.run import checked_dataset, run
 from hrm_lm.cluster.run_folder import RunFolder, outliving
 from hrm_lm.config import load_config
@@ -84,6 +86,49 @@ def test_a_folder_that_cannot_be_locked_is_told_as_such(in_folder, monkeypatch):
     ):
         with RunFolder("runs", "r").lock():
             pass
+
+
+def test_in_object_storage_a_second_run_is_refused_as_soon_as_the_first_renews_its_lease(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    with RunFolder(bucket("renewed"), "r").lock():
+        with pytest.raises(
+            UserError, match=f"run 'r' is being trained by process {os.getpid()} on host .*; wait for it"
+        ):
+            with RunFolder(bucket("renewed"), "r").lock():
+                pytest.fail("two runs of a name")
+    assert f"waiting up to 30 s for the lease of process {os.getpid()} on host" in capsys.readouterr().err
+    assert not RunFolder(bucket("renewed"), "r").exists(".lock"), "the end of a run releases its name at once"
+
+
+def test_a_lease_in_object_storage_that_a_killed_run_left_is_taken_over(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "LEASE_S", 0.5)
+    folder = RunFolder(bucket("left"), "r")
+    folder.write(".lock", json.dumps({"id": "x", "process": 77, "host": "far", "renewed": 9}))
+    with folder.lock():
+        assert json.loads(folder.read(".lock"))["process"] == os.getpid()
+    assert "waiting up to 0.5 s for the lease of process 77 on host far to expire" in capsys.readouterr().err
+
+
+def test_of_two_runs_that_start_at_once_in_object_storage_the_last_to_write_its_lease_trains(bucket, monkeypatch):
+    folder = RunFolder(bucket("at_once"), "r")
+    other = json.dumps({"id": "x", "process": 77, "host": "far", "renewed": 0})
+    monkeypatch.setattr(lock.time, "sleep", lambda _: folder.write(".lock", other))  # while this run lets it settle
+    with pytest.raises(UserError, match="run 'r' is being trained by process 77 on host far"):
+        with folder.lock():
+            pytest.fail("two runs of a name")
+    assert folder.read(".lock") == other, "the other run's lease stays"
+
+
+def test_a_run_whose_lease_was_taken_over_ends_and_says_so(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "RENEW_S", 0.05)
+    codes = Queue()
+    monkeypatch.setattr(lock.os, "_exit", codes.put)
+    folder = RunFolder(bucket("lost"), "r")
+    with folder.lock():
+        folder.write(".lock", json.dumps({"id": "x", "process": 77, "host": "far", "renewed": 0}))
+        assert codes.get() == 1
+    assert "run 'r' is being trained by process 77 on host far: this command was held up" in capsys.readouterr().err
+    assert json.loads(folder.read(".lock"))["process"] == 77
 
 
 # --- object storage ----------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         # A sweep that resumes had room when it started: it waits until the room is there again.
         at_once = trials_at_once(sweep, resources, wait=resume or sweep.config.ray.wait_for_nodes)
         search = search_algorithm(sweep, at_once)
-        with folder.lock():  # the last check: from here on files are written
+        with folder.lock("sweep"):  # the last check: from here on files are written
             folder.write("sweep.yaml", written)
             goes_on = resume and has_trials(folder.fs, f"{folder.path}/{EXPERIMENT}")
             if resume and not goes_on:
