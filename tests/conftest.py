@@ -242,6 +242,10 @@ def held_by_ray() -> dict[str, float]:
     }
 
 
+KEYS = "AKIAPLANTEDKEY:topsecret"
+"""What must not be found in any file, log or message of a command that was given it."""
+
+
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """`bucket(path)` is the URI of a path in a bucket that a file's tests share; `bucket.fs` its file system."""
@@ -251,7 +255,7 @@ def bucket(tmp_path_factory):
     host, port = server.get_host_and_port()
 
     def uri(path):
-        return f"s3://key:secret@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
+        return f"s3://{KEYS}@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
 
     uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
     uri.fs.create_dir("bucket")

@@ -47,7 +47,7 @@ def locked(fs: pyarrow.fs.FileSystem, folder: str, doing: str, name_flag: str, p
     path = f"{folder}/{LOCK}"
     try:
         fs.create_dir(folder, recursive=True)
-        local = open(path, "a+") if isinstance(fs, pyarrow.fs.LocalFileSystem) else None
+        local = open(path, "a+") if isinstance(fs, pyarrow.fs.LocalFileSystem) else None  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{shown(fs, folder)}: cannot be written: {reason(error)}") from None
     with _file_lock(local, doing, name_flag, place_flag) if local else _lease(fs, path, doing, name_flag):

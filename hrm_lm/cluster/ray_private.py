@@ -2,6 +2,7 @@
 importing Ray. Look at both first when Ray is updated.
 """
 
+import copyreg
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,27 @@ def quiet_reports() -> None:
     from ray.train.v2._internal.execution import context
 
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
+
+
+@contextmanager
+def files_without_keys(fs: pyarrow.fs.FileSystem) -> Iterator[None]:
+    """What this process pickles meanwhile holds no file system of the class of `fs`, unless Ray pickles it for another
+    process.
+
+    Tune pickles its storage, keys included, into several files. When it restores them, it takes the storage that
+    `Tuner.restore` gets.
+    """
+    from ray._private.worker import global_worker
+
+    def reduced(fs: pyarrow.fs.FileSystem) -> Any:
+        sent = global_worker.get_serialization_context().is_in_band_serialization()
+        return fs.__reduce__() if sent else (pyarrow.fs.LocalFileSystem, ())
+
+    copyreg.pickle(type(fs), reduced)
+    try:
+        yield
+    finally:
+        del copyreg.dispatch_table[type(fs)]
 
 
 def progress_bar(steps: int) -> Any:
