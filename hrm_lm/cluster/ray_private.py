@@ -2,7 +2,6 @@
 importing Ray. Look at both first when Ray is updated.
 """
 
-import copyreg
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,16 +53,17 @@ def files_without_keys(fs: pyarrow.fs.FileSystem) -> Iterator[None]:
     `Tuner.restore` gets.
     """
     from ray._private.worker import global_worker
+    from ray.cloudpickle import CloudPickler
 
     def reduced(fs: pyarrow.fs.FileSystem) -> Any:
         sent = global_worker.get_serialization_context().is_in_band_serialization()
         return fs.__reduce__() if sent else (pyarrow.fs.LocalFileSystem, ())
 
-    copyreg.pickle(type(fs), reduced)
+    CloudPickler.dispatch_table[type(fs)] = reduced  # copyreg's table would count for `copy.deepcopy`, too
     try:
         yield
     finally:
-        del copyreg.dispatch_table[type(fs)]
+        del CloudPickler.dispatch_table[type(fs)]
 
 
 def progress_bar(steps: int) -> Any:
