@@ -89,7 +89,8 @@ def _lease(fs: pyarrow.fs.FileSystem, path: str, doing: str, name_flag: str) -> 
 
     def write() -> None:
         with fs.open_output_stream(path, compression=None) as stream:
-            stream.write(json.dumps(own).encode())
+            # Always as long: pyarrow asks for the size and then for the bytes, and the file may change in between.
+            stream.write(json.dumps(own).ljust(512).encode())
 
     def is_own(found: dict[str, Any] | None) -> bool:
         return found is not None and found.get("id") == own["id"]
