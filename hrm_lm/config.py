@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_text, resolve, without_secrets
+from hrm_lm.filesystem import read_text, resolve, without_keys, without_secrets
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -502,7 +502,8 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        """For a file, so URIs lose their keys: whoever uses the file has keys of their own."""
+        return yaml.safe_dump(without_keys(self.to_dict()), sort_keys=False)
 
 
 class Layer(NamedTuple):
@@ -562,7 +563,7 @@ def with_bases(values: dict[str, Any], place: str) -> list[Layer]:
         if base is None:
             return layers
         if not isinstance(base, str):
-            raise UserError(f"{' -> '.join(way)}: base must be the path or URI of a config, not {base!r}")
+            raise UserError(f"{' -> '.join(way)}: base must be the path or URI of a config, not {without_keys(base)!r}")
         place = _beside(place, base)
         way.append(without_secrets(place))
         if _identity(place) in seen:
@@ -619,7 +620,7 @@ def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{shown}: not valid YAML: {without_secrets(' '.join(str(error).split()))}") from None
     if not isinstance(raw or {}, dict):
         raise UserError(f"{shown}: must be a mapping of sections (model, optim, train, data, ray)")
     return raw or {}
@@ -644,11 +645,11 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         if not equals or not dotted:
-            raise UserError(f"--set {assignment}: expected PATH=VALUE, such as model.hrm.h_cycles=4")
+            raise UserError(f"--set {without_secrets(assignment)}: expected PATH=VALUE, such as model.hrm.h_cycles=4")
         try:
             overrides[dotted.strip()] = yaml.load(text, YamlLoader)
         except yaml.YAMLError:
-            raise UserError(f"--set {assignment}: the value is not valid YAML") from None
+            raise UserError(f"--set {without_secrets(assignment)}: the value is not valid YAML") from None
     return overrides
 
 
@@ -706,4 +707,4 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
         known = lines.get(dotted)
         got = f" (got {item['input']!r})" if item["type"] != "extra_forbidden" else ""
         lines[dotted] = f"{known.removesuffix(got)} or {message}{got}" if known else message + got
-    return [": ".join(filter(None, line)) for line in lines.items()]
+    return [without_secrets(": ".join(filter(None, line))) for line in lines.items()]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow.fs
 
@@ -41,14 +41,53 @@ def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
     except OSError as error:  # a bucket's region is asked for over the network
         raise storage_error(without_secrets(location), error) from None
     except pyarrow.ArrowException as error:
-        raise UserError(f"{without_secrets(location)}: {one_line(error)}") from None
+        raise UserError(without_secrets(f"{location}: {one_line(error)}")) from None
     return fs, path.rstrip("/")
 
 
-def without_secrets(location: str) -> str:
-    """A folder or URI for messages: a URI may carry keys and options, which are nobody's business."""
-    scheme, separator, rest = location.rpartition("://")
-    return scheme + separator + rest.partition("?")[0].rpartition("@")[2] if separator else location
+KEYS = re.compile(r"(?<=://)(?:[^/?\s]*|[^/?:\s]*:\S*)@")
+"""What stands before the host of a URI. With a slash or a question mark in a key the URI is invalid, and the key is still
+not for everybody's eyes.
+"""
+OPTIONS = re.compile(r"(://[^?]*)\?[^\s'\"]*")
+PUBLIC_OPTIONS = {
+    *(
+        "region",
+        "scheme",
+        "endpoint_override",
+        "allow_bucket_creation",
+        "allow_bucket_deletion",
+        "tls_verify_certificates",
+    ),
+    *("project_id", "retry_limit_seconds", "replication", "blob_storage_authority", "dfs_storage_authority"),
+    *("blob_storage_scheme", "dfs_storage_scheme", "enable_tls", "credential_kind", "tenant_id", "client_id"),
+}
+"""Options of a URI that say where the storage is and how to talk to it. Any other option may be a secret."""
+
+
+def without_secrets(text: str) -> str:
+    """A folder or URI for messages, or a message: URIs may carry keys and options, which are nobody's business."""
+    return OPTIONS.sub(r"\1", KEYS.sub("", text))
+
+
+def without_keys(value: Any) -> Any:
+    """A config's values, nested or not, for files. A URI loses its keys and keeps PUBLIC_OPTIONS: it leads to the same
+    place, for whoever has keys.
+    """
+    if isinstance(value, dict):
+        return {key: without_keys(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_keys(inner) for inner in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+
+    def user(keys: re.Match[str]) -> str:
+        name = keys[0].removesuffix("@").partition(":")[0]
+        return f"{name}@" if name and not value.startswith("s3:") else ""  # of Azure, it is an account or a container
+
+    place, _, options = KEYS.sub(user, value, count=1).partition("?")
+    public = [item for item in options.split("&") if item.partition("=")[0] in PUBLIC_OPTIONS and "@" not in item]
+    return place + ("?" + "&".join(public) if public else "")
 
 
 def shown(fs: pyarrow.fs.FileSystem, path: str) -> str:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hrm_lm.cluster import lock
 from hrm_lm.config import Config, load_config
 from hrm_lm.data.collate import pad
 from hrm_lm.data.loading import train_batches
@@ -335,6 +336,10 @@ def held_by_ray() -> dict[str, float]:
     }
 
 
+KEYS = "AKIAPLANTEDKEY:topsecret"
+"""What must not be found in any file, log or message of a command that was given it."""
+
+
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """`bucket(path)` is the URI of a path in a bucket that a file's tests share; `bucket.fs` its file system."""
@@ -344,13 +349,14 @@ def bucket(tmp_path_factory):
     host, port = server.get_host_and_port()
 
     def uri(path):
-        return f"s3://key:secret@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
+        return f"s3://{KEYS}@bucket/{path}?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
 
     uri.fs, _ = pyarrow.fs.FileSystem.from_uri(uri("x"))
     uri.fs.create_dir("bucket")
     uri.fs.delete_dir_contents("bucket")  # moto keeps what an earlier server of this process held
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HRM_LM_CACHE", str(tmp_path_factory.mktemp("bucket") / "cache"))
+        patch.setattr(lock, "SETTLE_S", 0.01)
         yield uri
     server.stop()
 

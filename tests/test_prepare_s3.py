@@ -1,18 +1,26 @@
 """Object storage from end to end: input, prepared dataset and checkpoints in S3, as `moto` serves it."""
 
+import base64
 import io
 import json
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from conftest import small_config, sums, write_prepared
+import ray
+import yaml
+from conftest import KEYS, small_config, sums, write_prepared
 
 from hrm_lm.cluster.run import check_resume, run
 from hrm_lm.cluster.run_folder import RunFolder
+from hrm_lm.commands.evaluate import main as evaluate
+from hrm_lm.commands.export import main as export
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.prepare import main as prepare
+from hrm_lm.commands.train import main as train
+from hrm_lm.commands.tune import main as tune
 from hrm_lm.data.prepared.cache import cache_folder
 from hrm_lm.data.prepared.format import write_file
 from hrm_lm.data.registry import load_dataset
@@ -180,3 +188,41 @@ def test_a_hugging_face_tokenizer_is_read_from_object_storage_with_what_is_besid
     with pytest.raises(UserError, match="^--tokenizer: s3://bucket/nothing cannot be read: ") as error:
         resolve_tokenizer(bucket("nothing"), "--tokenizer")
     assert "secret" not in str(error.value)
+
+
+def traces(secret: str, *folders) -> list[str]:
+    """The files that hold the secret, as text or in one of the ways in which pickles are written."""
+    raw = secret.encode()
+    encodings = [raw, raw.hex().encode(), *(base64.b64encode(b"." * i + raw)[4:-4] for i in range(3))]
+    files = [file for folder in folders for file in Path(folder).rglob("*") if file.is_file()]
+    return [f"{file}: {way!r}" for file in files for way in encodings if way in file.read_bytes()]
+
+
+def test_keys_in_a_uri_reach_no_file_and_no_message(trained, command, bucket, in_folder):
+    fields, _, err = trained
+    said = [err]
+    config = small_config(**fields | {"train__checkpoint_every": 2, "ray__run_name": None})
+    sweep = {"base": config.to_dict(), "search_space": {"optim.lr": {"choice": [0.001]}}, "tune": {"num_samples": 1}}
+    (in_folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    for main, *arguments in (
+        (tune, "--config", "sweep.yaml", "--run_name", "sweep"),
+        (tune, "--config", "sweep.yaml", "--run_name", "sweep", "--resume"),
+        (evaluate, "--checkpoint", bucket("runs/r/checkpoint_00000006"), "--dataset", bucket("out")),
+        (export, "--checkpoint", bucket("runs/r/checkpoint_00000006"), "--output", in_folder / "exported"),
+        (train, "--config", bucket("runs/r/config.yaml"), "--dataset", bucket("out"), "--dry_run", 1),
+        (train, "--config", "sweep.yaml", "--dataset", bucket("out")),  # from here on refused, and the reason told
+        (train, "--dataset", bucket("nothing there")),
+        (train, "--dataset", bucket("out").replace("topsecret", "top/secret")),
+        (train, "--set", bucket("out")),
+    ):
+        code, out, err = command(main, *arguments)
+        assert code in (0, 2), err
+        said += [out, err]
+    (in_folder / "sweep.yaml").unlink()
+    here = pyarrow.fs.LocalFileSystem()
+    pyarrow.fs.copy_files("bucket", str(in_folder / "bucket"), source_filesystem=bucket.fs, destination_filesystem=here)
+    logs = ray._private.worker.global_worker.node.get_logs_dir_path()
+    for secret in KEYS.split(":"):
+        lines = "".join(said).replace("top/secret", "topsecret").splitlines()
+        assert [line for line in lines if secret in line] == []
+        assert traces(secret, in_folder, cache_folder(), logs) == []

@@ -255,7 +255,7 @@ def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such_at_once(clust
 
 
 @pytest.mark.slow
-def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(tmp_path):
+def test_a_job_whose_submitter_is_killed_trains_to_its_end_and_generate_finds_its_checkpoint(tmp_path):
     """The real thing: `ray start --head`, `ray job submit`, `generate` from another folder."""
     home = tmp_path / "home"
     home.mkdir()
@@ -280,12 +280,20 @@ def test_a_job_submitted_to_a_cluster_trains_and_generate_finds_its_checkpoint(t
         submitted = tmp_path / "submitted"
         submitted.mkdir()
         (submitted / "c.yaml").write_text(small_config(train__val_every=6, train__log_every=3).to_yaml())
-        job = shell(
-            "ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--",
-            sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml", cwd=submitted,
+        jobs = "--address", f"http://127.0.0.1:{dashboard}"
+        submitter = subprocess.Popen(
+            ["ray", "job", "submit", *jobs, "--submission-id", "mine", "--working-dir", ".", "--",
+            sys.executable, "-m", "ray_jobs.train", "--config", "c.yaml"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=submitted,
         )  # fmt: skip
-        log = job.stdout + job.stderr
-        assert job.returncode == 0, log
+        for line in submitter.stdout:
+            if "run 'hrm-" in line:  # the job's own words
+                break
+        submitter.kill()
+        assert "finished" not in submitter.communicate()[0], "the job was over before its submitter was killed"
+        wait_until(lambda: "RUNNING" not in shell("ray", "job", "status", *jobs, "mine").stdout)
+        log = shell("ray", "job", "logs", *jobs, "mine").stdout
+        assert "succeeded" in shell("ray", "job", "status", *jobs, "mine").stdout, log
         assert "step 3/12" in log and "finished at step 12" in log and str(home / "hrm_lm_runs") in log
         asked = shell(sys.executable, "-m", "hrm_lm.inference.generate", "--prompt", "What is 1 + 2?", cwd=tmp_path)
         assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 1, asked.stderr

@@ -2,19 +2,22 @@
 
 import errno
 import fcntl
+import json
 import os
 import socket
 from contextlib import suppress
+from queue import Queue
 
 import pytest
-from conftest import small_config
+from conftest import small_config, wait_until
 
-from hrm_lm.cluster import run_folder, start
+from hrm_lm.cluster import lock, run_folder, start
 from hrm_lm.cluster.run import checked_dataset, run
 from hrm_lm.cluster.run_folder import RunFolder, outliving
 from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
-from hrm_lm.filesystem import local_copy
+from hrm_lm.filesystem import local_copy, without_keys, without_secrets
+from hrm_lm.training.checkpoint import obstacles
 from hrm_lm.tuning.space import Sweep
 
 
@@ -86,6 +89,50 @@ def test_a_folder_that_cannot_be_locked_is_told_as_such(in_folder, monkeypatch):
             pass
 
 
+def test_in_object_storage_a_second_run_is_refused_as_soon_as_the_first_renews_its_lease(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    with RunFolder(bucket("renewed"), "r").lock():
+        with pytest.raises(
+            UserError, match=f"run 'r' is being trained by process {os.getpid()} on host .*; wait for it"
+        ):
+            with RunFolder(bucket("renewed"), "r").lock():
+                pytest.fail("two runs of a name")
+    assert f"waiting up to 30 s for the lease of process {os.getpid()} on host" in capsys.readouterr().err
+    assert not RunFolder(bucket("renewed"), "r").exists(".lock"), "the end of a run releases its name at once"
+
+
+def test_a_lease_in_object_storage_that_a_killed_run_left_is_taken_over(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "LEASE_S", 0.5)
+    folder = RunFolder(bucket("left"), "r")
+    folder.write(".lock", json.dumps({"id": "x", "process": 77, "host": "far", "renewed": 9}))
+    with folder.lock():
+        assert json.loads(folder.read(".lock"))["process"] == os.getpid()
+    assert "waiting up to 0.5 s for the lease of process 77 on host far to expire" in capsys.readouterr().err
+
+
+def test_of_two_runs_that_start_at_once_in_object_storage_the_last_to_write_its_lease_trains(bucket, monkeypatch):
+    folder = RunFolder(bucket("at_once"), "r")
+    other = json.dumps({"id": "x", "process": 77, "host": "far", "renewed": 0})
+    monkeypatch.setattr(lock.time, "sleep", lambda _: folder.write(".lock", other))  # while this run lets it settle
+    with pytest.raises(UserError, match="run 'r' is being trained by process 77 on host far"):
+        with folder.lock():
+            pytest.fail("two runs of a name")
+    assert folder.read(".lock") == other, "the other run's lease stays"
+
+
+def test_a_run_whose_lease_was_taken_over_ends_and_says_so(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "RENEW_S", 0.05)
+    codes = Queue()
+    monkeypatch.setattr(lock.os, "_exit", codes.put)
+    folder = RunFolder(bucket("lost"), "r")
+    with folder.lock():
+        lease = json.dumps({"id": "x", "process": 77, "host": "far", "renewed": 0}).ljust(512)
+        wait_until(lambda: folder.write(".lock", lease) or not codes.empty())  # the run may renew its own just then
+    assert codes.get() == 1
+    assert "run 'r' is being trained by process 77 on host far: this command was held up" in capsys.readouterr().err
+    assert json.loads(folder.read(".lock"))["process"] == 77
+
+
 # --- object storage ----------------------------------------------------------------------------------------------
 
 
@@ -113,6 +160,31 @@ def test_what_a_user_reads_of_a_run_in_object_storage_is_a_uri_without_secrets(b
     with pytest.raises(UserError, match="^s3://bucket/nothing: no such folder"):
         with local_copy(bucket("nothing")):
             pass
+
+
+@pytest.mark.parametrize(
+    ("uri", "in_messages", "in_files"),
+    [
+        ("s3://K:S@b/x@y?region=r&sas=z", "s3://b/x@y", "s3://b/x@y?region=r"),
+        ("s3://K:S@b/x?endpoint_override=http://h:1", "s3://b/x", "s3://b/x?endpoint_override=http://h:1"),
+        ("s3://K:S/with@slash@b/x", "s3://b/x", "s3://b/x"),
+        ("s3://K:S?mark@b/x", "s3://b/x", "s3://b/x"),
+        ("abfs://box:S@account/x?client_secret=S", "abfs://account/x", "abfs://box@account/x"),
+        ("hdfs://host:9000/x", "hdfs://host:9000/x", "hdfs://host:9000/x"),
+        ("s3://b/x?region=r", "s3://b/x", "s3://b/x?region=r"),
+        ("runs/K:S@b?c", "runs/K:S@b?c", "runs/K:S@b?c"),
+    ],
+)
+def test_a_uri_loses_its_keys_and_stays_where_it_was(uri, in_messages, in_files):
+    assert without_secrets(uri) == in_messages
+    assert without_keys({"a": [uri, 1]}) == {"a": [in_files, 1]}
+    assert without_secrets(f"{uri!r}: no such file, {uri}") == f"{in_messages!r}: no such file, {in_messages}"
+
+
+def test_a_run_goes_on_with_other_keys():
+    old, new = (small_config(data__dataset=f"s3://{keys}bucket/d?region=r") for keys in ("", "K:S@"))
+    assert obstacles(old, new) == {} and new.to_yaml() == old.to_yaml()
+    assert obstacles(old, small_config(data__dataset="s3://bucket/other?region=r"))
 
 
 # --- starting Ray ------------------------------------------------------------------------------------------------

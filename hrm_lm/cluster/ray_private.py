@@ -76,6 +76,28 @@ def fail_worker(error: Exception) -> None:
     get_train_context().execution_context.training_thread_runner.get_exception_queue().put(raised)
 
 
+@contextmanager
+def files_without_keys(fs: pyarrow.fs.FileSystem) -> Iterator[None]:
+    """What this process pickles meanwhile holds no file system of the class of `fs`, unless Ray pickles it for another
+    process.
+
+    Tune pickles its storage, keys included, into several files. When it restores them, it takes the storage that
+    `Tuner.restore` gets.
+    """
+    from ray._private.worker import global_worker
+    from ray.cloudpickle import CloudPickler
+
+    def reduced(fs: pyarrow.fs.FileSystem) -> Any:
+        sent = global_worker.get_serialization_context().is_in_band_serialization()
+        return fs.__reduce__() if sent else (pyarrow.fs.LocalFileSystem, ())
+
+    CloudPickler.dispatch_table[type(fs)] = reduced  # copyreg's table would count for `copy.deepcopy`, too
+    try:
+        yield
+    finally:
+        del CloudPickler.dispatch_table[type(fs)]
+
+
 def progress_bar(steps: int) -> Any:
     """A progress bar that the driver draws, wherever the worker is: no public API does that."""
     from ray.experimental.tqdm_ray import tqdm

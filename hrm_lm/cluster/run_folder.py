@@ -4,19 +4,17 @@ The default is `runs/` beside where the command was given. Under `ray job submit
 there it is `~/hrm_lm_runs` of the cluster, which outlives the job.
 """
 
-import errno
-import fcntl
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal
 
 import pyarrow.fs
 
+from hrm_lm.cluster.lock import locked
 from hrm_lm.cluster.ray_private import SNAPSHOT
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
@@ -114,36 +112,10 @@ class RunFolder:
 
         return sorted(kept, key=rank), result.checkpoint.path if result.checkpoint else None
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps a second run of this name away for as long as this process lives (local storage only)."""
-        if not self.is_local:
-            yield
-            return
-        self.write(".lock", "") if not self.exists(".lock") else None
-        with open(f"{self.path}/.lock", "r+") as file:
-            _lock_or_refuse(file, self)
-            yield
-
-
-def _lock_or_refuse(file: IO[str], folder: RunFolder) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            holder = file.read().strip() or "?"
-            message = (
-                f"run {folder.name!r} is being trained by process {holder}; wait for it, or give another --run_name"
-            )
-        else:
-            message = (
-                f"{folder.uri}: the run's folder cannot be locked against a second run: {reason(error)}\n"
-                "give --save_dir a folder on a file system with file locks, or a URI"
-            )
-        raise UserError(message) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    def lock(self, kind: Literal["run", "sweep"] = "run") -> AbstractContextManager[None]:
+        """Keeps a second command of this name away (`hrm_lm.cluster.lock`). kind: what the name is of."""
+        doing = f"{kind} {self.name!r} is being trained"
+        return locked(self.fs, self.path, doing, name_flag="--run_name", place_flag="--save_dir")
 
 
 def newest_run(locations: list[str]) -> RunFolder:

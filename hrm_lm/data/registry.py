@@ -14,12 +14,12 @@ from pathlib import Path
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.jsonl import build_jsonl_dataset
 from hrm_lm.data.mixture import mix
-from hrm_lm.data.prepared.format import TOKENIZER
 from hrm_lm.data.prepared.reader import is_prepared, load_prepared
 from hrm_lm.data.splits import Capped, Limits, Split, Splits, Subset
 from hrm_lm.data.text import TextSplit, text_splits  # for a user's function
 from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, resolve_tokenizer, same_tokens, tokenizer_from_json
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import without_secrets
 
 __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
 
@@ -37,10 +37,11 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int, sharing: int
     """
     if config.mixture:
         return load_mixture(config, model, seed)
-    name, splits = config.dataset, named_dataset(config, seed, sharing)
+    name, splits = without_secrets(config.dataset or ""), named_dataset(config, seed, sharing)
     named = resolve_tokenizer(config.tokenizer) if config.tokenizer and config.tokenizer != CHARACTERS else None
+    source = without_secrets(config.tokenizer or "")
     if named and not same_tokens(splits.tokenizer, named):
-        raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({config.tokenizer})")
+        raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({source})")
     if config.tokenizer == CHARACTERS and not isinstance(splits.tokenizer, SimpleTokenizer):
         raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({CHARACTERS})")
     limits = Limits(model.max_prompt_len, model.max_response_len)
@@ -102,7 +103,7 @@ def load_mixture(config: DataConfig, model: ModelConfig, seed: int) -> Splits:
         )
     mixture = dict(sorted(config.mixture.items()))  # the order in the config does not count
     ready = next((member.dataset for member in mixture.values() if is_prepared(member.dataset)), None)
-    tokenizer = config.tokenizer or (f"{ready}/{TOKENIZER}" if ready else "bytes")
+    tokenizer = config.tokenizer or ready or "bytes"
     remote = max(sum("://" in member.dataset for member in mixture.values()), 1)
     members = {}
     for name, member in mixture.items():

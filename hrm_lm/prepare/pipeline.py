@@ -27,11 +27,13 @@ from typing import Any
 import numpy as np
 import pyarrow.fs
 
+from hrm_lm.cluster.lock import locked
 from hrm_lm.data.prepared.format import META, write_file
 from hrm_lm.data.prepared.writer import write_meta
+from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_secrets
-from hrm_lm.prepare.reading import find_files, parse_mapping, plan_parts
+from hrm_lm.prepare.reading import Piece, find_files, parse_mapping, plan_parts
 from hrm_lm.prepare.report import describe, merge_drops
 from hrm_lm.prepare.tasks import WORK, Job, Settings, find_duplicates, survey, write_shard
 from hrm_lm.prepare.tokenizer import corpus_tokenizer, fixed_tokenizer
@@ -48,8 +50,6 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     strict: the first fault of the input is an error. After a kill, the same call finishes what is left.
     Raises UserError where the input, the output or the settings cannot be used.
     """
-    from hrm_lm.cluster.start import started_ray  # it needs PyTorch; the tasks, which import this file, do not
-
     for flag in ("prompt_field", "response_field"):
         parse_mapping(f"--{flag}", getattr(settings, flag))
     fixed = fixed_tokenizer(settings)
@@ -68,11 +68,29 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
         "tokenizer": fixed and hashlib.sha256(fixed.to_json().encode()).hexdigest(),
     }
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    if finished(job, output, fingerprint):
-        return job.read_json("report.json")
+    if not finished(job, output, fingerprint):
+        with locked(fs, job.folder, f"--output {without_secrets(output)} is being written", "--output", "--output"):
+            if not finished(job, output, fingerprint):  # by the command that held the lock
+                together = max(READ_TOGETHER // shard_bytes, 1)
+                write_dataset(job, files, fixed, fingerprint, together)
+    # It may have been left by a run that was killed here.
+    outlasting(f"--output {without_secrets(output)}: cannot be used", lambda: remove(job))
+    return job.read_json("report.json")
 
+
+def write_dataset(
+    job: Job, files: list[tuple[Piece, int]], fixed: Tokenizer | None, fingerprint: str, together: int
+) -> None:
+    """Runs the three steps and writes the dataset's description. Raises UserError as `prepare` does.
+
+    files: the input with times of modification. fixed: the tokenizer that does not depend on the corpus.
+    fingerprint: what `finished` looks for. together: how many parts a task of Ray reads.
+    """
+    from hrm_lm.cluster.start import started_ray  # it needs PyTorch; the tasks, which import this file, do not
+
+    settings, parts, fs, path = job.settings, job.parts, job.fs, job.output
+    sizes = [file.num_bytes for file, _ in files]
     with started_ray():
-        together = max(READ_TOGETHER // shard_bytes, 1)
         surveyed = run_step(job, "survey", "reading", range(len(parts)), survey, together)
         groups = np.array([result["groups"] for result in surveyed])
         reasons = merge_drops(job, surveyed, surveyed)
@@ -111,8 +129,6 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     write_file(fs, f"{path}/report.json", json.dumps(report, indent=1).encode())
     fields = {"prompt": settings.prompt_field, "response": settings.response_field}
     write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint)
-    outlasting(f"--output {without_secrets(output)}: cannot be used", lambda: remove(job))
-    return report
 
 
 def remove(job: Job) -> None:
@@ -138,8 +154,6 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
                 raise UserError(
                     f"--output {location}: holds a dataset of other input or settings; give another --output"
                 )
-            if WORK in there:  # a run was killed while it deleted the folder
-                retrying(what, lambda: remove(job))
             return True
         if WORK in there:
             with suppress(FileNotFoundError):  # a run was killed before it wrote the plan

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from hrm_lm.config import Config, flatten, parse_config
 from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
 from hrm_lm.errors import DamagedCheckpoint, UserError
-from hrm_lm.filesystem import one_line, read_bytes, retrying, shown, storage_error
+from hrm_lm.filesystem import one_line, read_bytes, retrying, shown, storage_error, without_keys
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.training.checkpoint_files import (
@@ -353,8 +353,11 @@ def whole_checkpoint(folder: Path, device: torch.device, world_size: int) -> Che
 
 
 def differences(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted path -> (saved value, present value) of all fields that differ, without those that say where to run."""
-    before, after = flatten(saved.to_dict()), flatten(now.to_dict())
+    """Dotted path -> (saved value, present value) of all fields that differ, without those that say where to run.
+
+    URIs are compared without their keys, which a checkpoint does not hold.
+    """
+    before, after = (flatten(without_keys(config.to_dict())) for config in (saved, now))
     paths = [path for path in before | after if not path.startswith("ray.")]
     return {path: (before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)}
 

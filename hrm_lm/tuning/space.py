@@ -27,7 +27,7 @@ from hrm_lm.config import (
     with_bases,
 )
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import without_secrets
+from hrm_lm.filesystem import without_keys, without_secrets
 
 # distribution -> how many numbers it takes; None: any number of any values
 DISTRIBUTIONS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "choice": None, "grid": None}
@@ -112,6 +112,11 @@ class Sweep:
         for dotted, (kind, values) in self.space.items():
             if dotted.startswith("ray."):
                 raise UserError(f"{self.path}: search_space: {dotted}: the ray section is the same for all trials")
+            if secret := next((value for value in values if without_keys(value) != value), None):
+                raise UserError(
+                    f"{self.path}: search_space: {dotted}: Tune writes options into files, and {without_keys(secret)} "
+                    "has keys; give them to every node in its environment (AWS_ACCESS_KEY_ID, say)"
+                )
             ends = values if DISTRIBUTIONS[kind] is None else [values[0], values[1] - (kind == "randint")]
             for value in ends:
                 try:

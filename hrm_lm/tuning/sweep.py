@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hrm_lm.cluster.capacity import UNKNOWN_GROWTH, cluster_nodes, wants_gpus, workers_that_fit
-from hrm_lm.cluster.ray_private import has_trials
+from hrm_lm.cluster.ray_private import files_without_keys, has_trials
 from hrm_lm.cluster.run import checked_dataset
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.filesystem import without_keys
 from hrm_lm.training.validation import metric_names
 from hrm_lm.tuning.results import Trial, best_trial, read_trials, write_results
 from hrm_lm.tuning.space import Sweep
@@ -33,13 +34,13 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
     splits = checked_dataset(config)
     if tune_config.metric not in (reported := metric_names(splits)):
         raise UserError(f"tune.metric: trials report no {tune_config.metric!r}, but {', '.join(reported)}")
-    written = yaml.safe_dump(sweep.to_dict(), sort_keys=False)
+    written = without_keys(sweep.to_dict())
     if folder.exists("sweep.yaml"):
         if not resume:
             raise UserError(
                 f"sweep {folder.name!r} is already in {folder.uri}; --resume continues it, --run_name makes another"
             )
-        if folder.read("sweep.yaml") != written:
+        if without_keys(yaml.safe_load(folder.read("sweep.yaml"))) != written:
             raise UserError(
                 f"sweep {folder.name!r} was started with another sweep file; --resume takes the one it was started with"
             )
@@ -57,8 +58,8 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         # A sweep that resumes had room when it started: it waits until the room is there again.
         at_once = trials_at_once(sweep, resources, wait=resume or sweep.config.ray.wait_for_nodes)
         search = search_algorithm(sweep, at_once)
-        with folder.lock():  # the last check: from here on files are written
-            folder.write("sweep.yaml", written)
+        with folder.lock("sweep"), files_without_keys(folder.fs):  # the last check: from here on files are written
+            folder.write("sweep.yaml", yaml.safe_dump(written, sort_keys=False))
             goes_on = resume and has_trials(folder.fs, f"{folder.path}/{EXPERIMENT}")
             if resume and not goes_on:
                 say("the sweep was interrupted before its first trial: starting anew")
