@@ -278,6 +278,7 @@ def test_a_trial_passes_over_what_it_cannot_go_on_from(tmp_path):
 def test_a_trial_that_is_taken_over_writes_into_no_folder_of_the_process_before(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr("ray.get_gpu_ids", list)
+    monkeypatch.setattr("hrm_lm.cluster.sessions.use_assigned_cpus", lambda device: None)
     monkeypatch.setattr(ray_private, "trial_folder", lambda: (pyarrow.fs.LocalFileSystem(), str(tmp_path / "trial")))
     monkeypatch.setattr(ray_private, "report_to_tune", lambda metrics, checkpoint: told.append(Path(checkpoint.path)))
     for file in ("optimizer.safetensors", "model.safetensors"):  # as of a process that was killed in mid-copy

@@ -159,5 +159,5 @@ def test_what_only_the_first_host_has_is_told_at_once(hosts, bucket, prepared):
     assert done.returncode == 2 and "this folder of the driver is not on node" in done.stderr
     hosts.write("d.jsonl", "".join(json.dumps({"prompt": f"{i}?", "response": str(i)}) + "\n" for i in range(40)))
     done = train(hosts, bucket, "d.jsonl", "--run_name", "missing")
-    assert done.returncode == 2 and "d.jsonl" in done.stderr and "worker 1: " in done.stderr
+    assert done.returncode == 2 and ": d.jsonl: cannot be read" in done.stderr and "error: worker" in done.stderr
     assert "attempt" not in done.stderr
