@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.fs
 import pytest
@@ -36,6 +37,7 @@ from hrm_lm.training.checkpoint import (
     obstacles,
     read_checkpoint,
 )
+from hrm_lm.training.checkpoint_files import write_file
 from hrm_lm.training.step import Stats, build_state, train_step
 from hrm_lm.tuning.trial import newest_checkpoint
 
@@ -282,11 +284,8 @@ def test_a_trial_that_is_taken_over_writes_into_no_folder_of_the_process_before(
     monkeypatch.setattr(ray_private, "trial_folder", lambda: (pyarrow.fs.LocalFileSystem(), str(tmp_path / "trial")))
     monkeypatch.setattr(ray_private, "report_to_tune", lambda metrics, checkpoint: told.append(Path(checkpoint.path)))
     for file in ("optimizer.safetensors", "model.safetensors"):  # as of a process that was killed in mid-copy
-        session = TuneSession("val_loss")
-        written = session.new_folder()
-        (written / file).write_text(file)
-        session.report({"step": 5}, written)
-        assert not written.exists()
+        write = lambda fs, path, file=file: write_file(fs, f"{path}/{file}", [b"a part"])  # noqa: E731
+        TuneSession("val_loss").report({"step": 5}, SimpleNamespace(write=write))
     assert [[file.name for file in folder.iterdir()] for folder in told] == [
         ["optimizer.safetensors"],
         ["model.safetensors"],
