@@ -1,4 +1,6 @@
-"""What the loop costs: steps/s of `train_loop_per_worker`'s loop under TorchTrainer over the bare step's.
+"""What the loop costs, and what checkpoints cost: in a worker of a TorchTrainer.
+
+The loop: steps/s of `train_loop_per_worker`'s loop over the bare step's.
 
 Both sides alternate in one Ray Train worker, in rounds; the medians are compared. The loop's side loads, prefetches,
 logs and writes event files; the bare one takes batches that are ready through `train_step`. Of each run the second half
@@ -6,6 +8,10 @@ is timed: the first half compiles and captures what it needs.
 
     python benchmarks/loop_overhead.py [--rounds 7] [--steps 400] [--set PATH=VALUE ...]
     python benchmarks/loop_overhead.py --preset b --steps 40    # HRM-Text B, 32 sequences of 1,024 tokens; on a GPU
+    python benchmarks/loop_overhead.py --checkpoints            # instead: a checkpoint every 50 steps against none
+
+Checkpoints are written as Ray's upload thread writes them, while training goes on, to a local disk. Of both sides the time
+between the first checkpoint and the end is taken, in which one side saves every 50 steps and the other does not.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import random
 import statistics
 import string
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -42,19 +49,55 @@ class FreshSession(RayTrainSession):
     """Every round starts anew, whatever was reported before."""
 
     def checkpoints(self):
-        self.reports = []
+        self.reports, self.times, self.save_ms = [], [], 0.0
         return iter(())
 
     def report(self, metrics, snapshot):
+        self.reports.append((metrics["step"], metrics["seconds"]))
+        self.times.append(time.perf_counter())
+        self.save_ms = metrics["save_ms"]  # the mean so far
+        threading.Thread(target=self._write, args=[snapshot]).start()
+
+    def _write(self, snapshot):
         with tempfile.TemporaryDirectory() as folder:
             snapshot.write(LocalFileSystem(), folder)
-        self.reports.append((metrics["step"], metrics["seconds"]))
 
     @property
     def steps_per_s(self) -> float:
         """Between the checkpoint after half of the steps and the last."""
         (half, before), (steps, after) = self.reports
         return (steps - half) / (after - before)
+
+
+def saving(loop_config: dict) -> list[tuple[float, float]]:
+    """Of each round: what a checkpoint every 50 steps adds to the time of these steps, as a share, and the milliseconds that
+    training waited for each.
+    """
+    session = FreshSession(os.getcwd(), "none", (LocalFileSystem(), loop_config["event_folder"]))
+    half = loop_config["config"]["train"]["steps"] // 2
+
+    def last_half(every: int) -> tuple[float, float]:
+        """The seconds of the second half of the steps, with and without what is not a step."""
+        gc.collect()
+        fields = loop_config["config"]
+        train(parse_config(fields | {"train": fields["train"] | {"checkpoint_every": every}}), session)
+        start = [step for step, _ in session.reports].index(half)
+        (_, before), (_, after) = session.reports[start], session.reports[-1]
+        return session.times[-1] - session.times[start], after - before
+
+    def share(seldom: tuple[float, float], often: tuple[float, float]) -> float:
+        """`seldom` saves once in the half, at its end."""
+        return (often[0] - seldom[0]) / (half // 50 - 1) / (50 * seldom[1] / half)
+
+    last_half(50)  # warm up
+    measured = []
+    for i in range(loop_config["rounds"]):
+        if i % 2:
+            seldom, often = last_half(half), last_half(50)
+        else:
+            often, seldom = last_half(50), last_half(half)
+        measured.append((share(seldom, often), session.save_ms))
+    return measured
 
 
 def rounds(loop_config: dict) -> list[tuple[float, float]]:
@@ -108,15 +151,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--preset", choices=("default", "b"), default="default")
+    parser.add_argument("--checkpoints", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     args = parser.parse_args()
+    if args.checkpoints and args.steps < 200:
+        parser.error("--checkpoints needs --steps 200 at least: it compares checkpoints in the second half of the steps")
 
     ray.init(logging_level="error")
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     resources = {"CPU": 1, "GPU": 1} if gpus else {"CPU": cpus}
     with tempfile.TemporaryDirectory() as folder:
         fields: dict[str, Any] = {"train.steps": args.steps, "train.checkpoint_every": args.steps // 2}
-        fields |= {"data.dataset": "synthetic"}
+        fields |= {"data.dataset": "synthetic", "data.max_val_samples": 64}
         if args.preset == "b":
             fields |= {
                 "data.dataset": fixed_lengths(folder), "data.tokenizer": "bytes", "model.vocab_size": 65_536,
@@ -125,12 +171,16 @@ def main() -> None:
             }  # fmt: skip
         config = load_config(PRESET_B if args.preset == "b" else None, fields | parse_set(args.set))
         trainer = TorchTrainer(
-            rounds,
+            saving if args.checkpoints else rounds,
             train_loop_config={"config": config.to_dict(), "event_folder": folder, "rounds": args.rounds},
             scaling_config=ScalingConfig(num_workers=1, use_gpu=bool(gpus), resources_per_worker=resources),
             run_config=RunConfig(storage_path=folder),
         )
         measured = trainer.fit().return_value
+    if args.checkpoints:
+        share, save_ms = (statistics.median(side) for side in zip(*measured))
+        print(f"a checkpoint every 50 steps adds {share:.1%} to their time; training waits {save_ms:.1f} ms for each")
+        return
     loop, bare = (statistics.median(side) for side in zip(*measured))
     ratio = statistics.median(a / b for a, b in measured)
     print(f"loop {loop:.1f} steps/s, bare step {bare:.1f} steps/s, ratio {ratio:.3f} (median of {args.rounds} rounds)")

@@ -31,6 +31,8 @@ class SweepProgress(Callback):
             row["state"] = result["status"]
             self._event(trial, f"{result['status']}: {result['error']}")
             return
+        if result.get("status"):
+            return  # the last report once more, with how the trial ended
         row["step"] = result["step"]
         if math.isnan(value):  # a checkpoint between validations
             self._event(trial, f"step {row['step']}  checkpoint saved")
