@@ -169,7 +169,7 @@ class TrainConfig(Section):
     """Largest global L2 norm of the gradient. With 0 or less the gradient is not clipped."""
     mixed_precision: Literal["none", "bf16", "fp16", "fp8"] = "none"
     """Number format of the matrix products. `fp16` needs a CUDA GPU. `fp8` is `bf16` with the blocks' matrices in float8 while
-    training; it needs a GPU of compute capability 8.9 or more (a CPU computes it slowly), and gains with `compile`."""
+    training; it needs a GPU of compute capability 8.9 or more (a CPU computes it slowly), and is meant for `compile`."""
     loader_workers: Count = 0
     """Processes of each worker that make its batches. With 0 a thread makes them, which is enough where samples need no
     work."""
