@@ -167,8 +167,9 @@ class TrainConfig(Section):
     """Into how many parts each worker cuts its share of a batch, to save memory."""
     grad_clip: float = 0.0
     """Largest global L2 norm of the gradient. With 0 or less the gradient is not clipped."""
-    mixed_precision: Literal["none", "bf16", "fp16"] = "none"
-    """Number format of the matrix products. `fp16` needs a CUDA GPU."""
+    mixed_precision: Literal["none", "bf16", "fp16", "fp8"] = "none"
+    """Number format of the matrix products. `fp16` needs a CUDA GPU. `fp8` is `bf16` with the blocks' matrices in float8 while
+    training; it needs a GPU of compute capability 8.9 or more (a CPU computes it slowly), and is meant for `compile`."""
     loader_workers: Count = 0
     """Processes of each worker that make its batches. With 0 a thread makes them, which is enough where samples need no
     work."""
@@ -411,9 +412,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sharded_precision(self):
-        parallel = self.ray.parallel
-        if parallel != "ddp" and self.train.mixed_precision == "fp16":
-            raise ValueError(f"train.mixed_precision: fp16 does not go with ray.parallel {parallel}; use bf16 or none")
+        parallel, precision = self.ray.parallel, self.train.mixed_precision
+        if parallel != "ddp" and precision in ("fp16", "fp8"):
+            raise ValueError(
+                f"train.mixed_precision: {precision} does not go with ray.parallel {parallel}; use bf16 or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _float8_sizes(self):
+        if self.train.mixed_precision == "fp8" and self.model.d_model % 16:
+            raise ValueError(
+                f"train.mixed_precision: fp8 needs a model.d_model ({self.model.d_model}) that is a multiple of 16"
+            )
         return self
 
     @model_validator(mode="after")

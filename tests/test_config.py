@@ -59,7 +59,7 @@ def test_a_config_survives_yaml(tmp_path):
             "train.grad_accum_steps=5",
             "train.batch_size (64) must be divisible by ray.num_workers * train.grad_accum_steps (1 * 5)",
         ),
-        ("train.mixed_precision=fp8", "train.mixed_precision: should be 'none', 'bf16' or 'fp16' (got 'fp8')"),
+        ("train.mixed_precision=fp4", "train.mixed_precision: should be 'none', 'bf16', 'fp16' or 'fp8' (got 'fp4')"),
         ("train.steps.x=5", "train.steps"),
         ("train.sample_h_cycles=[4,1]", "train.sample_h_cycles ([4, 1]) must be [least, most]"),
         ("train.sample_h_cycles=4", "train.sample_h_cycles: should be a valid tuple (got 4)"),
@@ -80,9 +80,10 @@ def test_a_mistake_is_one_line_that_names_the_path(assignment, message):
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
-def test_fp16_does_not_go_with_a_sharded_model(parallel):
-    with pytest.raises(UserError, match=f"fp16 does not go with ray.parallel {parallel}"):
-        load_config(overrides={"ray.parallel": parallel, "train.mixed_precision": "fp16"})
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_fp16_and_fp8_do_not_go_with_a_sharded_model(parallel, precision):
+    with pytest.raises(UserError, match=f"{precision} does not go with ray.parallel {parallel}"):
+        load_config(overrides={"ray.parallel": parallel, "train.mixed_precision": precision})
 
 
 def test_a_range_of_workers_is_a_text_in_yaml_too_and_comes_back_from_a_checkpoint(tmp_path):

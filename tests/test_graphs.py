@@ -40,6 +40,7 @@ KINDS = {
     "average": {"train__ema_decay": 0.9, "model__hrm__deep_supervision": 0.5, "train__grad_clip": 0.5},
     "dropout": {"model__dropout": 0.2},
     "accumulation": {"train__grad_accum_steps": 2, "train__mixed_precision": "bf16"},
+    "fp8": {"train__mixed_precision": "fp8", "train__grad_accum_steps": 2},
     "adam_atan2": {"optim__name": "adam_atan2", "model__architecture": "prefix_lm", "train__ema_decay": 0.9},
 }
 STEPS = 24
@@ -178,7 +179,7 @@ def test_a_run_of_the_loop_uses_graphs_of_few_sizes_and_reports_what_an_eager_ru
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["encoder_decoder", "prefix_lm", "dropout", "adam_atan2", "accumulation"])
+@pytest.mark.parametrize("kind", ["encoder_decoder", "prefix_lm", "dropout", "adam_atan2", "accumulation", "fp8"])
 def test_a_replayed_step_does_not_wait_for_the_gpu(kind):
     state, (batches, *_) = prepared(small_config(**KINDS[kind]))
     stats = Stats(state)

@@ -175,6 +175,8 @@ def runs(tmp_path_factory):
         for parallel in ("ddp", "fsdp")
         for name in [f"{kind}_{parallel}"]
     ]
+    float8 = small_config(**RECIPE, **TWO, train__mixed_precision="fp8")
+    two.append(("fp8_ddp", trained, float8, root / "fp8_ddp"))
     sharded = small_config(**RECIPE, **TWO, ray__parallel="fsdp")
     two.append(("two_then_one", trained, sharded, root / "two_then_one", 6))
     two.append(("one_then_two", trained, sharded, root / "one_then_two"))
@@ -235,6 +237,12 @@ def test_fsdp_has_the_curve_of_ddp(runs, kind):
     assert len(ddp) == 6
     for name in ("loss", "val_loss", "grad_norm"):
         assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
+
+
+def test_replicas_that_multiply_in_float8_have_the_curve_of_bf16(runs):
+    bf16, float8 = (runs[0][f"{precision}_ddp"] for precision in ("bf16", "fp8"))
+    assert column(float8, "loss") != column(bf16, "loss")
+    assert column(float8, "loss") == pytest.approx(column(bf16, "loss"), abs=0.03)
 
 
 def test_sharded_muon_has_the_weights_and_the_momentum_of_one_worker(runs, tmp_path):

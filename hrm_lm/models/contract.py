@@ -16,11 +16,12 @@ from hrm_lm.data.splits import Ragged
 from hrm_lm.models.cache import Decoding
 from hrm_lm.models.layers import Head
 
-Precision = Literal["none", "bf16", "fp16"]
+Precision = Literal["none", "bf16", "fp16", "fp8"]
 
 
 def autocast(device: torch.device, mixed_precision: Precision) -> AbstractContextManager:
-    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    """With fp8, what is not in float8 is in bf16; see `hrm_lm.models.float8`."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[mixed_precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 

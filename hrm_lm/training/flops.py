@@ -44,7 +44,11 @@ SMALLER = {"LAPTOP", "D", "MIG"}
 
 
 def matrix_peak(device: torch.device, precision: Precision) -> float | None:
-    """FLOP/s that the device's matrix units can do at most in that precision; None where it is not known, and on CPU."""
+    """FLOP/s that the device's matrix units can do at most in that precision; None where it is not known, and on CPU.
+
+    With fp8 it is the peak of bf16, in which attention and the head still multiply: an `mfu` of fp8 compares with one of
+    bf16, and says nothing about the units of float8.
+    """
     if device.type != "cuda":
         return None
     return known_peak(torch.cuda.get_device_name(device), precision, torch.get_float32_matmul_precision() != "highest")

@@ -20,6 +20,7 @@ from hrm_lm.config import Config, Cycles, HRMConfig, OptimConfig
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
+from hrm_lm.models.float8 import recast, use_float8
 from hrm_lm.models.layers import Block
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
@@ -138,6 +139,8 @@ def build_state(
     device = device or torch.device("cpu")
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, vocab_size).to(device)
+    if config.train.mixed_precision == "fp8":
+        use_float8(model, device)
     if config.train.compile:
         # Block by block: they are alike, so one compilation serves all of them in every cycle. (Stacks compiled whole
         # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
@@ -226,6 +229,8 @@ def device_step(
     to step is in a tensor, which keeps its place in memory.
     """
     config = state.config
+    if config.train.mixed_precision == "fp8":
+        recast(state.model, config.train.compile)
     labelled = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
     mine = labelled.clone()
     if state.world_size > 1:
