@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pyarrow.fs
 import pytest
+import ray.train
 import torch
 from conftest import (
     assert_resumes_exactly,
@@ -24,7 +25,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from hrm_lm.cluster import ray_private
-from hrm_lm.cluster.sessions import TuneSession
+from hrm_lm.cluster.sessions import RayTrainSession, TuneSession
 from hrm_lm.data.collate import to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import DamagedCheckpoint, StorageError, UserError
@@ -290,6 +291,29 @@ def test_a_trial_that_is_taken_over_writes_into_no_folder_of_the_process_before(
         ["optimizer.safetensors"],
         ["model.safetensors"],
     ]
+
+
+def test_a_run_that_went_back_and_was_killed_never_writes_into_a_folder_that_ray_lists(tmp_path, monkeypatch):
+    def reported(step):
+        checkpoint = ray.train.Checkpoint(tmp_path / f"checkpoint_{step:08d}", pyarrow.fs.LocalFileSystem())
+        return SimpleNamespace(checkpoint=checkpoint, metrics={"step": step})
+
+    # Step 100 was damaged. The workers went back to step 50 and died after step 75.
+    listed, names = {step: reported(step) for step in (50, 75, 100)}, []
+    storage = SimpleNamespace(
+        storage_filesystem=pyarrow.fs.LocalFileSystem(),
+        build_checkpoint_path_from_name=lambda name: str(tmp_path / name),
+    )
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: listed[75].checkpoint)
+    monkeypatch.setattr("ray.train.get_all_reported_checkpoints", lambda: list(listed.values()))
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
+    monkeypatch.setattr("ray.train.report", lambda *_, checkpoint_dir_name, **__: names.append(checkpoint_dir_name))
+    session = object.__new__(RayTrainSession)
+    session.rank, session._start_from, session._listed, session.event_folder = 0, None, set(), None
+    next(session.checkpoints())
+    for step in (90, 100):
+        session.report({"step": step}, None)
+    assert names == ["checkpoint_00000090", "checkpoint_00000100_again"]
 
 
 def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():

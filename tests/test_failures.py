@@ -1,12 +1,17 @@
 """What a run does when workers fail; without Ray's processes."""
 
+from types import SimpleNamespace
+
+import pyarrow.fs
 import pytest
+from conftest import Remote, each_fails_once
 from ray.exceptions import ActorDiedError
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
-from hrm_lm.cluster.failures import FailurePolicy
+from hrm_lm.cluster.failures import FailurePolicy, write_list
+from hrm_lm.cluster.ray_private import check_storage
 from hrm_lm.errors import StorageError, UserError
 from hrm_lm.filesystem import storage_error
 
@@ -39,3 +44,30 @@ def test_what_may_heal_is_tried_again_and_each_attempt_is_told(failure, reason, 
 def test_storage_that_is_away_may_heal_and_a_missing_file_does_not():
     assert type(storage_error("x: cannot be read", OSError("AWS Error NETWORK_CONNECTION"))) is StorageError
     assert type(storage_error("x: cannot be read", FileNotFoundError(2, ""))) is UserError
+
+
+def test_the_list_of_checkpoints_outlasts_storage_that_is_away_and_a_kill_leaves_it_whole(tmp_path, waits):
+    path = tmp_path / "list.json"
+
+    def manager(fs, text):
+        storage = SimpleNamespace(storage_filesystem=fs, checkpoint_manager_snapshot_path=str(path))
+        return SimpleNamespace(_storage_context=storage, _save_state=lambda: text)
+
+    write_list(manager(Remote(fails=each_fails_once()), "first"))
+    assert path.read_text() == "first" and len(waits) == 2
+    killed = path.with_name("list.json.new")
+    killed.write_text("sec")  # a second list, cut
+    assert path.read_text() == "first"
+    write_list(manager(pyarrow.fs.LocalFileSystem(), "third"))
+    assert path.read_text() == "third" and not killed.exists()
+
+
+def test_a_worker_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits):
+    fails = each_fails_once()
+    storage = SimpleNamespace(
+        storage_filesystem=pyarrow.fs.LocalFileSystem(),
+        experiment_fs_path=str(tmp_path),
+        _check_validation_file=lambda: fails("look", "marker"),
+    )
+    check_storage(storage)
+    assert len(waits) == 1

@@ -87,6 +87,21 @@ def test_looking_for_an_announcement_costs_half_a_percent_at_most_and_is_not_lat
     assert seen[-1] == [True, True] and not any(map(any, seen[:-1]))
 
 
+def test_a_run_that_went_back_looks_for_an_announcement_at_once(monkeypatch):
+    meeting = Meeting()
+    monkeypatch.setattr(preemption, "time", meeting)
+    monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", meeting.broadcast)
+    workers = [Lookout(rank, 2) for rank in (0, 1)]
+
+    def seen(step):
+        meeting.now += 0.01
+        return [worker.sees(step) for worker in workers]
+
+    assert not any(any(seen(step)) for step in range(1, 1001))
+    workers[0]._signal.is_set = lambda: True
+    assert seen(501) == [True, True]  # after a rollback to step 500
+
+
 def test_the_steps_that_a_run_had_taken_are_known_to_the_workers_that_follow(tmp_path):
     reached = Reached(LocalFileSystem(), str(tmp_path))
     assert reached.before == 0

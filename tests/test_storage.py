@@ -9,7 +9,7 @@ from contextlib import suppress
 from queue import Queue
 
 import pytest
-from conftest import small_config, wait_until
+from conftest import Remote, each_fails_once, small_config, wait_until
 
 from hrm_lm.cluster import lock, run_folder, start
 from hrm_lm.cluster.run import checked_dataset, run
@@ -151,6 +151,14 @@ def test_a_config_and_a_sweep_may_be_in_object_storage(bucket):
         with pytest.raises(UserError, match=f"^s3://bucket/c/{name}.yaml: .*{message}") as error:
             load_config(bucket(f"c/{name}.yaml"))
         assert "secret" not in str(error.value)
+
+
+def test_a_command_waits_for_a_run_folder_that_is_away(tmp_path, waits, capsys):
+    folder = RunFolder(str(tmp_path), "r")
+    folder.fs = Remote(fails=each_fails_once())
+    folder.write("result.json", "{}")
+    assert folder.exists("result.json") and folder.read("result.json") == "{}" and len(waits) >= 4
+    assert f"{tmp_path}/r: cannot be written: AWS Error SLOW_DOWN" in capsys.readouterr().err
 
 
 def test_what_a_user_reads_of_a_run_in_object_storage_is_a_uri_without_secrets(bucket):

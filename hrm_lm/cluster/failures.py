@@ -7,14 +7,18 @@ at the log level that this project gives it.
 
 from typing import Any
 
+import pyarrow.fs
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from hrm_lm.cluster.preemption import Preempted
 from hrm_lm.cluster.scaling import ScalingPolicy
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import StorageError, UserError
+from hrm_lm.filesystem import outlasting, shown
 
 
 class Trainer(TorchTrainer):
@@ -22,6 +26,7 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
         options["failure_policy"] = FailurePolicy(self.run_config.failure_config)
+        options["callbacks"] = [*options["callbacks"], SafeList()]
         if self.scaling_config.elasticity_enabled:
             steps = self.train_loop_config["config"]["train"]["steps"]
             options["scaling_policy"] = ScalingPolicy(self.scaling_config, steps)
@@ -54,6 +59,30 @@ class FailurePolicy(DefaultFailurePolicy):
                 f"(failures of workers so far: {self._worker_group_failures}, ray.max_failures: {self.failure_config.max_failures})"
             )
         return decision
+
+
+class SafeList(ControllerCallback):
+    """Lives in Ray Train's controller, which writes the list of a run's checkpoints in place, and ends the run where that
+    fails. With this, storage that is away or full is waited for, and a kill leaves the list as it was.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        CheckpointManager._write_state_to_storage = write_list
+
+
+def write_list(manager: CheckpointManager) -> None:
+    storage, text = manager._storage_context, manager._save_state()
+    fs, path = storage.storage_filesystem, storage.checkpoint_manager_snapshot_path
+    local = isinstance(fs, pyarrow.fs.LocalFileSystem)  # an object in a bucket is replaced whole or not at all
+    written = f"{path}.new" if local else path
+
+    def attempt() -> None:
+        with fs.open_output_stream(written, compression=None) as stream:
+            stream.write(text.encode())
+        if local:
+            fs.move(written, path)
+
+    outlasting(f"{shown(fs, path)}: cannot be written", attempt)
 
 
 def user_error(error: BaseException) -> UserError | None:

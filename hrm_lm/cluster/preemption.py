@@ -33,15 +33,22 @@ class Lookout:
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
         self._signal = ray_private.PreemptionSignal()
+        self._seen = 0  # the last step that `sees` was told of
+        self._restart()
+        self._round_trip = float("inf")  # in seconds: the shortest, which waited least for the other workers
+
+    def _restart(self) -> None:
         self._next = 0  # the step after which to look
         self._last: tuple[int, float] | None = None  # step and time of the last look
         self._steps = self._seconds = 0.0  # between looks; older ones count less
-        self._round_trip = float("inf")  # in seconds: the shortest, which waited least for the other workers
 
     def sees(self, step: int) -> bool:
         """Whether the run is to stop after `step`. To be asked after every step."""
         if self.world_size == 1:
             return self._signal.is_set()
+        if step <= self._seen:  # the run went back (`train.on_nonfinite: rollback`), as it did on all workers
+            self._restart()
+        self._seen = step
         if step < self._next:
             return False
         plan = (self._signal.is_set(), self._next_look(step)) if self.rank == 0 else None

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.fs
 
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import shown, storage_error
+from hrm_lm.filesystem import outlasting, shown
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints. Looking for the file tells whether there are any without loading Ray."""
@@ -120,18 +120,16 @@ def trial_folder() -> tuple[pyarrow.fs.FileSystem, str]:
 def check_storage(storage) -> None:
     """Raises UserError where this node does not find what the driver has written into `storage`, a StorageContext of Ray.
 
-    Ray itself looks when the first checkpoint is saved, which may be hours later.
+    Ray itself looks when the first checkpoint is saved, which may be hours later. Storage that is away is waited for.
     """
     name = shown(storage.storage_filesystem, storage.experiment_fs_path)
     try:
-        storage._check_validation_file()
+        outlasting(f"{name}: cannot be read", storage._check_validation_file)
     except RuntimeError:
         raise UserError(
             f"{name}: this folder of the driver is not on node {socket.gethostname()}\n"
             "several nodes need storage that all of them reach: give --save_dir a URI or a shared folder"
         ) from None
-    except OSError as error:
-        raise storage_error(f"{name}: cannot be read", error) from None
 
 
 def report_to_tune(metrics: dict[str, Any], checkpoint) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from hrm_lm.cluster.lock import locked
 from hrm_lm.cluster.ray_private import SNAPSHOT
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_text, reason, resolve, without_secrets
+from hrm_lm.filesystem import outlasting, read_text, resolve, without_secrets
 
 JOB_STORAGE = Path("~/hrm_lm_runs").expanduser()
 
@@ -56,7 +57,10 @@ def without_placeholder(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """A run's folder in storage. `location`: the storage's folder or URI."""
+    """A run's folder in storage. `location`: the storage's folder or URI.
+
+    Storage that is away is waited for; what is read or written then raises UserError.
+    """
 
     def __init__(self, location: str, name: str):
         if not name or "/" in name or name.startswith("."):
@@ -75,21 +79,22 @@ class RunFolder:
         return self.uri + path.removeprefix(self.path)
 
     def exists(self, file: str) -> bool:
-        return self.fs.get_file_info(f"{self.path}/{file}").type != pyarrow.fs.FileType.NotFound
+        info = outlasting(f"{self.uri}: cannot be read", partial(self.fs.get_file_info, f"{self.path}/{file}"))
+        return info.type != pyarrow.fs.FileType.NotFound
 
     def has_checkpoints(self) -> bool:
         return self.exists(SNAPSHOT)
 
     def read(self, file: str) -> str:
-        return read_text(self.fs, f"{self.path}/{file}")
+        return outlasting(f"{self.uri}/{file}: cannot be read", partial(read_text, self.fs, f"{self.path}/{file}"))
 
     def write(self, file: str, text: str) -> None:
-        try:
+        def attempt() -> None:
             self.fs.create_dir(self.path, recursive=True)
             with self.fs.open_output_stream(f"{self.path}/{file}", compression=None) as stream:
                 stream.write(text.encode())
-        except OSError as error:
-            raise UserError(f"{self.uri}: cannot be written: {reason(error)}") from None
+
+        outlasting(f"{self.uri}: cannot be written", attempt)
 
     def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
         """The kept checkpoints with their metrics, best `val_loss` first, and the last checkpoint; as paths in `fs`.
@@ -100,7 +105,9 @@ class RunFolder:
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would explain at length that it found checkpoints
         try:
-            result = Result.from_path(self.path, storage_filesystem=self.fs)
+            result = outlasting(
+                f"{self.uri}: cannot be read", partial(Result.from_path, self.path, storage_filesystem=self.fs)
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {error}") from None
         kept = [(checkpoint.path, without_placeholder(metrics)) for checkpoint, metrics in result.best_checkpoints]
@@ -123,10 +130,11 @@ def newest_run(locations: list[str]) -> RunFolder:
     newest, newest_time = None, -1
     for location in locations:
         fs, path = resolve(location)
-        for info in fs.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):
+        what, runs = f"{without_secrets(location)}: cannot be read", pyarrow.fs.FileSelector(path, allow_not_found=True)
+        for info in outlasting(what, partial(fs.get_file_info, runs)):
             if info.type != pyarrow.fs.FileType.Directory or info.base_name.startswith("."):
                 continue
-            snapshot = fs.get_file_info(f"{info.path}/{SNAPSHOT}")
+            snapshot = outlasting(what, partial(fs.get_file_info, f"{info.path}/{SNAPSHOT}"))
             if snapshot.type == pyarrow.fs.FileType.File and snapshot.mtime_ns > newest_time:
                 newest, newest_time = RunFolder(location, info.base_name), snapshot.mtime_ns
     if newest is None:

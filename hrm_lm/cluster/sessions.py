@@ -102,7 +102,7 @@ class RayTrainSession:
             self.event_folder = Path(path if local else tempfile.mkdtemp(prefix="events_", dir=self._scratch))
         enter(driver_folder)
         self._start_from = start_from
-        self._damaged: set[str] = set()  # names of checkpoints
+        self._listed: set[str] = set()  # names of the checkpoints that the run had at its start
         self._watchdog = Watchdog(hang_timeout, self.rank, ray_private.fail_worker)
         self._lookout = Lookout(self.rank, self.world_size)
         self._reached = Reached(*run_folder) if self.rank == 0 and run_folder else None
@@ -131,16 +131,15 @@ class RayTrainSession:
         last = ray.train.get_checkpoint() or self._start_from
         if last is None:
             return
-        yield opened(last)
-        self._damaged.add(Path(last.path).name)
         kept = sorted(ray.train.get_all_reported_checkpoints(), key=lambda c: (c.metrics["step"], c.checkpoint.path))
+        self._listed = {Path(item.checkpoint.path).name for item in kept}
+        yield opened(last)
         for checkpoint in (item.checkpoint for item in reversed(kept) if item.checkpoint.path != last.path):
             yield opened(checkpoint)
-            self._damaged.add(Path(checkpoint.path).name)
 
     def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         name = f"checkpoint_{metrics['step']:08d}"
-        while name in self._damaged:  # Ray still lists it, and deletes its folder in its time
+        while name in self._listed:  # of a run that went back behind it; Ray deletes that folder in its time
             name += "_again"
         storage = ray.train.get_context().get_storage()
         fs, path = storage.storage_filesystem, storage.build_checkpoint_path_from_name(name)

@@ -71,9 +71,8 @@ class Watchdog:
             after = f"after step {self.step}" if self.step else "in its first step, or before it"
             error = Hung(f"no progress for {still:.0f} s {after}; it stands in {place(self._watched)}")
             say(f"worker {self.rank}: {error}; see its stack above")
-            time.sleep(
-                min(self.timeout / 2, 5)
-            )  # the other workers hang, too, and Ray ends all once it hears of the first
+            # The other workers hang, too, and Ray ends all of them once it hears of the first.
+            time.sleep(min(self.timeout / 2, 5))
             self.hung(error)
             time.sleep(LAST_WORDS)
             os._exit(1)  # a thread that hangs cannot be ended otherwise

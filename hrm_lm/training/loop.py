@@ -149,9 +149,11 @@ def train(config: Config, session: Session) -> dict[str, Any]:
                 log.write(state.step, val)
                 metrics |= val
             progress.window_step, progress.window = window_of(state.step - 1, starts)
-            waits.append(save(state, progress, session, snapshot, metrics, waits))
-            log.record(state.step, {"save_ms": waits[-1]})
+            saving_from = time.perf_counter()
+            save(state, progress, session, snapshot, metrics, waits)
             guard.keep(progress)
+            waits.append(1000 * (time.perf_counter() - saving_from))
+            log.record(state.step, {"save_ms": waits[-1]})
             session.alive()
             clock = time.perf_counter()
             if patience and progress.stale_validations >= patience and not last:
@@ -216,10 +218,10 @@ def save(
     snapshot: Snapshot | None,
     metrics: dict[str, float],
     waits: list[float],
-) -> float:
-    """Reports a checkpoint, of rank 0, or of all where each has a part. Returns the milliseconds that training waited.
+) -> None:
+    """Reports a checkpoint, of rank 0, or of all where each has a part.
 
-    waits: those of the checkpoints before. The reported `save_ms` is the mean over all.
+    waits: the milliseconds that training waited for each checkpoint before. The reported `save_ms` is the mean over all.
     """
     start, progress.step = time.perf_counter(), state.step
     if snapshot:
@@ -227,7 +229,6 @@ def save(
     save_ms = statistics.fmean([*waits, 1000 * (time.perf_counter() - start)])
     counts = {"step": state.step, "seconds": progress.seconds, "tokens": progress.tokens, "save_ms": save_ms}
     session.report(metrics | counts, snapshot)
-    return 1000 * (time.perf_counter() - start)
 
 
 def is_due(interval: int, step: int) -> bool:

@@ -11,6 +11,7 @@ import pyarrow.fs
 
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.errors import StorageError, UserError
+from hrm_lm.filesystem import outlasting, shown
 from hrm_lm.training.checkpoint import Checkpoint, read_checkpoint
 from hrm_lm.tuning.space import Sweep, point
 
@@ -82,7 +83,9 @@ def _read_trial(number: int, result, sweep: Sweep) -> Trial:
 
 
 def is_there(checkpoint) -> bool:
-    return checkpoint.filesystem.get_file_info(checkpoint.path).type != pyarrow.fs.FileType.NotFound
+    fs, path = checkpoint.filesystem, checkpoint.path
+    info = outlasting(f"{shown(fs, path)}: cannot be read", lambda: fs.get_file_info(path))
+    return info.type != pyarrow.fs.FileType.NotFound
 
 
 def saved_at(step: int, result):
@@ -100,7 +103,8 @@ def whole_checkpoints(
 ) -> Iterator[tuple[str, Checkpoint]]:
     """The checkpoints in a trial's folder that are not torn, each with its path. Raises StorageError."""
     # Those of a trial of several workers are a folder deeper.
-    for info in fs.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True, recursive=True)):
+    below = pyarrow.fs.FileSelector(folder, allow_not_found=True, recursive=True)
+    for info in outlasting(f"{shown(fs, folder)}: cannot be read", lambda: fs.get_file_info(below)):
         if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("checkpoint_"):
             try:
                 yield info.path, read_checkpoint(info.path, fs, for_resume)
@@ -134,16 +138,18 @@ def write_results(trials: list[Trial], best: Trial | None, sweep: Sweep, folder:
         config = point(sweep.base, best.params)
         folder.write("best.yaml", config.to_yaml())
         if best.checkpoint is not None:
-            target = f"{folder.path}/best_checkpoint"
-            if folder.exists("best_checkpoint"):
-                folder.fs.delete_dir(target)
-            folder.fs.create_dir(target)
-            pyarrow.fs.copy_files(
-                best.checkpoint.path,
-                target,
-                source_filesystem=best.checkpoint.filesystem,
-                destination_filesystem=folder.fs,
-            )
+            outlasting(f"{folder.uri}/best_checkpoint: cannot be written", lambda: copy_to(folder, best.checkpoint))
+
+
+def copy_to(folder: RunFolder, checkpoint) -> None:
+    """Makes best_checkpoint/ a copy of this checkpoint. Raises OSError."""
+    target = f"{folder.path}/best_checkpoint"
+    if folder.exists("best_checkpoint"):
+        folder.fs.delete_dir(target)
+    folder.fs.create_dir(target)
+    pyarrow.fs.copy_files(
+        checkpoint.path, target, source_filesystem=checkpoint.filesystem, destination_filesystem=folder.fs
+    )
 
 
 def trials_csv(trials: list[Trial], sweep: Sweep) -> str:
