@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     args = parser.parse_args()
     if args.checkpoints and args.steps < 200:
-        parser.error("--checkpoints needs --steps 200 at least: it compares checkpoints in the second half of the steps")
+        parser.error(
+            "--checkpoints needs --steps 200 at least: it compares checkpoints in the second half of the steps"
+        )
 
     ray.init(logging_level="error")
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))

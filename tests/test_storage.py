@@ -6,12 +6,14 @@ import json
 import os
 import socket
 from contextlib import suppress
+from pathlib import Path
 from queue import Queue
 
+import pyarrow.fs
 import pytest
 from conftest import Remote, each_fails_once, small_config, wait_until
 
-from hrm_lm.cluster import lock, run_folder, start
+from hrm_lm.cluster import lock, ray_private, run_folder, start
 from hrm_lm.cluster.run import checked_dataset, run
 from hrm_lm.cluster.run_folder import RunFolder, outliving
 from hrm_lm.config import load_config
@@ -222,3 +224,31 @@ def test_a_second_ray_of_a_machine_waits_for_no_fixed_port(monkeypatch):
     start.init_ray()
     assert asked == [0]
     assert RayParams().dashboard_agent_listen_port, "only for the Ray that is started"
+
+
+def test_a_kill_while_tune_copies_a_sweeps_state_leaves_the_state_before(tmp_path, monkeypatch):
+    from ray.train._internal import storage
+
+    local, kept, state = pyarrow.fs.LocalFileSystem(), tmp_path / "kept", tmp_path / "state"
+    for folder in (kept, state / "of_trials"):
+        folder.mkdir(parents=True)
+
+    def save(text: str) -> None:
+        for name in ("experiment_state-1.json", "of_trials/one.json"):
+            (state / name).write_text(text)
+        storage._upload_to_fs_path(str(state), local, str(kept))
+
+    def killed(source, destination, **options):
+        Path(destination).mkdir(exist_ok=True)
+        (Path(destination) / "experiment_state-1.json").write_text("")
+        raise KeyboardInterrupt
+
+    with ray_private.whole_files():
+        save("before")
+        monkeypatch.setattr(pyarrow.fs, "copy_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save("after")
+    assert sorted(str(file.relative_to(kept)) for file in kept.rglob("*.json")) == [
+        "experiment_state-1.json", "of_trials/one.json",
+    ]  # fmt: skip
+    assert (kept / "experiment_state-1.json").read_text() == "before"

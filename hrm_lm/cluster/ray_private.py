@@ -4,9 +4,11 @@ without importing Ray. Look at these three first when Ray is updated.
 
 import logging
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -96,6 +98,33 @@ def files_without_keys(fs: pyarrow.fs.FileSystem) -> Iterator[None]:
         yield
     finally:
         del CloudPickler.dispatch_table[type(fs)]
+
+
+@contextmanager
+def whole_files() -> Iterator[None]:
+    """What Tune copies to a local folder meanwhile takes its place whole. Tune writes a sweep's state over the last one
+    every second, and without that state a sweep that was killed in mid-copy cannot be resumed.
+    """
+    from ray.train._internal import storage
+
+    usual = storage._pyarrow_fs_copy_files
+
+    def copy(source, destination, source_filesystem=None, destination_filesystem=None, **options):
+        filesystems = {"source_filesystem": source_filesystem, "destination_filesystem": destination_filesystem}
+        if not isinstance(destination_filesystem, pyarrow.fs.LocalFileSystem):  # a bucket's objects are replaced whole
+            return usual(source, destination, **filesystems, **options)
+        with tempfile.TemporaryDirectory(prefix=".new_", dir=Path(destination).parent) as new:
+            usual(source, f"{new}/copy", **filesystems, **options)
+            for file in [path for path in Path(new).rglob("*") if path.is_file()]:
+                place = Path(destination, file.relative_to(f"{new}/copy"))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+
+    storage._pyarrow_fs_copy_files = copy
+    try:
+        yield
+    finally:
+        storage._pyarrow_fs_copy_files = usual
 
 
 def progress_bar(steps: int) -> Any:

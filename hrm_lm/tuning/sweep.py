@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hrm_lm.cluster.capacity import UNKNOWN_GROWTH, cluster_nodes, wants_gpus, workers_that_fit
-from hrm_lm.cluster.ray_private import files_without_keys, has_trials
+from hrm_lm.cluster.ray_private import files_without_keys, has_trials, whole_files
 from hrm_lm.cluster.run import checked_dataset
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
@@ -58,7 +58,8 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
         # A sweep that resumes had room when it started: it waits until the room is there again.
         at_once = trials_at_once(sweep, resources, wait=resume or sweep.config.ray.wait_for_nodes)
         search = search_algorithm(sweep, at_once)
-        with folder.lock("sweep"), files_without_keys(folder.fs):  # the last check: from here on files are written
+        # The lock is the last check: from here on files are written.
+        with folder.lock("sweep"), files_without_keys(folder.fs), whole_files():
             folder.write("sweep.yaml", yaml.safe_dump(written, sort_keys=False))
             goes_on = resume and has_trials(folder.fs, f"{folder.path}/{EXPERIMENT}")
             if resume and not goes_on:
