@@ -210,7 +210,7 @@ def test_a_run_grows_with_the_cluster_shrinks_with_it_and_ends_as_one_of_fixed_s
             process.stdin.write(f"{order}\n")
             process.stdin.flush()
         out, err = process.communicate()
-    assert process.returncode == 0 and out.endswith("finished\n"), err
+    assert process.returncode == 0 and "finished\n" in out, err  # a line of a worker may come after it
     assert re.findall(r"training with (\d) worker\(s\) of 1 to 2", err) == ["1", "2", "1"], err
 
     alone = train_locally(small_config(**fields), in_folder / "alone")
