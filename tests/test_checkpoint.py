@@ -325,6 +325,11 @@ def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():
     assert obstacles(small_config(**tokens), small_config(**tokens, train__packing=True)).keys() == {"train.packing"}
     cut = small_config(data__truncate=True)
     assert obstacles(cut, small_config(data__truncate=True, model__max_prompt_len=9)).keys() == {"model.max_prompt_len"}
+    assert obstacles(small_config(), small_config(data__cache_gb=1)) == {}
+    remote = small_config(data__dataset="s3://bucket/corpus")
+    assert obstacles(remote, small_config(data__dataset="s3://bucket/corpus", data__cache_gb=1)).keys() == {
+        "data.cache_gb"
+    }
     assert obstacles(small_config(), small_config(model__hrm__h_cycles=3)) == {}
     assert obstacles(small_config(), small_config(model__hrm__h_cycles=0)) == {"model.hrm.h_cycles": (2, 0)}
 

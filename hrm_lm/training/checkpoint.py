@@ -372,6 +372,9 @@ def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
             return "muon" in values  # the Adams have the same moments, Muon has others
         if path == "model.vocab_size":
             return None not in values  # left out it may be the same number
+        if path == "data.cache_gb":  # the order goes by it where data are remote
+            named = [now.data.dataset or "", *(member.dataset for member in now.data.mixture.values())]
+            return any("://" in name for name in named)
         if path in ("model.max_prompt_len", "model.max_response_len"):
             return now.data.truncate  # where samples are cut there, their lengths decide on the batches
         return path.startswith(FIXED)
