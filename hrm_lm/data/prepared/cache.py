@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow.fs
@@ -137,20 +137,28 @@ def fetch(
             raise UserError(
                 f"{source}: is not what {META} says it is (SHA-256 differs): changed or damaged; prepare it again"
             )
-        os.replace(partial, target)
+        with counting(target.parent.parent):  # a file that changes its name meanwhile may be counted under neither
+            os.replace(partial, target)
+
+
+@contextmanager
+def counting(root: Path) -> Iterator[None]:
+    """While this lasts, no other process counts the files of the cache's folder `root`, or gives a file its name."""
+    with open(root / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def reserve(partial: Path, size: int, limit: float) -> None:
     """Makes a file of `size` that holds nothing, so that other processes count it, and removes what must go for that."""
     root = partial.parent.parent
-    with open(root / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with counting(root):
         partial.unlink(missing_ok=True)
         found = []
         for folder in os.scandir(root):
             if folder.is_dir() and re.fullmatch("[0-9a-f]{32}", folder.name):  # the folder may hold what is not ours
                 for file in os.scandir(folder):
-                    with suppress(FileNotFoundError):  # it has just got its name
+                    with suppress(FileNotFoundError):  # another process found it damaged
                         if file.name.endswith((".bin", ".idx", ".partial")):
                             found.append((file.stat(), Path(file.path)))
         found.sort(key=lambda entry: (entry[1].name in _kept.get(entry[1].parent, ()), entry[0].st_mtime_ns))
