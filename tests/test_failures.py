@@ -6,11 +6,12 @@ import pyarrow.fs
 import pytest
 from conftest import Remote, each_fails_once
 from ray.exceptions import ActorDiedError
-from ray.train import FailureConfig, WorkerGroupError
+from ray.train import BackendConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
-from hrm_lm.cluster.failures import FailurePolicy, write_list
+from hrm_lm.cluster.failures import FailurePolicy, TrainController, write_list
 from hrm_lm.cluster.ray_private import check_storage
 from hrm_lm.errors import StorageError, UserError
 from hrm_lm.filesystem import storage_error
@@ -60,6 +61,15 @@ def test_the_list_of_checkpoints_outlasts_storage_that_is_away_and_a_kill_leaves
     assert path.read_text() == "first"
     write_list(manager(pyarrow.fs.LocalFileSystem(), "third"))
     assert path.read_text() == "third" and not killed.exists()
+
+
+def test_a_run_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # asks Ray for its worker's id
+    monkeypatch.setattr(TrainController, "_start", lambda self: None)  # what follows needs Ray's processes
+    config = RunConfig(name="r", storage_path=str(tmp_path), storage_filesystem=Remote(fails=each_fails_once()))
+    run = TrainRunContext(config, {}, ScalingConfig(), BackendConfig(), DataConfig())
+    TrainController(train_run_context=run, train_fn_ref=None, scaling_policy=None, failure_policy=None)
+    assert len(waits) >= 4 and f"{tmp_path}/r: cannot be read or written: AWS" in capsys.readouterr().err
 
 
 def test_a_worker_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits):
