@@ -15,7 +15,7 @@ process of its own, through a proxy. The seed decides what is disturbed, and aft
     storage     not a process: for 5 to 25 s the proxy cuts and refuses connections, or lets them hang, or answers
                 "503 Slow Down"
 
-The next disturbance comes some seconds after the run got on again, or for every fifth of them before that. At the end the
+The next disturbance comes some seconds after the run got on again, or in three of ten cases before that. At the end the
 command is given with the number of steps that the run has almost reached, and then once more under another name, for a run
 that nothing disturbs.
 
@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs
 
@@ -54,12 +54,15 @@ MARK = "HRM_LM_SOAK"
 """In the environment of every process that is started here."""
 BUCKET = "soak"
 ROUND = ("worker", "worker", "raylet", "node", "storage", "storage", "controller", "driver")
-PATIENCE = 300
+PATIENCE = 600
 """Seconds without a new step after which a run counts as hung."""
 EVERY = 50
 """Steps between checkpoints."""
 MANY = 10**9
 """Steps that no run of these reaches."""
+
+
+T = TypeVar("T")
 
 
 class Failed(Exception):
@@ -72,12 +75,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> None:
+def wait_until(condition: Callable[[], T], what: str) -> T:
+    """What `condition` then gives."""
     deadline = time.monotonic() + PATIENCE
-    while not condition():
+    while not (value := condition()):
         if time.monotonic() > deadline:
             raise Failed(f"{what}: not within {PATIENCE} s")
         time.sleep(0.1)
+    return value
 
 
 def processes(name: str = "") -> list[int]:
@@ -191,7 +196,6 @@ class Storage:
 @dataclass
 class Kill:
     kind: str
-    how: str
     saved: int
     """The step of the last checkpoint that was reported as saved."""
     workers: frozenset[int] = frozenset()
@@ -207,10 +211,13 @@ class Run:
 
     def __init__(self, name: str, storage: Storage, overrides: list[str]):
         self.name, self.storage, self.overrides = name, storage, overrides
-        self.step = self.resumed_from = 0
+        self.step = self.last = self.resumed_from = 0
+        """The furthest step; the last one; the one that the last restart began with."""
         self.commands = self.attempts = self.tracebacks = 0
         self.repeated: list[int] = []
-        """Steps, as each restart tells them."""
+        """Steps, of each restart, as the lines of the steps show them."""
+        self.told: list[int] = []
+        """Likewise, as the restart says."""
         self.workers: set[int] = set()
         self.kills: list[Kill] = []
         self.lost: list[str] = []
@@ -230,13 +237,15 @@ class Run:
         self._reader = threading.Thread(target=self._read, args=[self.command.stdout], daemon=True)
         self._reader.start()
 
-    def wait(self, condition: Callable[[], Any], what: str) -> None:
-        def is_so() -> bool:
-            if not (told := condition()) and self.command.poll() is not None:
-                raise Failed(f"the command ended with code {self.command.returncode}, unasked")
-            return told
+    def wait(self, condition: Callable[[], T], what: str) -> T:
+        """`wait_until`, which raises Failed where the command ends meanwhile."""
 
-        wait_until(is_so, what)
+        def unless_ended() -> T:
+            if not (value := condition()) and self.command.poll() is not None:
+                raise Failed(f"the command ended with code {self.command.returncode}, unasked")
+            return value
+
+        return wait_until(unless_ended, what)
 
     def end(self, code: int) -> None:
         """Waits until the command ends, for as long as the run gets on. Raises Failed where its exit code is another one."""
@@ -247,8 +256,8 @@ class Run:
         if self.command.returncode != code:
             raise Failed(f"the command ended with code {self.command.returncode}, not {code}")
 
-    def saved(self) -> list[dict[str, Any]]:
-        """The run's list of its checkpoints: `step` and `folder` of each, the last one last."""
+    def saved(self) -> list[tuple[int, str]]:
+        """The run's list of its checkpoints: step and folder of each, the last one last."""
         try:
             with self.storage.fs.open_input_file(f"{BUCKET}/runs/{self.name}/{SNAPSHOT}") as file:
                 state = json.loads(file.read())
@@ -257,14 +266,12 @@ class Run:
         except (OSError, ValueError):  # it was written anew between asking for its size and reading it
             return self.saved()
         last = state["latest_checkpoint_result"]
-        others = [item for item in state["checkpoint_results"] if item != last]
-        items = [(item["metrics"]["step"], item["checkpoint_dir_name"]) for item in others]
-        items = [*sorted(items), (last["metrics"]["step"], last["checkpoint_dir_name"])]
-        return [{"step": step, "folder": f"{BUCKET}/runs/{self.name}/{name}"} for step, name in items]
+        items = [*(item for item in state["checkpoint_results"] if item != last), last]
+        return [(item["metrics"]["step"], f"{BUCKET}/runs/{self.name}/{item['checkpoint_dir_name']}") for item in items]
 
     def tensors(self) -> dict[str, bytes]:
         """The files of the last checkpoint with tensors, by name."""
-        folder, fs = self.saved()[-1]["folder"], self.storage.fs
+        (_, folder), fs = self.saved()[-1], self.storage.fs
         files = fs.get_file_info(pyarrow.fs.FileSelector(folder, recursive=True))
         paths = [file.path for file in files if file.path.endswith(".safetensors")]
         return {path.removeprefix(folder): read_bytes(fs, path) for path in paths}
@@ -276,20 +283,22 @@ class Run:
             self.attempts += bool(re.search(r"attempt \d+ starts", line))
             if found := re.search(r"resumed from step (\d+); (\d+) steps are repeated", line):
                 self.resumed_from = int(found[1])
-                self.repeated.append(int(found[2]))
+                self.repeated.append(max(self.last - self.resumed_from, 0))
+                self.told.append(int(found[2]))
             if found := re.search(r"RayTrainWorker pid=(\d+).* step (\d+)/", line):
                 self._stepped(int(found[1]), int(found[2]))
 
     def _stepped(self, worker: int, step: int) -> None:
         self.workers.add(worker)
+        self.last = step
         if step <= self.step:
             return
         self.step = step
-        for kill in self.kills:
-            if kill.took is None and kill.kind != "storage" and worker not in kill.workers:
-                kill.took = time.monotonic() - kill.at
-                if self.resumed_from < kill.saved:
-                    self.lost.append(f"step {kill.saved} was saved, and the run went on from {self.resumed_from}")
+        for one in self.kills:
+            if one.took is None and one.kind != "storage" and worker not in one.workers:
+                one.took = time.monotonic() - one.at
+                if self.resumed_from < one.saved:
+                    self.lost.append(f"step {one.saved} was saved, and the run went on from {self.resumed_from}")
 
 
 class Soak:
@@ -314,23 +323,22 @@ class Soak:
         self.run.wait(self.got_on, "a new step, or a new checkpoint")
 
     def got_on(self) -> bool:
-        for kill in self.run.kills:
-            if kill.took is None and kill.kind == "storage" and not self.away and self.saved() > kill.saved:
-                kill.took = time.monotonic() - kill.at
-        return all(kill.took is not None for kill in self.run.kills)
+        for one in self.run.kills:
+            if one.took is None and one.kind == "storage" and not self.away and self.saved() > one.saved:
+                one.took = time.monotonic() - one.at
+        return all(one.took is not None for one in self.run.kills)
 
     def saved(self) -> int:
         """The last step that is saved and was left whole."""
-        return max((item["step"] for item in self.run.saved() if item["folder"] not in self.damaged), default=0)
+        return max((step for step, folder in self.run.saved() if folder not in self.damaged), default=0)
 
     def note(self, kind: str, how: str) -> None:
         workers = self.run.workers.union(processes("RayTrainWorker"))
-        self.run.kills.append(Kill(kind, how, self.saved(), frozenset(workers)))
+        self.run.kills.append(Kill(kind, self.saved(), frozenset(workers)))
         say(f"{kind}: {how}")
 
     def worker(self) -> None:
-        self.run.wait(lambda: processes("RayTrainWorker"), "a worker")
-        pid = self.rng.choice(processes("RayTrainWorker"))
+        pid = self.rng.choice(self.run.wait(lambda: processes("RayTrainWorker"), "a worker"))
         self.note("worker", f"process {pid}")
         kill(pid)
 
@@ -357,7 +365,9 @@ class Soak:
         self.note("storage", f"{how} for {seconds:.0f} s")
         self.away = True
         self.run.storage.fail(how)
-        threading.Timer(seconds, self._heal, [self.run.kills[-1]]).start()
+        timer = threading.Timer(seconds, self._heal, [self.run.kills[-1]])
+        timer.daemon = True
+        timer.start()
 
     def _heal(self, outage: Kill) -> None:
         self.run.storage.heal()
@@ -365,7 +375,7 @@ class Soak:
         say("storage: back")
 
     def controller(self) -> None:
-        self.run.wait(lambda: processes("TrainController"), "a controller")
+        self.run.wait(self.got_on, "a new step, or a new checkpoint")  # before that, it may be another command's
         (pid,) = processes("TrainController")
         self.note("controller", f"process {pid}")
         kill(pid)
@@ -383,11 +393,11 @@ class Soak:
 
     def damage(self) -> None:
         """Damages the last checkpoint, where there is a whole one before it."""
-        *before, last = self.run.saved()
-        if last["folder"] in self.damaged or not any(item["folder"] not in self.damaged for item in before):
+        *before, last = (folder for _, folder in self.run.saved())
+        if last in self.damaged or set(before) <= self.damaged:
             return
         fs = self.run.storage.fs
-        files = fs.get_file_info(pyarrow.fs.FileSelector(last["folder"], recursive=True))
+        files = fs.get_file_info(pyarrow.fs.FileSelector(last, recursive=True))
         path = self.rng.choice(sorted(file.path for file in files if file.is_file))
         data, how = bytearray(read_bytes(fs, path)), self.rng.choice(("has another bit", "is cut", "vanishes"))
         if how == "vanishes":
@@ -399,8 +409,9 @@ class Soak:
                 data[self.rng.randrange(len(data))] ^= 1
             with fs.open_output_stream(path, compression=None) as file:
                 file.write(data)
-        self.damaged.add(last["folder"])
-        self.run.kills[-1].saved = self.saved()
+        self.damaged.add(last)
+        for one in self.run.kills:
+            one.saved = min(one.saved, self.saved())
         say(f"damage: {path} {how}")
 
 
@@ -437,28 +448,25 @@ def surroundings() -> Iterator[tuple[Any, Storage]]:
 
 def report(run: Run, wrong: list[str]) -> dict[str, Any]:
     """Prints the table, and returns its figures."""
-    by_kind = {kind: [item.took for item in run.kills if item.kind == kind and item.took] for kind in ROUND}
-    print(f"{'kind':<12}{'kills':>6}{'s until a new step, median':>28}{'most':>8}")
-    for kind, took in by_kind.items():
-        print(f"{kind:<12}{len(took):>6}{statistics.median(took):>28.0f}{max(took):>8.0f}")
-    figures = {
-        "kills": len(run.kills),
-        "commands": run.commands,
-        "attempts": run.attempts,
-        "steps": run.step,
-        "repeated": run.repeated,
-        "tracebacks": run.tracebacks,
-        "wrong": wrong,
+    took = {
+        kind: [round(one.took, 1) for one in run.kills if one.kind == kind and one.took] for kind in sorted(set(ROUND))
     }
+    print(f"{'what dies':<12}{'times':>6}{'median s':>10}{'most':>6}")
+    for kind, seconds in took.items():
+        figures = f"{statistics.median(seconds):>10.0f}{max(seconds):>6.0f}" if seconds else ""
+        print(f"{kind:<12}{sum(one.kind == kind for one in run.kills):>6}{figures}")
     print(
-        f"{len(run.kills)} kills in all; the command was given {run.commands} times, and the workers started {run.attempts} "
-        f"more times\n{run.step} steps, a checkpoint every {EVERY}; {sum(run.repeated)} steps were repeated in "
-        f"{len(run.repeated)} restarts, at most {max(run.repeated, default=0)} at once; {run.tracebacks} tracebacks"
+        f"{len(run.kills)} times in all; the command was given {run.commands} times, and started its workers {run.attempts} more "
+        f"times\n{run.step} steps, a checkpoint every {EVERY}; {sum(run.repeated)} steps were repeated in "
+        f"{len(run.repeated)} restarts (which told of {sum(run.told)}), at most {max(run.repeated, default=0)} at once; "
+        f"{run.tracebacks} tracebacks\n"
+        + (
+            "\n".join(wrong)
+            or "weights and optimizer state are an undisturbed run's, bit for bit, and nothing saved was lost"
+        )
     )
-    print(
-        "\n".join(wrong) if wrong else "the same weights and optimizer state as undisturbed, and nothing saved was lost"
-    )
-    return figures | {"seconds": {kind: [round(item, 1) for item in took] for kind, took in by_kind.items()}}
+    names = ("commands", "attempts", "step", "repeated", "told", "tracebacks")
+    return {"seconds": took, "wrong": wrong} | {name: getattr(run, name) for name in names}
 
 
 def main() -> int:
@@ -495,4 +503,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -13,6 +13,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from hrm_lm.cluster.failures import FailurePolicy, TrainController, write_list
 from hrm_lm.cluster.ray_private import check_storage
+from hrm_lm.cluster.run import explain_failure
 from hrm_lm.errors import StorageError, UserError
 from hrm_lm.filesystem import storage_error
 
@@ -40,6 +41,11 @@ def test_what_may_heal_is_tried_again_and_each_attempt_is_told(failure, reason, 
         assert f"attempt {attempt} starts" in told and f"so far: {attempt - 1}, ray.max_failures: 2" in told
     assert policy.make_decision(error) == FailureDecision.RAISE
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_failed_says_what_to_do_next():
+    told = explain_failure(ActorDiedError(), "r").splitlines()  # Ray Train's controller was killed
+    assert told[0].startswith("training failed: The actor") and "--run_name r goes on from what was saved" in told[1]
 
 
 def test_storage_that_is_away_may_heal_and_a_missing_file_does_not():

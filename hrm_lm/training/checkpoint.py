@@ -461,8 +461,9 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
 
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
-        saved = reader.read_metadata().state_dict_metadata
-        _check_fit(own, {name: parts.size for name, parts in saved.items()}, path)
+        saved = reader.read_metadata()
+        reader.read_metadata = lambda: saved  # else `dcp.load` reads the headers of all files again
+        _check_fit(own, {name: parts.size for name, parts in saved.state_dict_metadata.items()}, path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(own, storage_reader=reader, no_dist=True)  # each worker reads what it needs
