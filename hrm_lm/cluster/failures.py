@@ -5,11 +5,13 @@ Ray Train has no public place for either. Left alone, it starts the workers agai
 at the log level that this project gives it.
 """
 
+import logging
 from typing import Any
 
 import pyarrow.fs
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import backend_setup
 from ray.train.v2._internal.execution import controller
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.context import TrainRunContext
@@ -31,7 +33,7 @@ class Trainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             steps = self.train_loop_config["config"]["train"]["steps"]
             options["scaling_policy"] = ScalingPolicy(self.scaling_config, steps)
-        data_parallel_trainer.TrainController = TrainController
+        data_parallel_trainer.TrainController = TrainController  # it cannot be handed over
         return super()._initialize_and_run_controller(**options)
 
 
@@ -70,6 +72,8 @@ class TrainController(controller.TrainController):
 
     def __init__(self, *, train_run_context: TrainRunContext, **options: Any):
         CheckpointManager._write_state_to_storage = write_list
+        # After each failure it would log the traceback of what FailurePolicy tells in a line.
+        logging.getLogger(backend_setup.__name__).setLevel(logging.ERROR)
         run = train_run_context.run_config
         outlasting(
             f"{shown(run.storage_filesystem, f'{run.storage_path}/{run.name}')}: cannot be read or written",
