@@ -1,0 +1,83 @@
+"""Self-contained HTML pages of figures and tables, readable from a file without network: reports are made of these.
+
+Drawn by Plotly, whose script is put into the page. All but `page_html`'s sections is escaped here.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+
+def page_html(title: str, sections: Iterable[str]) -> str:
+    """The page. sections: HTML, in their order."""
+    return PAGE.format(title=html.escape(title), plotly=get_plotlyjs(), body="\n".join(sections))
+
+
+def figure_html(figure: go.Figure) -> str:
+    figure.update_layout(
+        template="plotly_white",
+        font=dict(family="system-ui, sans-serif"),
+        margin=figure.layout.margin.to_plotly_json() or dict(l=60, r=20, t=40, b=50),
+    )
+    return f'<div class="figure">{figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})}</div>'
+
+
+def table_html(columns: Sequence[str], rows: Iterable[tuple[Sequence[Any], str]]) -> str:
+    """A table that a click on a heading sorts. rows: the cells, None for an empty cell, and a class of PAGE's style."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = []
+    for cells, kind in rows:
+        tds = "".join(
+            f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(short(c))}</td>'
+            for c in cells
+        )
+        body.append(f'<tr class="{kind}">{tds}</tr>')
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 0 auto; padding: 24px; }}
+h1 {{ font-size: 26px; margin: 0 0 4px; }} h2 {{ font-size: 19px; margin: 36px 0 4px; }} p {{ margin: 4px 0 10px; color: #555; }}
+.lead {{ font-size: 17px; color: #222; }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }}
+.tile {{ border: 1px solid #ddd; border-radius: 8px; padding: 8px 16px; }}
+.tile b {{ display: block; font-size: 22px; }} .tile span {{ color: #666; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 12px; }}
+.figure {{ border: 1px solid #eee; border-radius: 8px; overflow: hidden; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }}
+th {{ cursor: pointer; text-align: right; border-bottom: 2px solid #bbb; padding: 6px 10px; white-space: nowrap; user-select: none; }}
+td {{ text-align: right; padding: 5px 10px; border-bottom: 1px solid #eee; }} td:last-child, th:last-child {{ text-align: left; min-width: 240px; }}
+th.up::after {{ content: " \\25B2"; }} th.down::after {{ content: " \\25BC"; }}
+tr.best td {{ background: #fff6d6; font-weight: 600; }} tr.diverged td, tr.failed td, tr.invalid td {{ color: #a33; }} tr.stopped td {{ color: #777; }}
+</style>
+<script>{plotly}</script></head><body>
+{body}
+<script>
+addEventListener("load", () => dispatchEvent(new Event("resize")));  // figures drawn before the grid was whole
+document.querySelectorAll("th").forEach(th => th.onclick = () => {{
+  const up = !th.classList.contains("up"), i = th.cellIndex, body = th.closest("table").tBodies[0];
+  th.closest("tr").querySelectorAll("th").forEach(other => other.className = "");
+  th.className = up ? "up" : "down";
+  const key = row => {{ const v = row.cells[i].dataset.v; return v === "" ? null : isNaN(v) ? v : Number(v); }};
+  [...body.rows].sort((a, b) => {{
+    const x = key(a), y = key(b);
+    if (x === null || y === null) return (x === null) - (y === null);
+    return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1);
+  }}).forEach(row => body.append(row));
+}});
+</script>
+</body></html>
+"""
