@@ -138,9 +138,11 @@ class KVCache:
         """The last sample takes the place of sample `row`. To be called before the cursor's."""
         last = self.cursor.samples - 1
         if row != last:
-            filled = self.cursor.filled[last]
+            seen = (
+                self.cursor.filled[last] + 1
+            )  # of a prompt that is looked back at, its last place is as the next token's
             for kept in (self.k, self.v):
-                kept[row, :, :filled] = kept[last, :, :filled]
+                kept[row, :, :seen] = kept[last, :, :seen]
 
 
 @dataclass

@@ -73,6 +73,8 @@ class LanguageModel(nn.Module):
     config: ModelConfig
     core: nn.Module | None
     """The HRMCore, or None for a model without recurrence."""
+    recurs_per_token: bool = True
+    """Whether the core runs for every new token, and not only for the prompt."""
 
     @staticmethod
     def collate(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> AnyBatch:

@@ -68,6 +68,8 @@ class Decoding(cache.Decoding):
 
 
 class HRMEncoderDecoder(LanguageModel):
+    recurs_per_token = False
+
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
@@ -205,8 +207,8 @@ class HRMEncoderDecoder(LanguageModel):
             states = self.encode(prompt_ids[some], places, keys[some], decoding.cycles)[-1]
             x = self._decoder_inputs(states, keys[some], prompt_ids.new_full((len(states), 1), bos_id))
             memory = self._cross(states, keys[some])
-            for cache, (keys_values, *_) in zip(decoding.memory, memory):
-                cache.append(*keys_values)
+            for kept, (keys_values, *_) in zip(decoding.memory, memory):
+                kept.append(*keys_values)
             x = self._decode(x, rope, memory, caches=decoding.caches[0])
             logits.append(self.head(self.norm(x[:, -1])))
         return torch.cat(logits)
