@@ -138,9 +138,8 @@ class KVCache:
         """The last sample takes the place of sample `row`. To be called before the cursor's."""
         last = self.cursor.samples - 1
         if row != last:
-            seen = (
-                self.cursor.filled[last] + 1
-            )  # of a prompt that is looked back at, its last place is as the next token's
+            # Of a prompt that is looked back at, the last place counts as the next token's.
+            seen = self.cursor.filled[last] + 1
             for kept in (self.k, self.v):
                 kept[row, :, :seen] = kept[last, :, :seen]
 
