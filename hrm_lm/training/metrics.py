@@ -1,9 +1,11 @@
 """Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import yaml
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -28,7 +30,7 @@ class MetricsLog:
     def __init__(self, folder: Path | None, display: Display, first_step: int, steps: int):
         self.steps, self.step = steps, first_step
         # After a resume, what an earlier attempt wrote beyond its last checkpoint is hidden.
-        self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10) if folder else None
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10) if folder else None
         self.lines = display == "lines"
         self.bar = display(steps) if callable(display) else None
         self.shown: dict[str, float] = {}
@@ -40,6 +42,12 @@ class MetricsLog:
         if self.writer:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, value: Any) -> None:
+        """Plain values for the event files, as YAML: TensorBoard shows it, and `hrm_lm.report` reads it."""
+        if self.writer:
+            shown = yaml.safe_dump(value, allow_unicode=True, sort_keys=False, width=100_000)
+            self.writer.add_text(name, textwrap.indent(shown, "    "), step)  # code, in Markdown
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.record(step, metrics)
