@@ -1,6 +1,5 @@
 """What a run runs on: versions and kinds of hardware, for its report. No names of hosts, no paths."""
 
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -48,7 +47,9 @@ def git_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        )
         return done.stdout.strip()
 
     try:

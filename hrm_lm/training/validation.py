@@ -15,7 +15,6 @@ from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast, layout
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 
-
 ANSWER_TOKENS = 64
 """The most that a sample answer has: it is to be looked at, and costs little."""
 
