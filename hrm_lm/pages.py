@@ -28,7 +28,7 @@ def figure_html(figure: go.Figure) -> str:
 def table_html(columns: Sequence[str], rows: Iterable[tuple[Sequence[Any], str]], kind: str = "") -> str:
     """A table that a click on a heading sorts. rows: the cells, None for an empty cell, and a class of PAGE's style.
 
-    kind: `text` for a table of words, which stand at the left.
+    kind: `text` for a table of words, which stand at the left; `named` where the first column is a name.
     """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = []
@@ -57,15 +57,17 @@ h1 {{ font-size: 26px; margin: 0 0 4px; }} h2 {{ font-size: 19px; margin: 36px 0
 .tiles {{ display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }}
 .tile {{ border: 1px solid #ddd; border-radius: 8px; padding: 8px 16px; }}
 .tile b {{ display: block; font-size: 22px; }} .tile span {{ color: #666; }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 12px; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 12px; margin-bottom: 12px; }}
 .figure {{ border: 1px solid #eee; border-radius: 8px; overflow: hidden; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }}
 th {{ cursor: pointer; text-align: right; border-bottom: 2px solid #bbb; padding: 6px 10px; white-space: nowrap; user-select: none; }}
 td {{ text-align: right; padding: 5px 10px; border-bottom: 1px solid #eee; }} td:last-child, th:last-child {{ text-align: left; min-width: 240px; }}
 th.up::after {{ content: " \\25B2"; }} th.down::after {{ content: " \\25BC"; }}
-table.text {{ width: auto; }} table.text th, table.text td {{ text-align: left; vertical-align: top; overflow-wrap: anywhere; max-width: 420px; }}
-table.text td:last-child, table.text th:last-child {{ min-width: 0; }}
+table.text {{ width: auto; }} table.text th, table.text td {{ text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+table.text td:first-child {{ white-space: nowrap; }} table.text td:last-child, table.text th:last-child {{ min-width: 0; }}
+table.named td:first-child, table.named th:first-child {{ text-align: left; overflow-wrap: anywhere; min-width: 120px; }}
+table.named td:last-child, table.named th:last-child {{ min-width: 120px; }}
 .error {{ color: #a33; }} .note {{ color: #888; font-size: 13px; }}
 details {{ margin: 10px 0; }} summary {{ cursor: pointer; color: #555; }} pre {{ background: #f7f7f7; border-radius: 8px; padding: 12px; overflow-x: auto; font-size: 13px; }}
 .answers {{ border: 1px solid #eee; border-radius: 8px; padding: 8px 12px; overflow-x: auto; }}

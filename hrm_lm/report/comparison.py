@@ -32,16 +32,17 @@ def _results(runs: Sequence[Run]) -> str:
     lowest = min((run.best["val_loss"] for run in runs if run.best), default=None)
     columns = ["run", "status", "step", "best val_loss", "at step", "exact match"]
     has_score, has_mfu = (any(name in run.written.curves for run in runs) for name in ("val_score", "mfu"))
-    columns += ["score"] * has_score + ["tokens/s"] + ["MFU"] * has_mfu + ["seconds", "workers", "device"]
+    columns += ["score"] * has_score + ["tokens/s"] + ["MFU"] * has_mfu + ["seconds", "workers"]
     rows = []
     for run in runs:
         best, environment = run.best, run.environment
         cells: list[Any] = [run.name, run.status, max(run.written.step, run.result.get("step", 0))]
         cells += [best.get("val_loss"), best.get("step"), best.get("val_exact_match")]
         cells += [best.get("val_score")] * has_score + [run.tokens_per_s] + [run.last("mfu")] * has_mfu
-        cells += [run.seconds, environment.get("workers"), environment.get("device")]
+        workers = f"{environment['workers']} × {environment['device']}" if environment else None
+        cells += [run.seconds, workers]
         rows.append((cells, "best" if best and best["val_loss"] == lowest else run.status))
-    return table_html(columns, rows)
+    return table_html(columns, rows, "named")
 
 
 def _differences(runs: Sequence[Run]) -> str:

@@ -23,7 +23,6 @@ TITLES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_s": "Tokens per second",
-    "samples_per_s": "Samples per second",
     "padding": "Padding",
     "mfu": "Use of the GPU's matrix units (MFU)",
     "save_ms": "Waiting for each checkpoint (ms)",
@@ -68,12 +67,15 @@ def chart(
     for place, color in (marks or {}).items():
         figure.add_vline(x=place, line=dict(color=color, width=1, dash="dot"))
     spread = max(values) / min(values) if values and min(values) > 0 else 0
+    y: dict[str, Any] = dict(rangemode="tozero" if percent or "per second" in title else "normal")
+    if percent:
+        y["tickformat"] = ".3~%"
+    elif spread > 100 and title != TITLES["lr"]:
+        y |= dict(type="log", dtick=1)
     figure.update_layout(
         title=dict(text=title, font=dict(size=15), x=0.02, xanchor="left"),
         xaxis=dict(title=x, rangemode="tozero"),
-        yaxis=dict(type="log", dtick=1)
-        if spread > 100 and not percent
-        else dict(tickformat=".0%" if percent else None),
+        yaxis=y,
         showlegend=legend,
         legend=dict(orientation="h", x=1, xanchor="right", y=1.02, yanchor="bottom"),
         hovermode="closest",

@@ -13,10 +13,10 @@ from hrm_lm.report.runs import Run, changed_fields
 
 BLUE, ORANGE, GREEN = "#1f77b4", "#ff7f0e", "#2ca02c"
 RESTART, ROLLBACK = "#999999", "#d62728"
-NOT_SHOWN = ("tokens", "seconds")
-"""Counts that grow: they are axes of comparisons."""
+NOT_SHOWN = ("tokens", "seconds", "samples_per_s")
+"""The first two are axes of comparisons, the last goes as tokens_per_s does."""
 LEARNING = ("lr", "grad_norm")
-SPEED = ("tokens_per_s", "samples_per_s", "padding", "mfu", "save_ms")
+SPEED = ("tokens_per_s", "padding", "mfu", "save_ms")
 COUNTS = ("skipped", "rollbacks", "spikes")
 ANSWER_STEPS = 6
 """Validations whose answers are shown, at most: the first, the last and some between."""
@@ -32,7 +32,7 @@ def run_page(run: Run) -> str:
         sections += ["<h2>Curves</h2>", _legend_of_marks(run)]
         losses = [Line(name="loss", points=run.curve("loss"), color=BLUE)]
         losses += [Line(name="val_loss", points=run.curve("val_loss"), color=ORANGE, dots=True)]
-        sections += [figure_html(chart(losses, "Loss", marks=marks, height=400))]
+        sections += [_grid([chart(losses, "Loss", marks=marks, height=400)])]
         scores = {"val_exact_match": ORANGE, "val_score": GREEN}
         matches = [Line(name=n, points=curves[n], color=c, dots=True) for n, c in scores.items() if n in curves]
         figures = [chart(matches, "Right answers", percent=True, marks=marks)] if matches else []
@@ -42,7 +42,7 @@ def run_page(run: Run) -> str:
             sections += ["<h2>Validation by data set</h2>", _grid(by_dataset)]
         if counts := [n for n in COUNTS if max(run.curve(n).values(), default=0) > 0]:
             lines = [Line(name=n, points=curves[n], color=c) for n, c in zip(counts, colors(3))]
-            sections += ["<h2>When numbers went bad</h2>", _grid([chart(lines, "So far", marks=marks)])]
+            sections += ["<h2>Skipped steps, rollbacks and spikes</h2>", _grid([chart(lines, "So far", marks=marks)])]
         shown = {"loss", "val_loss", *scores, *LEARNING, *SPEED, *COUNTS, *NOT_SHOWN}
         if rest := [n for n in curves if n not in shown and "/" not in n]:
             sections += ["<h2>More numbers</h2>", _grid(_singles(run, rest))]
