@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -97,7 +98,7 @@ class WandB:
     def __init__(self, folder: RunFolder, fields: dict[str, Any], id: str | None):
         import wandb
 
-        self.id = id or wandb.util.generate_id()
+        self.id = id or uuid.uuid4().hex[:8]
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "hrm_lm"),
             name=folder.name,
