@@ -74,7 +74,10 @@ def test_a_run_and_its_continuation_are_one_run_of_mlflow(mlflow, store, folder,
     (begun,) = runs_of(mlflow)
     id = begun.info.run_id
     assert begun.info.status == "KILLED" and begun.info.run_name == "r"
-    assert begun.data.params["model.d_model"] == "16" and begun.data.params["data.dataset"] == "s3://bucket/x?region=us-east-1"
+    assert (
+        begun.data.params["model.d_model"] == "16"
+        and begun.data.params["data.dataset"] == "s3://bucket/x?region=us-east-1"
+    )
     attempt(place, "b", 2, {3: 1.5})  # its driver was killed before the logger had it
 
     with followed(small_config(optim__lr=0.5, train__loggers=["mlflow"]), folder) as ended:
@@ -83,7 +86,9 @@ def test_a_run_and_its_continuation_are_one_run_of_mlflow(mlflow, store, folder,
         ended |= RESULT
     (whole,) = runs_of(mlflow)
     assert whole.info.run_id == id and whole.info.status == "FINISHED"
-    assert history(mlflow, id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.5), (4, 1.0)] == history(mlflow, id, "val_loss/sums")
+    assert (
+        history(mlflow, id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.5), (4, 1.0)] == history(mlflow, id, "val_loss/sums")
+    )
     tags = whole.data.tags
     assert tags["changed.optim.lr"] == "0.5" and whole.data.params["optim.lr"] == "0.002"
     assert tags["environment.torch"] == "2.13.0" and tags["best_checkpoint"] == RESULT["best_checkpoint"]
@@ -92,7 +97,9 @@ def test_a_run_and_its_continuation_are_one_run_of_mlflow(mlflow, store, folder,
         assert file.is_dir() or b"topsecret" not in file.read_bytes(), file
 
 
-def test_a_logger_that_fails_in_mid_run_is_told_once_and_gets_later_what_it_missed(mlflow, folder, in_folder, monkeypatch, capsys):
+def test_a_logger_that_fails_in_mid_run_is_told_once_and_gets_later_what_it_missed(
+    mlflow, folder, in_folder, monkeypatch, capsys
+):
     is_away, tries, log = threading.Event(), [], loggers.MLflow.log
 
     def flaky(self, events):

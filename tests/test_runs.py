@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 
 import pyarrow.fs
@@ -96,7 +97,7 @@ def test_what_a_killed_attempt_wrote_beyond_its_checkpoint_is_hidden_and_its_las
 
 
 def test_a_thinned_curve_keeps_its_ends_and_its_spikes():
-    points = {step: 1.0 for step in range(100_000)} | {777: 9.0, 88_888: -9.0, 5: float("nan")}
+    points = dict.fromkeys(range(100000), 1.0) | {777: 9.0, 88_888: -9.0, 5: float("nan")}
     kept = thinned(points)
     assert len(kept) <= 1003 and {(777, 9.0), (88_888, -9.0), (0, 1.0), (99_999, 1.0)} <= set(kept)
     assert thinned({2: 1.0, 1: 3.0}) == [(1, 3.0), (2, 1.0)]
@@ -175,13 +176,30 @@ def test_a_run_without_event_files_still_has_a_page(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.yaml").write_text("train: {steps: 9}\nmodel: {gone: 1}\n")
     text = page_text(run_page(read_run(HERE, str(tmp_path / "old"))))
-    assert "has not logged any numbers yet" in text and "trained by an earlier version" in text
+    assert "has not logged any numbers yet" in text and "nor do runs of earlier versions" in text
     assert "model.gone" in text
+
+
+def test_a_trial_of_a_sweep_has_a_page_from_what_tune_was_told(tmp_path):
+    trial = tmp_path / "trials/e3c1b_00000"
+    for step, lr in ((10, 0.5), (20, 0.25)):
+        (trial / f"checkpoint_{step:08d}_bebb4942").mkdir(parents=True)
+        (trial / f"checkpoint_{step:08d}_bebb4942/config.yaml").write_text(small_config(optim__lr=lr).to_yaml())
+    (trial / "params.json").write_text('{"optim.lr": 0.5}')
+    row = {"timestamp": 1e9, "seconds": 2.0, "tokens": 10, "hostname": "secret_host", "pid": 9}
+    rows = [row | {"step": 5, "loss": 2.0, "val_loss": math.nan}, row | {"step": 10, "loss": 1.5, "val_loss": 1.75}]
+    rows += [{"step": 11, "val_loss": 1e9, "timestamp": 1e9, "status": "diverged", "error": "not finite"}]
+    (trial / "result.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(HERE, str(trial))
+    assert run.curve("loss") == {5: 2.0, 10: 1.5} and run.curve("val_loss") == {10: 1.75}
+    assert run.config["optim.lr"] == 0.25 and run.status == "diverged" and run.name == "e3c1b_00000"
+    page = run_page(run)
+    assert "Diverged at step 11" in page_text(page) and "secret_host" not in page
 
 
 def test_a_page_shows_restarts_and_rollbacks(tmp_path):
     attempts = [{"step": 0, "time": 0.0, "workers": 4}, {"step": 30, "time": 1e9, "workers": 3}]
-    losses = {step: 1.0 for step in range(60)}
+    losses = dict.fromkeys(range(60), 1.0)
     run = Run("r", {}, {}, Written({"loss": losses}, {}, attempts, [50], 59, 1e9))
     page = run_page(run)
     text = " ".join(page_text(page).split())
@@ -277,4 +295,6 @@ def test_event_files_in_object_storage_are_read_from_where_the_last_look_ended(t
         with bucket.fs.open_output_stream(f"bucket/grows/{file.name}", compression=None) as stream:
             stream.write(data[:end])
         events += files.new()
-    assert [s for s in map(scalars, events) if s] == [s for s in map(scalars, EventFiles(HERE, str(file.parent)).new()) if s]
+    assert [s for s in map(scalars, events) if s] == [
+        s for s in map(scalars, EventFiles(HERE, str(file.parent)).new()) if s
+    ]

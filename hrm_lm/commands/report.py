@@ -21,7 +21,9 @@ from hrm_lm.report.runs import read_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hrm-lm report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="name of a run, or its folder or URI")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="name of a run; folder or URI of a run or trial (runs/SWEEP/trials/ID)"
+    )
     parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs of a name are in (default: runs/)")
     parser.add_argument(
         "--output",

@@ -182,7 +182,7 @@ def _config(run: Run) -> list[str]:
 
 def _environment(run: Run) -> list[str]:
     if not run.environment:
-        return ["<p>Not known: the run was trained by an earlier version.</p>"]
+        return ["<p>Not known: trials do not tell, nor do runs of earlier versions.</p>"]
     rows = [([name, plain(value)], "") for name, value in run.environment.items()]
     sections = [table_html(["", "when last started"], rows, "text")]
     attempts = run.written.attempts

@@ -1,6 +1,8 @@
 """A run as its folder tells it, whether the run goes on, was killed, failed or finished."""
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,9 @@ from hrm_lm.report.events import EventFiles, Written, written
 
 PLACES = ("ray.run_name", "ray.storage_path")
 """Fields that say where a run is kept. They tell runs apart, and explain nothing."""
+
+OF_TRIALS = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "mfu", "save_ms", "seconds", "tokens")
+"""What a trial reports, beside its scores."""
 
 
 @dataclass
@@ -65,7 +70,9 @@ class Run:
 
 
 def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
-    """The run in the folder `path`. Raises UserError where there is no run, and where storage cannot be read."""
+    """The run, or the trial of a sweep, in the folder `path`. Raises UserError where there is neither, and where storage
+    cannot be read.
+    """
     name = shown(fs, path)
 
     def text(file: str) -> str | None:
@@ -77,7 +84,9 @@ def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
 
         return outlasting(f"{name}/{file}: cannot be read", attempt)
 
-    config = text("config.yaml")
+    config, of_trial = text("config.yaml"), text("params.json") is not None
+    if of_trial:
+        config = text(outlasting(f"{name}: cannot be read", lambda: last_config(fs, path)) or "params.json")
     if config is None:
         is_sweep = text("sweep.yaml") is not None
         raise UserError(f"{name}: a sweep, which has a report of its own" if is_sweep else f"{name}: no run is there")
@@ -85,11 +94,35 @@ def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
         raise UserError(f"{name}: a checkpoint; give the folder of its run")
     events = outlasting(f"{name}: cannot be read", lambda: EventFiles(fs, path).new())
     try:
-        values = without_keys(yaml.safe_load(config))
-        result = json.loads(text("result.json") or "{}")
-        return Run(path.rpartition("/")[2], flatten(values), result, written(events))
+        values, told = without_keys(yaml.safe_load(config)), text("result.json")
+        if of_trial:  # to which Tune adds a line for each report
+            result, run = trial_written([json.loads(line) for line in (told or "").split("\n")[:-1]])
+        else:
+            result, run = json.loads(told or "{}"), written(events)
+        return Run(path.rpartition("/")[2], flatten(values), result, run)
     except (yaml.YAMLError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: torn or foreign: {' '.join(str(error).split())[:200]}") from None
+
+
+def last_config(fs: pyarrow.fs.FileSystem, path: str) -> str | None:
+    """The config of a trial's last checkpoint, as a path in its folder. Those of several workers are a folder deeper."""
+    found = [file.path for file in fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))]
+    configs = [file for file in found if re.search(r"/checkpoint_[^/]+/config\.yaml$", file)]
+    return max(configs, key=lambda file: file.split("/")[-2]).removeprefix(f"{path}/") if configs else None
+
+
+def trial_written(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Written]:
+    """What Tune was told of a trial: its result, and its numbers. What it repeated after a failure replaces what was there."""
+    run, result = Written(), {}
+    for row in rows:
+        run.step, run.time = max(run.step, row["step"]), row["timestamp"]
+        result = {name: row[name] for name in ("status", "error") if name in row} | {"step": run.step}
+        if "seconds" not in row:  # it diverged, and its score stands for that
+            continue
+        for name, value in row.items():
+            if (name in OF_TRIALS or name.startswith("val_")) and math.isfinite(value):
+                run.curves.setdefault(name, {})[row["step"]] = value
+    return result, run
 
 
 def changed_fields(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
