@@ -23,7 +23,7 @@ from hrm_lm.config import Config, flatten
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import one_line, without_keys, without_secrets
 from hrm_lm.report.events import EventFiles, scalars, texts
-from hrm_lm.report.runs import read_run
+from hrm_lm.report.runs import plain, read_run
 
 PERIOD = 10.0
 """Seconds between looks at the event files."""
@@ -59,7 +59,7 @@ class MLflow:
         self.client.update_run(id, status="RUNNING")
         # MLflow keeps the value that a parameter had first.
         logged = self.client.get_run(id).data.params
-        values = {name: str(value)[:6000] for name, value in fields.items()}
+        values = {name: plain(value)[:6000] for name, value in fields.items()}
         params = [Param(name, value) for name, value in values.items() if name not in logged]
         changed = {f"changed.{name}": value for name, value in values.items() if logged.get(name, value) != value}
         for some in range(0, len(params), 100):
@@ -77,7 +77,7 @@ class MLflow:
         ]
         for some in range(0, len(metrics), 1000):
             self.client.log_batch(self.id, metrics=metrics[some : some + 1000])
-        tags = [RunTag(f"environment.{name}", str(value)) for name, value in environment(events).items()]
+        tags = [RunTag(f"environment.{name}", plain(value)) for name, value in environment(events).items()]
         self.client.log_batch(self.id, tags=tags)
 
     def finish(self, result: dict[str, Any], page: str | None) -> None:

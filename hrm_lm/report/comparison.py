@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hrm_lm.pages import figure_html, page_html, table_html
-from hrm_lm.report.figures import PERCENT, TITLES, Line, by_other, chart, colors, plain
-from hrm_lm.report.runs import Run, differing_fields
+from hrm_lm.report.figures import PERCENT, TITLES, Line, by_other, chart, colors
+from hrm_lm.report.runs import Run, differing_fields, plain
 
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 CURVES = ("loss", "val_exact_match", "val_score", "tokens_per_s", "lr", "grad_norm", "padding", "mfu")

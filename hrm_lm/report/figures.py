@@ -1,6 +1,5 @@
 """Curves of runs as figures, and what their tables share."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,11 +109,6 @@ def colors(count: int) -> Sequence[str]:
         if count <= 10
         else sample_colorscale("Turbo", [0.05 + 0.9 * i / (count - 1) for i in range(count)])
     )
-
-
-def plain(value: Any) -> str:
-    """A config's value as it stands in YAML."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def duration(seconds: float | None) -> str:

@@ -8,8 +8,8 @@ import yaml
 
 from hrm_lm.filesystem import without_secrets
 from hrm_lm.pages import figure_html, page_html, short, table_html
-from hrm_lm.report.figures import PERCENT, TITLES, Line, chart, colors, duration, moment, plain
-from hrm_lm.report.runs import Run, changed_fields
+from hrm_lm.report.figures import PERCENT, TITLES, Line, chart, colors, duration, moment
+from hrm_lm.report.runs import Run, changed_fields, plain
 
 BLUE, ORANGE, GREEN = "#1f77b4", "#ff7f0e", "#2ca02c"
 RESTART, ROLLBACK = "#999999", "#d62728"

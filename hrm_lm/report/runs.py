@@ -143,3 +143,8 @@ def differing_fields(runs: list[Run]) -> dict[str, list[Any]]:
     paths = dict.fromkeys(path for run in runs for path in run.config if path not in PLACES)
     values = {path: [run.config.get(path, defaults.get(path)) for run in runs] for path in paths}
     return {path: row for path, row in values.items() if any(value != row[0] for value in row)}
+
+
+def plain(value: Any) -> str:
+    """A config's value as it stands in YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
