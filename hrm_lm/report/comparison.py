@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hrm_lm.pages import figure_html, page_html, table_html
-from hrm_lm.report.figures import PERCENT, TITLES, Line, by_other, chart, colors
+from hrm_lm.report.figures import TITLES, Line, by_other, chart, colors
 from hrm_lm.report.runs import Run, differing_fields, plain
 
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
@@ -70,7 +70,7 @@ def _figures(runs: Sequence[Run], shades: dict[str, str]) -> list[Any]:
             for run in runs
         ]
         if any(line.points for line in lines):
-            figures.append(chart(lines, f"Validation loss by {label}", x=label, legend=False))
+            figures.append(chart(lines, f"Validation loss by {label}", "val_loss", x=label, legend=False))
     datasets = dict.fromkeys(
         n for run in runs for n in run.written.curves if n.startswith(("val_loss/", "val_exact_match/"))
     )
@@ -82,5 +82,5 @@ def _figures(runs: Sequence[Run], shades: dict[str, str]) -> list[Any]:
         if any(line.points for line in lines):
             metric, _, dataset = name.partition("/")
             title = TITLES[metric] + (f" on {dataset}" if dataset else "")
-            figures.append(chart(lines, title, percent=metric in PERCENT, legend=False))
+            figures.append(chart(lines, title, metric, legend=False))
     return figures

@@ -41,13 +41,14 @@ class Line:
 def chart(
     lines: Iterable[Line],
     title: str,
+    metric: str,
     x: str = "step",
-    percent: bool = False,
     legend: bool = True,
     marks: Mapping[float, str] | None = None,
     height: int = 320,
 ) -> go.Figure:
-    """marks: where a dotted line stands, and its colour."""
+    """metric: what the lines are of. marks: where a dotted line stands, and its colour."""
+    percent = metric in PERCENT
     figure, values = go.Figure(), []
     for line in lines:
         points = thinned(line.points)
@@ -63,18 +64,21 @@ def chart(
             marker=dict(size=6),
             hovertemplate=f"{line.name}<br>{x} %{{x:,}}<br>%{{y:{'.2%' if percent else '.5g'}}}<extra></extra>",
         )
-    for place, color in (marks or {}).items():
-        figure.add_vline(x=place, line=dict(color=color, width=1, dash="dot"))
+    shapes = [
+        dict(type="line", x0=place, x1=place, y0=0, y1=1, yref="paper", line=dict(color=color, width=1, dash="dot"))
+        for place, color in (marks or {}).items()
+    ]
     spread = max(values) / min(values) if values and min(values) > 0 else 0
-    y: dict[str, Any] = dict(rangemode="tozero" if percent or "per second" in title else "normal")
+    y: dict[str, Any] = dict(rangemode="tozero" if percent or metric == "tokens_per_s" else "normal")
     if percent:
         y["tickformat"] = ".3~%"
-    elif spread > 100 and title != TITLES["lr"]:
+    elif spread > 100 and metric != "lr":
         y |= dict(type="log", dtick=1)
     figure.update_layout(
         title=dict(text=title, font=dict(size=15), x=0.02, xanchor="left"),
         xaxis=dict(title=x, rangemode="tozero"),
         yaxis=y,
+        shapes=shapes,
         showlegend=legend,
         legend=dict(orientation="h", x=1, xanchor="right", y=1.02, yanchor="bottom"),
         hovermode="closest",

@@ -8,7 +8,7 @@ import yaml
 
 from hrm_lm.filesystem import without_secrets
 from hrm_lm.pages import figure_html, page_html, short, table_html
-from hrm_lm.report.figures import PERCENT, TITLES, Line, chart, colors, duration, moment
+from hrm_lm.report.figures import TITLES, Line, chart, colors, duration, moment
 from hrm_lm.report.runs import Run, changed_fields, plain
 
 BLUE, ORANGE, GREEN = "#1f77b4", "#ff7f0e", "#2ca02c"
@@ -32,17 +32,20 @@ def run_page(run: Run) -> str:
         sections += ["<h2>Curves</h2>", _legend_of_marks(run)]
         losses = [Line(name="loss", points=run.curve("loss"), color=BLUE)]
         losses += [Line(name="val_loss", points=run.curve("val_loss"), color=ORANGE, dots=True)]
-        sections += [_grid([chart(losses, "Loss", marks=marks, height=400)])]
+        sections += [_grid([chart(losses, "Loss", "loss", marks=marks, height=400)])]
         scores = {"val_exact_match": ORANGE, "val_score": GREEN}
         matches = [Line(name=n, points=curves[n], color=c, dots=True) for n, c in scores.items() if n in curves]
-        figures = [chart(matches, "Right answers", percent=True, marks=marks)] if matches else []
+        figures = [chart(matches, "Right answers", "val_exact_match", marks=marks)] if matches else []
         sections += [_grid([*figures, *_singles(run, LEARNING)])]
         sections += ["<h2>Throughput</h2>", _grid(_singles(run, SPEED))]
         if by_dataset := _by_dataset(run):
             sections += ["<h2>Validation by data set</h2>", _grid(by_dataset)]
         if counts := [n for n in COUNTS if max(run.curve(n).values(), default=0) > 0]:
             lines = [Line(name=n, points=curves[n], color=c) for n, c in zip(counts, colors(3))]
-            sections += ["<h2>Skipped steps, rollbacks and spikes</h2>", _grid([chart(lines, "So far", marks=marks)])]
+            sections += [
+                "<h2>Skipped steps, rollbacks and spikes</h2>",
+                _grid([chart(lines, "So far", "skipped", marks=marks)]),
+            ]
         shown = {"loss", "val_loss", *scores, *LEARNING, *SPEED, *COUNTS, *NOT_SHOWN}
         if rest := [n for n in curves if n not in shown and "/" not in n]:
             sections += ["<h2>More numbers</h2>", _grid(_singles(run, rest))]
@@ -74,14 +77,14 @@ def _lead(run: Run) -> str:
 
 
 def _tiles(run: Run) -> str:
-    workers = run.environment.get("workers")
+    workers, restarts = run.environment.get("workers"), len(run.written.attempts) - 1
     tiles = {
         "tokens/s": short(run.tokens_per_s) if run.tokens_per_s else None,
         "tokens": _amount(run.last("tokens")),
         "of training": duration(run.seconds) or None,
         "MFU": f"{run.last('mfu'):.1%}" if "mfu" in run.written.curves else None,
         f"worker{'s' * (workers != 1)}": workers,
-        "restarts": len(run.written.attempts) - 1 if len(run.written.attempts) > 1 else None,
+        f"restart{'s' * (restarts != 1)}": restarts if restarts > 0 else None,
     }
     cells = [f'<div class="tile"><b>{v}</b><span>{k}</span></div>' for k, v in tiles.items() if v is not None]
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -117,8 +120,7 @@ def _singles(run: Run, names: Iterable[str]) -> list[Any]:
     for name in names:
         if points := run.curve(name):
             line = Line(name=name, points=points, color=BLUE, dots=len(points) <= 30)
-            title = TITLES.get(name, name)
-            figures.append(chart([line], title, percent=name in PERCENT, legend=False, marks=_marks(run)))
+            figures.append(chart([line], TITLES.get(name, name), name, legend=False, marks=_marks(run)))
     return figures
 
 
@@ -131,8 +133,7 @@ def _by_dataset(run: Run) -> list[Any]:
             for name, color in zip(names, colors(len(names)))
         ]
         if lines:
-            title = TITLES[metric]
-            figures.append(chart(lines, title, percent=metric in PERCENT, marks=_marks(run)))
+            figures.append(chart(lines, TITLES[metric], metric, marks=_marks(run)))
     return figures
 
 
