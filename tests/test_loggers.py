@@ -12,6 +12,7 @@ from hrm_lm.cluster.loggers import check_loggers, followed
 from hrm_lm.cluster.run import run
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.errors import UserError
+from hrm_lm.report.events import scalars
 from hrm_lm.training.metrics import MetricsLog
 
 RESULT = {"status": "finished", "step": 4, "val_loss": 0.5, "best_checkpoint": "/runs/r/checkpoint_00000004"}
@@ -63,7 +64,9 @@ def attempt(folder, name, first, numbers):
     file.rename(folder / f"{file.name}.{name}")
 
 
-def test_a_run_and_its_continuation_are_one_run_of_mlflow(mlflow, store, folder, in_folder):
+def test_a_run_and_its_continuation_are_one_run_of_mlflow(mlflow, store, folder, in_folder, monkeypatch):
+    sent, log = [], loggers.MLflow.log
+    monkeypatch.setattr(loggers.MLflow, "log", lambda self, events: sent.extend(events) or log(self, events))
     config = small_config(data__dataset=f"s3://{KEYS}@bucket/x?region=us-east-1", train__loggers=["mlflow"])
     place = in_folder / "runs/r"
     with pytest.raises(KeyboardInterrupt):
@@ -86,6 +89,7 @@ def test_a_run_and_its_continuation_are_one_run_of_mlflow(mlflow, store, folder,
         ended |= RESULT
     (whole,) = runs_of(mlflow)
     assert whole.info.run_id == id and whole.info.status == "FINISHED"
+    assert [event.step for event in sent if "loss" in scalars(event)] == [1, 2, 3, 4], "each once"
     assert (
         history(mlflow, id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.5), (4, 1.0)] == history(mlflow, id, "val_loss/sums")
     )

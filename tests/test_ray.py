@@ -60,6 +60,7 @@ def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(
     left_over.parent.mkdir(parents=True)  # of four workers that were killed in mid-upload
     left_over.write_bytes(b"half a part")
     sharded = run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
+    assert "Sample answers" in (in_folder / "runs/s/report.html").read_text(), "both workers take part in them"
     alone = train_locally(small_config(**options), in_folder / "alone")
     assert sharded["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
     shutil.copytree(sharded["last_checkpoint"], in_folder / "sharded/step_000006")
