@@ -131,7 +131,8 @@ def test_a_run_that_fails_is_failed_in_mlflow_and_has_a_page(mlflow, folder, in_
         with followed(small_config(train__loggers=["mlflow"]), folder):
             raise UserError("worker 0: the file is not on this node")
     (failed,) = runs_of(mlflow)
-    assert failed.info.status == "FAILED" and (in_folder / "runs/r/report.html").exists()
+    assert failed.info.status == "FAILED"
+    assert "worker 0: the file is not on this node" in (in_folder / "runs/r/report.html").read_text()
 
 
 def test_a_run_that_mlflow_does_not_have_is_told_with_what_to_do(mlflow, folder):

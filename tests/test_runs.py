@@ -58,7 +58,7 @@ def page_text(page: str) -> str:
 def test_event_files_are_read_as_they_grow_and_a_torn_end_is_waited_for(tmp_path):
     log = MetricsLog(tmp_path / "whole", "none", 0, 10)
     log.record(1, {"loss": 0.5, "lr": 0.25})
-    log.text(1, "answers", [{"prompt": "ä: 'x'\n- y", "answer": ""}])
+    log.text(1, "answers", [{"prompt": "ä: 'x'\n- y\u2028z\x0b", "answer": ""}])
     log.record(2, {"loss": 0.125})
     log.close()
     (whole,) = (tmp_path / "whole").iterdir()
@@ -70,7 +70,7 @@ def test_event_files_are_read_as_they_grow_and_a_torn_end_is_waited_for(tmp_path
     assert files.new() == [] and EventFiles(HERE, str(tmp_path), files.read).new() == []
     run = written(events)
     assert run.curves == {"loss": {1: 0.5, 2: 0.125}, "lr": {1: 0.25}} and run.step == 2
-    assert run.texts == {"answers": {1: [{"prompt": "ä: 'x'\n- y", "answer": ""}]}}
+    assert run.texts == {"answers": {1: [{"prompt": "ä: 'x'\n- y\u2028z\x0b", "answer": ""}]}}
 
 
 def test_what_a_killed_attempt_wrote_beyond_its_checkpoint_is_hidden_and_its_last_validation_stays(tmp_path):

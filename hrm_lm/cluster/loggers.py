@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from tensorboardX.proto.event_pb2 import Event
@@ -221,8 +222,8 @@ def followed(config: Config, folder: RunFolder) -> Iterator[dict[str, Any]]:
         for follower in followers:
             follower.close({"status": "interrupted"}, None, patience=5)
         raise
-    except BaseException:
-        end(followers, folder, {"status": "failed"})
+    except BaseException as error:
+        end(followers, folder, {"status": "failed", "error": str(error)})
         raise
     end(followers, folder, result)
 
@@ -232,7 +233,10 @@ def end(followers: list[Follower], folder: RunFolder, result: dict[str, Any]) ->
 
     page = None
     try:
-        page = run_page(read_run(folder.fs, folder.path))
+        run = read_run(folder.fs, folder.path)
+        page = run_page(
+            replace(run, result=run.result or result)
+        )  # an error that the user must mend leaves no result.json
         folder.write("report.html", page)
     except Exception as error:  # a page is not worth a run
         say(f"{folder.uri}/report.html could not be made: {one_line(error) or type(error).__name__}")

@@ -6,13 +6,13 @@ attempt at a run is a file. A START event says that the run goes on before its s
 and beyond.
 """
 
+import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.fs
-import yaml
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -65,12 +65,11 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def texts(event: Event) -> dict[str, Any]:
-    """What `MetricsLog.text` wrote: by name, plain values of YAML."""
+    """What `MetricsLog.text` wrote, by name."""
     found = {}
     for value in event.summary.value:
         if value.metadata.plugin_data.plugin_name == "text":
-            name = value.tag.removesuffix("/text_summary")
-            found[name] = yaml.safe_load(value.tensor.string_val[0].decode("utf-8"))
+            found[value.tag.removesuffix("/text_summary")] = json.loads(value.tensor.string_val[0])
     return found
 
 

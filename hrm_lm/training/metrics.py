@@ -1,11 +1,10 @@
 """Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
 
-import textwrap
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import yaml
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -44,10 +43,10 @@ class MetricsLog:
                 self.writer.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, value: Any) -> None:
-        """Plain values for the event files, as YAML: TensorBoard shows it, and `hrm_lm.report` reads it."""
+        """Plain values for the event files, as JSON: TensorBoard shows it, and `hrm_lm.report` reads it."""
         if self.writer:
-            shown = yaml.safe_dump(value, allow_unicode=True, sort_keys=False, width=100_000)
-            self.writer.add_text(name, textwrap.indent(shown, "    "), step)  # code, in Markdown
+            lines = json.dumps(value, ensure_ascii=False, indent=2).split("\n")
+            self.writer.add_text(name, "\n".join(f"    {line}" for line in lines), step)  # code, in Markdown
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.record(step, metrics)
