@@ -16,8 +16,8 @@ from hrm_lm.data.jsonl import build_jsonl_dataset
 from hrm_lm.data.mixture import mix
 from hrm_lm.data.prepared.reader import is_prepared, load_prepared
 from hrm_lm.data.splits import Capped, Limits, Split, Splits, Subset
-from hrm_lm.data.text import TextSplit, text_splits  # for a user's function
-from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, resolve_tokenizer, same_tokens, tokenizer_from_json
+from hrm_lm.data.text import TextSplit, named_tokenizer, text_splits  # text_splits for a user's function
+from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, same_tokens, tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
 
@@ -38,7 +38,7 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int, sharing: int
     if config.mixture:
         return load_mixture(config, model, seed)
     name, splits = without_secrets(config.dataset or ""), named_dataset(config, seed, sharing)
-    named = resolve_tokenizer(config.tokenizer) if config.tokenizer and config.tokenizer != CHARACTERS else None
+    named = named_tokenizer(config)
     source = without_secrets(config.tokenizer or "")
     if named and not same_tokens(splits.tokenizer, named):
         raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({source})")

@@ -28,12 +28,14 @@ import numpy as np
 import pyarrow.fs
 
 from hrm_lm.cluster.lock import locked
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.prepared.format import META, write_file
 from hrm_lm.data.prepared.writer import write_meta
+from hrm_lm.data.records import Fields
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_secrets
-from hrm_lm.prepare.reading import Piece, find_files, parse_mapping, plan_parts
+from hrm_lm.prepare.reading import Piece, find_files, plan_parts
 from hrm_lm.prepare.report import describe, merge_drops
 from hrm_lm.prepare.tasks import WORK, Job, Settings, find_duplicates, survey, write_shard
 from hrm_lm.prepare.tokenizer import corpus_tokenizer, fixed_tokenizer
@@ -50,8 +52,7 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     strict: the first fault of the input is an error. After a kill, the same call finishes what is left.
     Raises UserError where the input, the output or the settings cannot be used.
     """
-    for flag in ("prompt_field", "response_field"):
-        parse_mapping(f"--{flag}", getattr(settings, flag))
+    Fields.of(settings.prompt_field, settings.response_field, Chat(), "--")
     fixed = fixed_tokenizer(settings)
     files = find_files(inputs)
     fs, path = resolve(output)

@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePosixPath
-from string import Formatter
 from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from hrm_lm.data.chat import Chat
+from hrm_lm.data.records import Fields, Missing
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, retrying, shown, without_secrets
 
@@ -48,6 +49,8 @@ class Mapping(NamedTuple):
     """Characters of a prompt that is cut out of plain text."""
     text_response_chars: int = 100
     """Characters of the continuation of such a prompt."""
+    chat: Chat = Chat()
+    """How conversations are written."""
 
 
 class Piece(NamedTuple):
@@ -70,6 +73,8 @@ class Pair(NamedTuple):
     response: str
     position: int
     """The line, counted from 1 at the piece's start; for Parquet the row, counted from 1 at the file's start."""
+    origin: str
+    """What decides whether the pair is held out: its prompt, and of a conversation the first prompt."""
 
 
 class Problem(NamedTuple):
@@ -86,10 +91,6 @@ class End(NamedTuple):
 
     lines: int
     """How many lines begin in the piece."""
-
-
-class Missing(Exception):
-    """A record lacks a field, or the field is no text."""
 
 
 # --- which files, in which parts ---------------------------------------------------------------------------------
@@ -179,60 +180,6 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
 # --- records to pairs --------------------------------------------------------------------------------------------
 
 
-Template = list[tuple[str, tuple[str, ...] | None]]
-"""Stretches of literal text, each with the field that follows it, or None. A field is its whole name, then the steps
-of its path."""
-
-
-def parse_mapping(flag: str, spec: str) -> Template:
-    """The template that a flag's value says. Raises UserError, naming the flag, where the value is not a template."""
-    if "{" not in spec:
-        return [("", (spec, *spec.split(".")))]
-    try:
-        parsed = [(literal, name, conversion or form) for literal, name, form, conversion in Formatter().parse(spec)]
-    except ValueError as error:
-        raise UserError(f"{flag} {spec!r}: not a template: {error}") from None
-    if any(extra or name == "" for _, name, extra in parsed) or not any(name for _, name, _ in parsed):
-        raise UserError(
-            f"{flag} {spec!r}: not a template: name fields in braces, such as {{question}} or {{data.question}}"
-        )
-    return [(literal, (name, *name.split(".")) if name else None) for literal, name, _ in parsed]
-
-
-def fill_template(template: Template, record: Any) -> str:
-    """The record's text for a template. A field that stands alone must be text; beside other text, it may be a number.
-
-    Raises Missing where the record does not have a field.
-    """
-    literal, path = template[0]
-    if len(template) == 1 and not literal and path:
-        if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, made fast
-            return value
-        return look_up(record, path, (str,))
-    return "".join(
-        literal + (str(look_up(record, path, (str, int, float))) if path else "") for literal, path in template
-    )
-
-
-def look_up(record: Any, path: tuple[str, ...], types: tuple[type, ...]) -> Any:
-    """The value at a path, which is the field with the whole name or else is looked up step by step.
-
-    Raises Missing where there is no value of one of the `types`.
-    """
-    name, *steps = path
-    value = record
-    for step in [name] if isinstance(record, dict) and name in record else steps:
-        if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        elif isinstance(value, dict) and step in value:
-            value = value[step]
-        else:
-            raise Missing(f"no field {name!r}")
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise Missing(f"field {name!r} is {'null' if value is None else type(value).__name__}, not text")
-    return value
-
-
 def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
     """Yields what a piece holds, in order. A piece that is read by lines ends with an End."""
     if not piece.num_bytes:
@@ -241,24 +188,25 @@ def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]
     if piece.format == "text":
         yield from read_text(piece, mapping)
         return
-    templates = [parse_mapping("--prompt_field", mapping.prompt), parse_mapping("--response_field", mapping.response)]
+    fields = Fields.of(mapping.prompt, mapping.response, mapping.chat, "--")
     read = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}[piece.format]
-    for item in read(piece, templates):
+    for item in read(piece, fields):
         if isinstance(item, (Problem, End)):
             yield item
             continue
         position, record = item
         try:
-            prompt, response = fill_template(templates[0], record), fill_template(templates[1], record)
+            pairs = fields.pairs(record)
         except Missing as missing:
-            yield Problem(str(missing), position, excerpt(record))
+            yield Problem(missing.reason, position, missing.detail or excerpt(record))
             continue
-        if not prompt:
-            yield Problem("the prompt is empty", position, excerpt(record))
-        elif len(prompt) + len(response) > MAX_RECORD:
-            yield Problem(f"longer than {MAX_RECORD:,} bytes", position, prompt[:80])
-        else:
-            yield Pair(prompt, response, position)
+        for prompt, response in pairs:
+            if not prompt:
+                yield Problem("the prompt is empty", position, excerpt(record))
+            elif len(prompt) + len(response) > MAX_RECORD:
+                yield Problem(f"longer than {MAX_RECORD:,} bytes", position, prompt[:80])
+            else:
+                yield Pair(prompt, response, position, pairs[0][0])
 
 
 def excerpt(record: Any) -> str:
@@ -372,7 +320,7 @@ class RemoteFile(io.RawIOBase):
         return len(block)
 
 
-def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
+def read_jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[int, Any] | Problem | End]:
     for item in read_lines(piece):
         if isinstance(item, (Problem, End)):
             yield item
@@ -386,7 +334,7 @@ def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, A
             yield Problem("not JSON", number, line[:80])
 
 
-def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
+def read_csv(piece: Piece, fields: Fields) -> Iterator[tuple[int, Any] | Problem | End]:
     csv.field_size_limit(MAX_RECORD)
     problems, number = [], 0
 
@@ -422,24 +370,20 @@ def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any
             yield first, dict(zip(header, row))
 
 
-def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem]:
+def read_parquet(piece: Piece, fields: Fields) -> Iterator[tuple[int, Any] | Problem]:
     row = 0
     try:
         with open_file(piece) as stream:
             file = pq.ParquetFile(stream)
             groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
             row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-            columns = set()
-            for path in (path for template in templates for _, path in template if path):
-                names = [name for name in path[:2] if name in file.schema_arrow.names]
-                if not names:
-                    num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-                    if num_rows:
-                        there = f"all {num_rows} rows; there are {', '.join(file.schema_arrow.names)}"
-                        yield Problem(f"no field {path[0]!r}", row + 1, there[:200], num_rows)
-                    return
-                columns.add(names[0])
-            for batch in file.iter_batches(1024, row_groups=groups, columns=sorted(columns)):
+            try:
+                columns = fields.columns(file.schema_arrow)
+            except Missing as missing:
+                if num_rows := sum(file.metadata.row_group(i).num_rows for i in groups):
+                    yield Problem(missing.reason, row + 1, f"all {num_rows} rows; {missing.detail}"[:200], num_rows)
+                return
+            for batch in file.iter_batches(1024, row_groups=groups, columns=columns):
                 for record in batch.to_pylist():
                     row += 1
                     yield row, record
@@ -461,12 +405,12 @@ def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
         while len(buffer) > whole + 2:  # what then remains still makes a pair
             middle = cut_at_space(buffer, mapping.text_prompt_chars)
             end = middle + cut_at_space(buffer[middle:], mapping.text_response_chars)
-            yield Pair(buffer[:middle], buffer[middle:end], first)
+            yield Pair(buffer[:middle], buffer[middle:end], first, buffer[:middle])
             buffer, first = buffer[end:], last
     buffer = buffer.removesuffix("\n")
     if len(buffer) > 1 and not buffer.isspace():
         middle = cut_at_space(buffer, max(len(buffer) * mapping.text_prompt_chars // whole, 1))
-        yield Pair(buffer[:middle], buffer[middle:], first)
+        yield Pair(buffer[:middle], buffer[middle:], first, buffer[:middle])
 
 
 def cut_at_space(text: str, limit: int) -> int:

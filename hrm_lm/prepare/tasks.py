@@ -120,7 +120,8 @@ class Drops:
 def read_part(
     job: Job, part: int, drops: Drops, lines: list[int] | None = None
 ) -> Iterator[tuple[int, Pair, bool, bytes]]:
-    """Yields (number of the piece, pair, whether it is for validation, hash of its prompt) for each usable pair.
+    """Yields (number of the piece, pair, whether it is for validation, hash of its prompt) for each usable pair. What its
+    `origin` is decides on the side.
 
     drops: counts what is not usable. lines: gets the number of lines of each piece. Raises UserError where `job.strict`
     and something is not usable.
@@ -134,8 +135,10 @@ def read_part(
                 except UnicodeEncodeError as error:  # JSON can say "\ud800"
                     item = Problem("not Unicode text", item.position, ascii(error.object)[:80])
                 else:
-                    prompt_hash = hashlib.blake2b(prompt, digest_size=8).digest()
-                    is_val = int.from_bytes(prompt_hash, "big") < held_out
+                    prompt_hash = origin = hashlib.blake2b(prompt, digest_size=8).digest()
+                    if item.origin != item.prompt:
+                        origin = hashlib.blake2b(item.origin.encode(), digest_size=8).digest()
+                    is_val = int.from_bytes(origin, "big") < held_out
                     yield number, item, is_val, prompt_hash
                     continue
             if isinstance(item, Problem):
