@@ -131,8 +131,8 @@ def test_every_answer_is_a_sample_whose_prompt_is_what_the_conversation_so_far_r
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "or parts of type text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "or parts of type text"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "or parts of type text"),
-        ([{"role": "user", "content": "half \ud83d"}], "half a character"),
-        ([{"role": "user", "content": "x", "name": "half \ud83d"}], "half a character"),
+        ([{"role": "user", "content": "half \ud83d"}], "not Unicode text, but half a character"),
+        ([{"role": "user", "content": "x", "name": "half \ud83d"}], "not Unicode text, but half a character"),
     ],
 )
 def test_what_is_no_conversation_is_told_in_a_line(wrong, message):

@@ -359,7 +359,7 @@ def test_a_conversation_may_have_any_field_and_its_form_is_the_tokenizers(tmp_pa
     "line, message",
     [
         ("{broken\n", r"d\.jsonl:3: not JSON"),
-        ('{"prompt": "half \\ud83d", "response": "b"}\n', r"d\.jsonl:3: has half a character"),
+        ('{"prompt": "half \\ud83d", "response": "b"}\n', r"d\.jsonl:3: not Unicode text, but half a character"),
         ('{"prompt": "a"}\n', r"d\.jsonl:3: no field 'response'; it has 'prompt'"),
         ('{"prompt": 5, "response": "b"}\n', r"d\.jsonl:3: field 'prompt' is int, not text$"),
         ("[1]\n", r"d\.jsonl:3: no field 'prompt'; it is not an object"),

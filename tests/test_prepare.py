@@ -183,7 +183,7 @@ def broken_corpus(folder):
     fault("lines.jsonl", 34, "field 'response' is null, not text")
     fault("lines.jsonl", 35, "no field 'prompt'")
     fault("lines.jsonl", 36, "the prompt is empty")
-    fault("lines.jsonl", 37, "not Unicode text")
+    fault("lines.jsonl", 37, "not Unicode text, but half a character")
 
     (folder / "empty.jsonl").write_bytes(b"")
     fault("empty.jsonl", None, "the file is empty")

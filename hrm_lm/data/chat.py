@@ -114,7 +114,7 @@ def whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Malformed("a message has half a character (a lone surrogate)") from None
+        raise Malformed("not Unicode text, but half a character") from None
     return text
 
 

@@ -80,15 +80,11 @@ def pairs_of(line: str, fields: Fields, place: str) -> list[Pair]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         raise UserError(f"{place}: cannot be read as JSON: {error}") from None
     try:
-        pairs = fields.pairs(record)
-        "".join(text for pair in pairs for text in pair).encode()
+        return fields.pairs(record)
     except Missing as missing:
         there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is not an object"
         hint = f"; {there} (data.prompt_field and data.response_field name the fields)"
         raise UserError(f"{place}: {missing}" + hint * missing.reason.startswith("no field")) from None
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: has half a character (a lone surrogate)") from None
-    return pairs
 
 
 def split_by_prompt(records: list[Record], val_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -104,7 +104,11 @@ class Fields(NamedTuple):
     def pairs(self, record: Any) -> list[Pair]:
         """The record's pairs, at least one; those of a conversation in its order. Raises Missing where there is none."""
         try:
-            return [(fill_template(self.prompt, record), fill_template(self.response, record))]
+            pair = fill_template(self.prompt, record), fill_template(self.response, record)
+            "".join(pair).encode()
+            return [pair]
+        except UnicodeEncodeError:  # JSON can say "\ud800"
+            raise Missing("not Unicode text, but half a character") from None
         except Missing:
             messages = self._messages(record)
             if messages is None:
@@ -132,7 +136,8 @@ class Fields(NamedTuple):
         if self.has_messages and MESSAGES in schema.names:
             return sorted({*found, MESSAGES})
         holds_messages = not any(path and path[0] in lacking for _, path in self.prompt) and any(
-            pyarrow.types.is_nested(schema.field(name).type) for name in found
+            pyarrow.types.is_nested(kind := schema.field(name).type) or isinstance(kind, pyarrow.BaseExtensionType)
+            for name in found
         )
         if lacking and not holds_messages:  # else each record tells
             raise Missing(f"no field {lacking[0]!r}", f"there are {', '.join(schema.names)}")

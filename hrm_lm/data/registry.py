@@ -26,6 +26,7 @@ __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
 BUILT_IN = {
     "synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset",
     "reasoning_gym": "hrm_lm.data.reasoning_gym:build_reasoning_gym_dataset",
+    "hf": "hrm_lm.data.hub:build_hub_dataset",
 }
 
 
@@ -66,8 +67,8 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
     name = config.dataset
     if name is None:
         raise UserError(
-            "no dataset: give --dataset synthetic, reasoning_gym:<task>, a .jsonl file, a folder with train.jsonl, or a "
-            "prepared dataset"
+            "no dataset: give --dataset synthetic, reasoning_gym:<task>, hf:<name>, a .jsonl file, a folder with "
+            "train.jsonl, or a prepared dataset"
         )
     if (base := name.partition(":")[0]) in BUILT_IN:
         return function(BUILT_IN[base])(config, seed)

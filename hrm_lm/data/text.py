@@ -97,9 +97,14 @@ class TextSplit(Split):
             return fitted
         # A text has no more tokens than bytes, but for what some tokenizers put in front. Tokenizing checks again.
         long = np.zeros(len(sizes), dtype=bool) if truncate else (sizes + [0, 1] > limits).any(axis=1)
-        for i in np.flatnonzero(long | (sizes[:, 0] == 0)).tolist():
-            prompt, response = (len(self.tokenizer.encode(side)) for side in self.pairs[i])
-            self._check(np.array([[prompt, response + 1]]), np.array([i]), limits)
+        wanted = np.flatnonzero(long | (sizes[:, 0] == 0))
+        borders = np.flatnonzero(np.diff(wanted // TOKENIZED_TOGETHER)) + 1
+        for some in np.split(wanted, borders) if len(wanted) else ():
+            start = some[0]
+            pairs = self.pairs[start : some[-1] + 1]
+            ids = self.tokenizer.encode_batch([text for i in some for text in pairs[i - start]])
+            lengths = np.fromiter(map(len, ids), np.int64, len(ids)).reshape(-1, 2) + [0, 1]
+            self._check(lengths, some, limits)
         return fitted
 
 

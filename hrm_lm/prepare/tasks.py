@@ -130,18 +130,11 @@ def read_part(
     for number, piece in enumerate(job.parts[part]):
         for item in read_piece(piece, job.settings.mapping):
             if isinstance(item, Pair):
-                try:
-                    prompt, _ = item.prompt.encode(), item.response.encode()
-                except UnicodeEncodeError as error:  # JSON can say "\ud800"
-                    item = Problem("not Unicode text", item.position, ascii(error.object)[:80])
-                else:
-                    prompt_hash = origin = hashlib.blake2b(prompt, digest_size=8).digest()
-                    if item.origin != item.prompt:
-                        origin = hashlib.blake2b(item.origin.encode(), digest_size=8).digest()
-                    is_val = int.from_bytes(origin, "big") < held_out
-                    yield number, item, is_val, prompt_hash
-                    continue
-            if isinstance(item, Problem):
+                prompt_hash = origin = hashlib.blake2b(item.prompt.encode(), digest_size=8).digest()
+                if item.origin != item.prompt:
+                    origin = hashlib.blake2b(item.origin.encode(), digest_size=8).digest()
+                yield number, item, int.from_bytes(origin, "big") < held_out, prompt_hash
+            elif isinstance(item, Problem):
                 if job.strict:
                     after = f" after byte {piece.start:,}" if piece.start and piece.format != "parquet" else ""
                     text = f" ({item.text})" if item.text else ""
