@@ -183,7 +183,7 @@ def test_rows_are_read_some_at_a_time_and_a_table_is_never_in_memory(tmp_path, m
 def test_samples_may_be_asked_for_in_any_slice():
     table = datasets.Dataset.from_list([{"messages": conversation(i, 1 + i % 4)} for i in range(50)])
     fields = hub.Fields.of("prompt", "response", hub.Chat(), "")
-    rows, _ = hub.surveyed(hub.selected(table, fields), fields, "x")
+    rows, _ = hub.surveyed(table, fields, "x")
     whole = list(rows)
     assert len(whole) == len(rows) == sum(1 + i % 4 for i in range(50))
     rng = np.random.default_rng(0)

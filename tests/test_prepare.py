@@ -27,11 +27,12 @@ from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.prepare.pipeline import run_task
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
-from hrm_lm.prepare.tasks import Job, Settings, survey, write_shard
+from hrm_lm.prepare.tasks import Job, Settings, Source, survey, write_shard
 from hrm_lm.training.checkpoint import load_model
 
 LOCAL = pyarrow.fs.LocalFileSystem()
 MAPPING = Mapping("prompt", "response")
+SOURCES = [Source("", [], MAPPING)]
 
 
 def pairs(n, start=0):
@@ -280,10 +281,14 @@ def test_a_task_whose_storage_fails_is_done_again_to_the_same_bytes(tmp_path, wa
     shards = []
     for name, fs in (("near", LOCAL), ("far", Remote(each_fails_once()))):
         (tmp_path / name / ".prepare").mkdir(parents=True)
-        job = Job(Settings(tokenizer="bytes"), parts, fs, str(tmp_path / name), False, False)
+        job = Job(Settings(tokenizer="bytes"), SOURCES, parts, fs, str(tmp_path / name), False, False)
         surveyed = json.loads(run_task(job, "survey", [0], survey, {"i": 0})["result"])
         task = partial(
-            write_shard, tokenizer_json=ByteTokenizer().to_json(), duplicates={}, pairs=[sum(surveyed["groups"])]
+            write_shard,
+            tokenizer_json=ByteTokenizer().to_json(),
+            duplicates={},
+            pairs=[sum(surveyed["groups"])],
+            last={"": None},
         )
         done = run_task(job, "shard", [0], task, {"i": 0})
         assert not done["error"] and job.read_json(".prepare/shard-00000.json") == json.loads(done["result"])
@@ -295,11 +300,13 @@ def test_input_that_changes_while_it_is_read_is_noticed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(10))))
     parts = plan_parts([file for file, _ in find_files([str(tmp_path)])], 1 << 20)
     (tmp_path / "out/.prepare").mkdir(parents=True)
-    job = Job(Settings(tokenizer="bytes"), parts, pyarrow.fs.LocalFileSystem(), str(tmp_path / "out"), False, False)
+    job = Job(
+        Settings(tokenizer="bytes"), SOURCES, parts, pyarrow.fs.LocalFileSystem(), str(tmp_path / "out"), False, False
+    )
     surveyed = survey(job, 0)
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(9))))
     with pytest.raises(UserError, match="changed while it was read: one of .*a.jsonl"):
-        write_shard(job, 0, ByteTokenizer().to_json(), {}, [sum(surveyed["groups"])])
+        write_shard(job, 0, ByteTokenizer().to_json(), {}, [sum(surveyed["groups"])], {"": None})
 
 
 # --- the result --------------------------------------------------------------------------------------------------

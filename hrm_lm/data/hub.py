@@ -29,6 +29,8 @@ from hrm_lm.filesystem import one_line, storage_error
 PREFIX = "hf:"
 READ_TOGETHER = 1024
 """Rows that are read at a time."""
+CORRUPT = (ValueError, OSError, pyarrow.ArrowException)
+"""What rows raise that are not what their table says, such as text that is not UTF-8."""
 
 
 class HubDataset(NamedTuple):
@@ -54,6 +56,13 @@ class HubDataset(NamedTuple):
             raise UserError(f"{flag}: {name}: hf: takes a dataset's name on the Hub, or a local folder")
         return cls(path, **options)
 
+    def __str__(self) -> str:
+        """The name again, that of a local folder from the root."""
+        folder = Path(self.path).expanduser()
+        path = str(folder.absolute()) if folder.is_dir() else self.path
+        options = {field: value for field, value in self._asdict().items() if value is not None and field != "path"}
+        return PREFIX + ",".join([path, *(f"{field}={value}" for field, value in options.items())])
+
     def load(self, split: str | None, flag: str = "data.dataset") -> Any:
         """A split as a `datasets.Dataset`; None for `train`. Raises UserError where it cannot be had."""
         try:
@@ -71,7 +80,7 @@ class HubDataset(NamedTuple):
         try:
             if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
                 return self._saved(datasets.load_from_disk(str(folder)), split, flag)
-            path = str(folder.absolute()) if folder.is_dir() else self.path  # a folder may have the name of a format
+            path = str(folder.absolute()) if folder.is_dir() else self.path  # which may be that of a format
             return datasets.load_dataset(path, self.config, split=split or "train", revision=self.revision)
         except FileNotFoundError as error:
             where = "" if folder.is_dir() else ", and there is no such folder"
@@ -95,28 +104,17 @@ class HubDataset(NamedTuple):
         raise UserError(f"{flag}: {PREFIX}{self.path}: has no split {split or 'train'!r}; {there}")
 
 
-def selected(table: Any, fields: Fields) -> Any:
-    """A `datasets.Dataset` less the columns that `fields` has no use for. Raises Missing where a column lacks."""
-    return table.select_columns(fields.columns(table.features.arrow_schema))
-
-
-def read_rows(table: Any, shown: str, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number (from 0) and the record of rows `start` to `stop`. Raises UserError where they cannot be read."""
-    for first in range(start, stop, READ_TOGETHER):
-        end = min(first + READ_TOGETHER, stop)
-        try:
-            columns = table[first:end]
-        except (ValueError, OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{shown}: rows {first + 1} to {end} cannot be read: {one_line(error)[:300]}") from None
-        for number, values in enumerate(zip(*columns.values(), strict=True), start=first):
-            yield number, dict(zip(columns, values, strict=True))
+def records(table: Any, start: int, stop: int) -> list[dict[str, Any]]:
+    """Rows `start` to `stop` of a `datasets.Dataset`. Raises one of CORRUPT where they cannot be read."""
+    columns = table[start:stop]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 class Rows(Sequence[Pair]):
     """The pairs of a table's rows, read each time they are asked for."""
 
     def __init__(self, table: Any, fields: Fields, shown: str, counts: np.ndarray, numbers: np.ndarray):
-        """table: of `selected`. shown: its name, for messages. counts, numbers: (N,), of each row how many pairs it has,
+        """table: a `datasets.Dataset`. shown: its name, for messages. counts, numbers: (N,), of each row how many pairs it has,
         and its place in the split.
         """
         self.table, self.fields, self.shown, self.counts, self.numbers = table, fields, shown, counts, numbers
@@ -143,11 +141,18 @@ class Rows(Sequence[Pair]):
 
     def read(self, start: int, stop: int) -> Iterator[tuple[int, list[Pair]]]:
         """The number and the pairs of rows `start` to `stop`. Raises UserError for a row that has no pair."""
-        for row, record in read_rows(self.table, self.shown, start, stop):
+        for first in range(start, stop, READ_TOGETHER):
+            end = min(first + READ_TOGETHER, stop)
             try:
-                yield row, self.fields.pairs(record)
-            except Missing as missing:
-                raise UserError(f"{self.shown} row {self.numbers[row] + 1}: {missing}") from None
+                some = records(self.table, first, end)
+            except CORRUPT as error:
+                place = f"{self.shown}: rows {self.numbers[first] + 1} to {self.numbers[end - 1] + 1}"
+                raise UserError(f"{place} cannot be read: {one_line(error)[:300]}") from None
+            for row, record in enumerate(some, start=first):
+                try:
+                    yield row, self.fields.pairs(record)
+                except Missing as missing:
+                    raise UserError(f"{self.shown} row {self.numbers[row] + 1}: {missing}") from None
 
     def place(self, i: int) -> str:
         return f"{self.shown} row {self.numbers[self._row(i)] + 1}"
@@ -159,7 +164,11 @@ class Rows(Sequence[Pair]):
 
 
 def surveyed(table: Any, fields: Fields, shown: str) -> tuple[Rows, np.ndarray]:
-    """The pairs of all rows; and (N,) uint64, a hash of each row's first prompt."""
+    """The pairs of all rows of a `datasets.Dataset`; and (N,) uint64, a hash of each row's first prompt.
+
+    Raises UserError for a row without a pair, and Missing where a column lacks.
+    """
+    table = table.select_columns(fields.columns(table.features.arrow_schema))
     counts, hashes = np.ones(len(table), dtype=np.int64), np.zeros(len(table), dtype=np.uint64)
     numbers = np.arange(len(table))
     for row, pairs in Rows(table, fields, shown, counts, numbers).read(0, len(table)):
@@ -180,7 +189,7 @@ def build_hub_dataset(config: DataConfig, seed: int) -> Splits:
     def survey(split: str | None) -> tuple[Rows, np.ndarray]:
         shown = f"{PREFIX}{name.path}: {split or 'train'}"
         try:
-            return surveyed(selected(name.load(split), fields), fields, shown)
+            return surveyed(name.load(split), fields, shown)
         except Missing as missing:
             hint = "data.prompt_field and data.response_field name the fields"
             raise UserError(f"data.dataset: {shown}: {missing} ({hint})") from None
