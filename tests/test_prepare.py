@@ -480,13 +480,16 @@ def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_w
     cluster, command, driver, tmp_path
 ):
     """The result is byte-identical to that of an undisturbed run, and shards that were finished are not written again."""
+    sources = {"a": {"input": [], "cap": 1500}, "b": {"input": [], "condition": "cot", "repeat": 2}}
     for i in range(6):
+        sources["ab"[i // 3]]["input"].append(str(tmp_path / f"{i}.jsonl"))
         (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(600, 400 * i))))  # a third are duplicates
 
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"sources": sources}))
+
     def arguments(output):
-        inputs = [str(tmp_path / f"{i}.jsonl") for i in range(6)]
         options = ["--train_tokenizer", "bpe", "--vocab_size", "300", "--shard_mb", "0.01"]
-        return ["--input", *inputs, "--output", str(tmp_path / output), *options]
+        return ["--sources", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / output), *options]
 
     code, undisturbed, err = command(main, *arguments("undisturbed"))
     assert code == 0, err
