@@ -144,6 +144,13 @@ def test_what_is_no_conversation_is_told_in_a_line(wrong, message):
         assert "\n" not in str(raised.value)
 
 
+def test_a_conversation_whose_prompts_would_fill_the_memory_is_refused():
+    some = messages(*["x" * 1000] * 2000)
+    with pytest.raises(Malformed, match="too long for a prompt of each answer: it has 1000 answers"):
+        Chat().samples(some)
+    assert len(Chat().samples(some[:200])) == 100
+
+
 # --- a stranger's template ---------------------------------------------------------------------------------------
 
 NEVER_ENDING = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -166,9 +173,9 @@ def test_a_template_that_takes_time_or_memory_without_end_is_ended(monkeypatch, 
         copy.write_text(file.read().replace("CPU_SECONDS = 5", "CPU_SECONDS = 0"))
     monkeypatch.setattr(chat_template, "__file__", str(copy))
     tokenizer = with_template(template + " ")  # no process of another test has it
-    for _ in range(2):  # the next one gets a process of its own
-        with pytest.raises(UserError, match="took more than|refuses the messages: (MemoryError|RecursionError)"):
-            render(tokenizer, messages("q"))
+    with pytest.raises(UserError, match="took more than|refuses the messages: (MemoryError|RecursionError)"):
+        render(tokenizer, messages("q"))
+    assert render(with_template(CHATML), messages("q")), "the next conversation gets a process of its own"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from conftest import Remote, each_fails_once, processes_with, small_config, trai
 from hrm_lm.commands.help import field_docs
 from hrm_lm.commands.prepare import main
 from hrm_lm.config import DataConfig, ModelConfig
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, resolve_tokenizer
 from hrm_lm.errors import UserError
@@ -136,6 +137,51 @@ def test_fields_may_be_nested_or_filled_into_a_template(tmp_path, prompt, record
     for file, _ in find_files([str(tmp_path)]):
         items = [item for item in read_piece(file, Mapping(prompt, "response")) if not isinstance(item, End)]
         assert [item[:2] for item in items] == [(expected, "r")]
+
+
+def talk(i):
+    """A conversation, and what becomes of it."""
+    turns = [("user", f"p{i}"), ("assistant", f"r{i}"), ("user", f"q{i}"), ("assistant", f"s{i}")]
+    prompt = f"[p{i}][r{i}][q{i}]>"
+    return [{"role": role, "content": content} for role, content in turns], [(f"[p{i}]>", f"r{i}"), (prompt, f"s{i}")]
+
+
+@pytest.mark.parametrize("field", ["messages", "talk"])
+def test_a_conversation_of_any_format_gives_a_pair_for_each_answer_all_held_out_by_the_first_prompt(tmp_path, field):
+    datasets = pytest.importorskip("datasets")
+    chat = Chat("{% for m in messages %}[{{ m.content }}]{% endfor %}>")
+    mapping = Mapping("prompt" if field == "messages" else field, "response", chat=chat)
+    some = [{field: talk(i)[0], "id": i} for i in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(some))
+    pq.write_table(pa.Table.from_pylist(some), tmp_path / "b.parquet", row_group_size=7)
+    datasets.Dataset.from_list(some).save_to_disk(tmp_path / "saved")
+    for location in (tmp_path / "a.jsonl", tmp_path / "b.parquet", f"hf:{tmp_path / 'saved'}"):
+        for part_bytes in (1 << 30, 300):
+            parts = plan_parts([file for file, _ in find_files([str(location)])], part_bytes)
+            items = [item for part in parts for piece in part for item in read_piece(piece, mapping)]
+            found = [item for item in items if not isinstance(item, End)]
+            assert [item[:2] for item in found] == [pair for i in range(40) for pair in talk(i)[1]]
+            assert [item.origin for item in found] == [f"[p{i}]>" for i in range(40) for _ in range(2)]
+            assert part_bytes > 300 or len(parts) > 3
+
+
+def test_rows_of_a_dataset_of_the_library_are_named_by_their_number_and_unread_columns_by_the_table(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    some = [*records(pairs(6)), {"prompt": "p"}, {"prompt": "", "response": "x"}, *records(pairs(6))]
+    datasets.Dataset.from_list(some).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list([{"question": "a"}] * 5).save_to_disk(tmp_path / "other")
+
+    def problems(name):
+        parts = plan_parts([file for file, _ in find_files([f"hf:{tmp_path / name}"])], 100)
+        items = [item for part in parts for piece in part for item in read_piece(piece, MAPPING)]
+        return [item[:2] for item in items if not isinstance(item, Pair)], sum(
+            item.lost for item in items if not isinstance(item, Pair)
+        )
+
+    assert problems("saved") == ([("field 'response' is null, not text", 7), ("the prompt is empty", 8)], 2)
+    assert {reason for reason, _ in problems("other")[0]} == {"no field 'prompt'"} and problems("other")[1] == 5
+    with pytest.raises(UserError, match="--input: hf:.*saved: has no split 'x'"):
+        find_files([f"hf:{tmp_path / 'saved'},split=x"])
 
 
 def test_plain_text_becomes_prompts_and_continuations_and_none_of_it_is_lost(tmp_path):

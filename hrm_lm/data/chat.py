@@ -30,6 +30,9 @@ PLAIN = """\
 {% endif %}"""
 """A lone question stands as it is, as in a dataset of prompts and responses. A longer conversation is written with roles."""
 
+MOST_TEXT = 1 << 28
+"""Characters that the prompts of a conversation may have together, at most: each repeats those before it."""
+
 Message = dict[str, Any]
 
 
@@ -72,6 +75,10 @@ class Chat(NamedTuple):
         answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
         if not answers:
             raise Malformed("the messages have no assistant's answer to another message")
+        if len(answers) * sum(len(message["content"]) for message in messages) > MOST_TEXT:
+            raise Malformed(
+                "the conversation is too long for a prompt of each answer", f"it has {len(answers)} answers"
+            )
         prompts = self.prompts([messages[:i] for i in answers])
         return [(prompt, messages[i]["content"]) for prompt, i in zip(prompts, answers, strict=True)]
 

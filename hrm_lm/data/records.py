@@ -104,9 +104,10 @@ class Fields(NamedTuple):
     def pairs(self, record: Any) -> list[Pair]:
         """The record's pairs, at least one; those of a conversation in its order. Raises Missing where there is none."""
         try:
-            pair = fill_template(self.prompt, record), fill_template(self.response, record)
-            "".join(pair).encode()
-            return [pair]
+            prompt, response = fill_template(self.prompt, record), fill_template(self.response, record)
+            if not (prompt.isascii() and response.isascii()):  # asking costs nothing
+                (prompt + response).encode()
+            return [(prompt, response)]
         except UnicodeEncodeError:  # JSON can say "\ud800"
             raise Missing("not Unicode text, but half a character") from None
         except Missing:

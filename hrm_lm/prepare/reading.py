@@ -251,17 +251,16 @@ def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]
         position, record = item
         try:
             pairs = [record] if piece.format == "text" else fields.pairs(record)
-            prompts = [mapping.tags.applied(record, prompt) if mapping.tags else prompt for prompt, _ in pairs]
+            for prompt, response in pairs:
+                whole = mapping.tags.applied(record, prompt) if mapping.tags else prompt
+                if not prompt:
+                    yield Problem("the prompt is empty", position, excerpt(record))
+                elif len(whole) + len(response) > MAX_RECORD:
+                    yield Problem(f"longer than {MAX_RECORD:,} bytes", position, whole[:80])
+                else:
+                    yield Pair(whole, response, position, pairs[0][0])
         except Missing as missing:
             yield Problem(missing.reason, position, missing.detail or excerpt(record))
-            continue
-        for whole, (prompt, response) in zip(prompts, pairs, strict=True):
-            if not prompt:
-                yield Problem("the prompt is empty", position, excerpt(record))
-            elif len(whole) + len(response) > MAX_RECORD:
-                yield Problem(f"longer than {MAX_RECORD:,} bytes", position, whole[:80])
-            else:
-                yield Pair(whole, response, position, pairs[0][0])
 
 
 def excerpt(record: Any) -> str:
