@@ -283,6 +283,25 @@ def test_text_that_is_not_utf8_is_told_with_its_rows(tmp_path):
         load(f"hf:{tmp_path / 'data'}")
 
 
+def test_a_damaged_table_is_refused_before_it_is_read(tmp_path):
+    """Its offsets point out of the file, which would crash the process."""
+    name = write(tmp_path / "data", "saved", [{"prompt": "abc", "response": "de"}, {"prompt": "fgh", "response": "ij"}])
+    (file,) = (tmp_path / "data").glob("*.arrow")
+    offsets = [np.array([0, 3, end], dtype="<i4").tobytes() for end in (6, 1 << 30)]
+    assert file.read_bytes().count(offsets[0]) == 1
+    file.write_bytes(file.read_bytes().replace(*offsets))
+    with pytest.raises(UserError, match="hf:.*: cannot be loaded: .*offset"):
+        load(name)
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+def test_a_torn_folder_is_told_in_a_line(tmp_path, file):
+    name = write(tmp_path / "data", "saved", records(pairs(5)))
+    (tmp_path / "data" / file).write_text('{"splits": ["x"]}')
+    with pytest.raises(UserError, match="hf:.*: cannot be loaded: (KeyError|AttributeError): "):
+        load(name)
+
+
 def test_without_the_library_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the datasets library: pip install 'hrm-lm\[hub\]'"):

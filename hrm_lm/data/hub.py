@@ -29,7 +29,7 @@ from hrm_lm.filesystem import one_line, storage_error
 PREFIX = "hf:"
 READ_TOGETHER = 1024
 """Rows that are read at a time."""
-CORRUPT = (ValueError, OSError, pyarrow.ArrowException)
+CORRUPT = (ValueError, OSError, SystemError, pyarrow.ArrowException)
 """What rows raise that are not what their table says, such as text that is not UTF-8."""
 
 
@@ -79,7 +79,9 @@ class HubDataset(NamedTuple):
             datasets.disable_progress_bars()
         try:
             if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-                return self._saved(datasets.load_from_disk(str(folder)), split, flag)
+                saved = self._saved(datasets.load_from_disk(str(folder)), split, flag)
+                saved.data.validate(full=True)  # a damaged table, which is mapped as it is, would crash this process
+                return saved
             path = str(folder.absolute()) if folder.is_dir() else self.path  # which may be that of a format
             return datasets.load_dataset(path, self.config, split=split or "train", revision=self.revision)
         except FileNotFoundError as error:
@@ -87,8 +89,12 @@ class HubDataset(NamedTuple):
             raise UserError(f"{what}: {one_line(error)}{where}") from None
         except OSError as error:
             raise storage_error(what, error) from None
-        except (ValueError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{what}: {one_line(error.__cause__ or error)[:300]}") from None
+        except UserError:
+            raise
+        except Exception as error:  # malformed files make the library raise whatever its parsers do
+            cause = error.__cause__ or error
+            kind = "" if isinstance(cause, ValueError | RuntimeError) else f"{type(cause).__name__}: "
+            raise UserError(f"{what}: {kind}{one_line(cause)[:300]}") from None
         finally:
             datasets.logging.set_verbosity(verbosity)
 
