@@ -1,6 +1,7 @@
 """`prepare --sources`: tags in front of prompts, caps and repetition, source by source."""
 
 import json
+import re
 from collections import Counter
 from functools import partial
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow.fs
 import pytest
 import yaml
+from conftest import ROOT
 
 from hrm_lm.commands.prepare import main
 from hrm_lm.config import DataConfig, ModelConfig
@@ -247,6 +249,15 @@ def test_a_recipe_that_cannot_be_is_a_line_with_its_field(command, in_folder, re
     code, out, err = command(main, "--sources", "recipe.yaml", "--output", "out", "--tokenizer", "bytes")
     assert code == 2 and message in err and "Traceback" not in err and not out, err
     assert not (in_folder / "out").exists()
+
+
+@pytest.mark.parametrize("page", ["data.md", "hrm-text.md"])
+def test_the_recipes_of_the_docs_are_recipes(page):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    recipes = [yaml.safe_load(block) for block in blocks if "sources:" in block]
+    assert recipes
+    for recipe in recipes:
+        assert special_texts(sources_of(Recipe.model_validate(recipe), Settings(), Chat()))
 
 
 def test_keys_in_a_recipe_are_in_no_file_of_the_output():

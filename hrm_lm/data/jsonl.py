@@ -34,7 +34,10 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
     train_file = path / "train.jsonl" if path.is_dir() else path
     val_file = path / "val.jsonl"
     if path.is_dir() and not train_file.exists():
-        raise UserError(f"{path}: has neither train.jsonl nor meta.json, which a finished prepared dataset has")
+        raise UserError(
+            f"{path}: has neither train.jsonl nor meta.json, which a finished prepared dataset has; a folder of Parquet or "
+            f"of save_to_disk is hf:{path}"
+        )
     tokenizer = named_tokenizer(config)
     fields = Fields.of(config.prompt_field, config.response_field, Chat.of(tokenizer), "data.")
     train = read_jsonl(train_file, fields)

@@ -69,7 +69,7 @@ class Mapping(NamedTuple):
     """Where a record has its prompt and its response."""
 
     prompt: str
-    """A field (`question`, `data.question`, `messages.0.content`) or a template (`{question}\\nContext: {context}`)."""
+    """A field (`question`, `data.question`, `turns.0.text`) or a template (`{question}\\nContext: {context}`)."""
     response: str
     text_prompt_chars: int = 400
     """Characters of a prompt that is cut out of plain text."""

@@ -46,10 +46,11 @@ class Settings:
     vocab_size: int = 8192
     """Tokens of a trained tokenizer."""
     prompt_field: str = "prompt"
-    """The prompt's field (question, data.question, messages.0.content), or a template of the prompt
-    ('{question} Context: {context}')."""
+    """The prompt's field (question, data.question, turns.0.text), or a template of the prompt
+    ('{question} Context: {context}'). A list of messages there is a conversation."""
     response_field: str = "response"
-    """The response's field or template."""
+    """The response's field or template. Unless fields are named, a record without them may have its conversation in
+    `messages`."""
     text_prompt_chars: int = 400
     """Characters of a prompt that is cut out of plain text."""
     text_response_chars: int = 100
