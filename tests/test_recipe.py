@@ -6,7 +6,9 @@ from collections import Counter
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
@@ -21,7 +23,7 @@ from hrm_lm.prepare import pipeline
 from hrm_lm.prepare.pipeline import group_ranges
 from hrm_lm.prepare.reading import Pair, Problem, find_files, plan_parts, read_piece
 from hrm_lm.prepare.recipe import Recipe, sources_of, special_texts
-from hrm_lm.prepare.report import by_source
+from hrm_lm.prepare.report import by_source, merge_drops
 from hrm_lm.prepare.tasks import Job, Settings, find_duplicates, last_kept, survey, write_shard
 
 
@@ -120,6 +122,24 @@ def test_a_repeated_source_is_trained_on_so_often_and_validated_once(tmp_path):
     assert report["once"]["duplicates"] == 60, "what another source has is not taken for a repetition"
 
 
+def test_a_file_of_two_sources_has_its_faults_reported_with_their_lines_for_each(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes((tmp_path / write(file, pairs(9))).read_bytes() + b"{broken\n")
+    recipe = Recipe.model_validate(
+        {"sources": {name: {"input": str(file), "condition": name} for name in ("cot", "synth")}}
+    )
+    settings = Settings(tokenizer="bytes")
+    sources = sources_of(recipe, settings, Chat())
+    files = [f._replace(source=i) for i, source in enumerate(sources) for f, _ in find_files(source.inputs)]
+    parts = plan_parts(files, 1 << 20)
+    assert [[piece.source for piece in part] for part in parts] == [[0], [1]], "a part is of one source"
+    job = Job(settings, sources, parts, pyarrow.fs.LocalFileSystem(), str(tmp_path / "out"), False, False)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    surveyed = [survey(job, part) for part in range(2)]
+    (drop,) = merge_drops(job, surveyed, surveyed).values()
+    assert [example["place"] for example in drop["examples"]] == [f"{file}:10"] * 2
+
+
 # --- conditions --------------------------------------------------------------------------------------------------
 
 
@@ -141,12 +161,15 @@ def test_tags_stand_before_the_prompt_in_their_order_and_a_question_is_on_one_si
     assert {question(p) for p, _ in train}.isdisjoint(question(p) for p, _ in val) and val
 
 
-def test_each_record_may_name_its_tags_and_the_published_form_of_a_prompt_is_had(tmp_path):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_each_record_may_name_its_tags_and_the_published_form_of_a_prompt_is_had(tmp_path, name):
     """The form is that of HRM-Text's own data pipeline: <|im_start|>, the tags, the instruction, <|im_end|>."""
     tags = ["direct", "cot,noisy", "synth, cot", ""] * 5
     lines = [{"instruction": f"q{i}", "response": f"r{i}", "condition": tag} for i, tag in enumerate(tags)]
-    file = tmp_path / "a.jsonl"
+    file = tmp_path / name
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist([line | {"id": 1} for line in lines]), file)
     published = dict(
         direct="<|object_ref_start|>", cot="<|object_ref_end|>", noisy="<|quad_start|>", synth="<|quad_end|>"
     )
