@@ -160,7 +160,7 @@ NEVER_ENDING = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor 
     "template",
     [
         NEVER_ENDING,
-        "{{ 'a' * 10 ** 12 }}",
+        "{{ ('a' * 2 ** 30) | length }}",
         "{% set ns = namespace(x='aa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ [1] | batch(10 ** 10, 'x') | list }}",

@@ -209,15 +209,15 @@ def test_what_is_wrong_with_a_function_is_told_in_a_line(tmp_path, monkeypatch, 
 
 
 def test_a_driver_that_checks_a_large_text_data_set_does_not_tokenize_it(monkeypatch):
-    pairs = [(f"{i:030d}", "x" * 20) for i in range(30_000)] + [("0" * 70, "x")]
-    tokenizer, tokenized = SimpleTokenizer("0123456789x"), []
+    pairs = [(f"{i:030d}", "x" * 20) for i in range(30_000)] + [("\xe9" * 60, "x"), ("0" * 70, "x")]
+    tokenizer, tokenized = SimpleTokenizer("0123456789x\xe9"), []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: tokenized.append(text) or encode(text))
     split = TextSplit(pairs, tokenizer)
-    with pytest.raises(UserError, match="sample 30001: the prompt has 70 tokens, more than model.max_prompt_len"):
+    with pytest.raises(UserError, match="sample 30002: the prompt has 70 tokens, more than model.max_prompt_len"):
         split.fitted(Limits(64, 32), truncate=False)
-    assert len(tokenized) == 2
-    assert len(split.fitted(Limits(128, 32), truncate=False)) == 30_001 and len(tokenized) == 2
+    assert [len(text) for text in tokenized] == [60, 1, 70, 1]
+    assert len(split.fitted(Limits(128, 32), truncate=False)) == 30_002 and len(tokenized) == 4
 
 
 def test_validation_reads_at_most_so_many_samples_spread_over_all(tmp_path):

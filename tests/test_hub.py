@@ -111,6 +111,13 @@ def test_a_config_is_chosen_by_name(tmp_path):
         load(f"hf:{folder}")
 
 
+def test_conversations_that_begin_alike_are_on_one_side(tmp_path):
+    some = [{"messages": conversation(i, turns)} for turns in (1, 3) for i in range(20)]
+    splits = load(write(tmp_path / "data", "saved", some), tokenizer="bytes", val_fraction=0.4)
+    train, val = ({response.split(".")[0] for _, response in texts(splits, side)} for side in ("train", "val"))
+    assert len(val) == 8 and train.isdisjoint(val)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "saved"])
 def test_conversations_give_a_sample_for_each_answer_and_stay_on_one_side(tmp_path, kind):
     some = [{"messages": conversation(i, turns=1 + i % 3), "prompt": None} for i in range(30)]
@@ -206,6 +213,9 @@ def test_a_model_trains_on_a_folder_and_a_mixture_takes_it_as_a_member(tmp_path)
     mixed = load_dataset(DataConfig(mixture=members, val_fraction=0.3), ModelConfig(), seed=0)
     held_out = {prompt for prompt, _ in texts(mixed, "val")}
     assert held_out and held_out.isdisjoint(prompt for prompt, _ in texts(mixed, "train"))
+    wrong = {"a": MixtureMember(dataset="hf:s3://bucket/x")}
+    with pytest.raises(UserError, match="hf: takes a dataset's name on the Hub, or a local folder"):
+        load_dataset(DataConfig(mixture=wrong), ModelConfig(), seed=0)
 
 
 # --- what is wrong -----------------------------------------------------------------------------------------------

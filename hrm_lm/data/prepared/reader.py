@@ -155,7 +155,7 @@ def map_file(path: str) -> memoryview:
 
 
 def is_prepared(location: str) -> bool:
-    return location.partition(":")[2].startswith("//") or os.path.isfile(f"{location}/{META}")
+    return "://" in location or os.path.isfile(f"{location}/{META}")
 
 
 def load_prepared(location: str, cache_gb: float | None = None, sharing: int = 1) -> Splits:
