@@ -1,13 +1,14 @@
 """Conversations: what becomes of their messages, and what a stranger's chat template cannot do."""
 
 import json
+import os
 import random
 import threading
 
 import pytest
 
 from hrm_lm.data import chat_template
-from hrm_lm.data.chat import ROLES, Chat, Malformed, render
+from hrm_lm.data.chat import ROLES, Chat, Malformed, _process, render
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, resolve_tokenizer, same_tokens
 from hrm_lm.errors import UserError
 
@@ -210,6 +211,16 @@ def test_what_a_template_refuses_is_told_with_its_own_words_and_the_next_convers
     with pytest.raises(UserError, match="the tokenizer's chat template refuses the messages: roles must alternate"):
         render(tokenizer, messages("a", "b", first="assistant"))
     assert render(tokenizer, messages("a", "b")) == "a|b|"
+
+
+def test_a_process_that_was_ended_is_made_anew(capfd):
+    tokenizer = with_template(CHATML + "{# of this test #}")
+    expected = render(tokenizer, messages("q"))
+    process, _ = _process(os.getpid(), json.dumps([tokenizer.chat_template, dict(Chat.of(tokenizer).tokens)]))
+    process.kill()
+    process.wait()
+    assert render(tokenizer, messages("q")) == expected
+    assert not capfd.readouterr().err
 
 
 def test_threads_that_render_at_once_get_each_its_own_text():
