@@ -2,7 +2,7 @@
 
     survey      reads each part: the hashes of its pairs, the characters that occur, and what is wrong with it
     duplicates  looks at each range of hashes over all parts: a pair that occurred before is a duplicate
-    tokenize    reads each part again and writes its shard
+    tokenize    reads each part again and writes its shard, without what a source has over its cap
 
 A step makes a Ray Data row of each of its tasks. A task is a pure function of the input, and leaves a file in
 OUTPUT/.prepare when it is done. So a run that was killed does only the tasks that are left. meta.json makes the output
@@ -77,7 +77,7 @@ def prepare(
         "files": [[file.path, file.num_bytes, mtime] for file, mtime in files],
         "tokenizer": fixed and hashlib.sha256(fixed.to_json().encode()).hexdigest(),
     }
-    plan |= {"recipe": recipe.model_dump()} if recipe else {}
+    plan |= {"recipe": without_keys(recipe.model_dump())} if recipe else {}
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     if not finished(job, output, fingerprint):
         with locked(fs, job.folder, f"--output {without_secrets(output)} is being written", "--output", "--output"):

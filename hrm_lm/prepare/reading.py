@@ -78,6 +78,7 @@ class Mapping(NamedTuple):
     chat: Chat = Chat()
     """How conversations are written."""
     tags: Tags | None = None
+    """What is put before prompts, if anything is."""
 
 
 class Piece(NamedTuple):
@@ -169,6 +170,7 @@ def find_table(location: str, flag: str) -> tuple[Piece, int]:
     if name.val_split:
         raise UserError(f"{flag} {location}: prepare holds out by itself; name a single split")
     table = name.load(name.split, flag)
+    # Datasets have no public name for their content; files and options make this one.
     version = int.from_bytes(hashlib.blake2b(table._fingerprint.encode(), digest_size=8).digest(), "big")
     return Piece(pyarrow.fs.LocalFileSystem(), str(name), "hub", None, table.data.nbytes, 0, len(table)), version
 

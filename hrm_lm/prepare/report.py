@@ -44,7 +44,7 @@ def by_source(
         counts = {
             "pairs": int(groups[part].sum()),
             "duplicates": sum(int(again[part]) for again in duplicates.values()),
-            "over_cap": result.get("over_cap", 0),  # earlier versions, whose work may be finished here, had no caps
+            "over_cap": result["over_cap"],
             **{split: result["shards"].get(split, {"samples": 0})["samples"] for split in ("train", "val")},
         }
         total = sources.setdefault(job.source(part).name, dict.fromkeys(counts, 0))

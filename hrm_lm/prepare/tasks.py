@@ -154,7 +154,7 @@ def read_part(
                 yield number, item, int.from_bytes(origin, "big") < held_out, prompt_hash
             elif isinstance(item, Problem):
                 if job.strict:
-                    after = f" after byte {piece.start:,}" if piece.start and piece.format == "jsonl" else ""
+                    after = f" after byte {piece.start:,}" if piece.start and piece.format in ("jsonl", "text") else ""
                     text = f" ({item.text})" if item.text else ""
                     raise UserError(f"{piece.path}:{item.position}{after}: {item.reason}{text}")
                 drops.add(number, item)
