@@ -95,7 +95,7 @@ class Missing(Exception):
 # --- which files, in which parts ---------------------------------------------------------------------------------
 
 
-def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
+def find_files(locations: list[str], flag: str = "--input") -> list[tuple[Piece, int]]:
     """Finds every file of the given files, folders and URIs.
 
     Returns each file as a whole piece with its modification time (ns); a folder's files come in order of their path.
@@ -105,22 +105,22 @@ def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
     for location in locations:
         fs, path = resolve(location)
         place = without_secrets(location)
-        what = f"--input {place}: cannot be read"
+        what = f"{flag} {place}: cannot be read"
         try:
             info = retrying(what, partial(fs.get_file_info, path))
             if info.type == pyarrow.fs.FileType.File:
                 infos = [info]
                 if file_format(path) is None:
                     raise UserError(
-                        f"--input {place}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
+                        f"{flag} {place}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
                     )
             elif info.type == pyarrow.fs.FileType.Directory:
                 infos = retrying(what, partial(fs.get_file_info, pyarrow.fs.FileSelector(path, recursive=True)))
                 infos = [i for i in infos if i.type == pyarrow.fs.FileType.File and file_format(i.path)]
                 if not infos:
-                    raise UserError(f"--input {place}: no {', '.join(FORMATS)} file in it, compressed or not")
+                    raise UserError(f"{flag} {place}: no {', '.join(FORMATS)} file in it, compressed or not")
             else:
-                raise UserError(f"--input {place}: does not exist")
+                raise UserError(f"{flag} {place}: does not exist")
         except OSError as error:
             raise UserError(f"{what}: {' '.join(str(error).split())}") from None
         for i in sorted(infos, key=lambda i: i.path):

@@ -1,0 +1,63 @@
+"""Where the files of an evaluation go, and writing them: results for each cycle count, the samples, the page."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import partial
+from typing import NamedTuple
+
+import pyarrow.fs
+
+from hrm_lm.cluster.run_folder import outliving
+from hrm_lm.errors import UserError
+from hrm_lm.evaluation.page import page
+from hrm_lm.evaluation.results import Evaluation, documents, samples
+from hrm_lm.filesystem import outlasting, resolve, shown, write_text
+
+
+class Output(NamedTuple):
+    fs: pyarrow.fs.FileSystem
+    path: str
+
+    @property
+    def uri(self) -> str:
+        return shown(self.fs, self.path)
+
+    def write(self, evaluation: Evaluation) -> None:
+        """Raises UserError where the storage cannot be written."""
+        files = {f"results_h{one['h_cycles']}.json": json.dumps(one, indent=1) for one in documents(evaluation)}
+        files["samples.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples(evaluation))
+        files["report.html"] = page(evaluation)
+        for name, text in files.items():
+            path = f"{self.path}/{name}"
+            outlasting(f"{shown(self.fs, path)}: cannot be written", partial(write_text, self.fs, path, text))
+
+
+@contextmanager
+def begun(given: str | None, checkpoint: tuple[pyarrow.fs.FileSystem, str] | None) -> Iterator[Output]:
+    """The folder, made before the work begins, and gone again where the work fails.
+
+    given: a folder or URI, which must be new or empty. Without it the folder is in the run's, beside `checkpoint`, or where
+    the checkpoint is of no run that was named, below the folder of the command.
+    """
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    if given is None and checkpoint is not None:
+        fs, path = checkpoint
+        output = Output(fs, f"{path.rpartition('/')[0]}/evaluation/{now}")
+    else:
+        output = Output(*resolve(outliving(given or f"evaluations/{now}", "--output")))
+    what = f"--output {output.uri}: cannot be written"
+
+    def make() -> list[pyarrow.fs.FileInfo]:
+        output.fs.create_dir(output.path, recursive=True)
+        return output.fs.get_file_info(pyarrow.fs.FileSelector(output.path))
+
+    if outlasting(what, make):
+        raise UserError(f"--output {output.uri}: is not empty; give another --output")
+    try:
+        yield output
+    except BaseException:
+        with suppress(OSError):
+            output.fs.delete_dir(output.path)
+        raise
