@@ -52,7 +52,9 @@ class HarnessModel(LM):
         device: str | None = None,
     ):
         super().__init__()
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not torch.cuda.is_available():
+            device = "cpu"  # the harness says cuda:0 unless told otherwise
+        self._device = torch.device(device or "cuda")
         with chosen_checkpoint(checkpoint, None if run_name is None else str(run_name), save_dir) as folder:
             self.model, self.tokenizer, saved = load_model(folder, self._device)
         size = int(batch_size) if str(batch_size or "auto").isdigit() else 64

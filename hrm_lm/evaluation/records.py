@@ -200,11 +200,12 @@ def solved(task: RecordTask) -> dict[str, list[str]]:
 def reading(task: RecordTask, record: dict[str, Any], place: str) -> tuple[str, str, Expected]:
     """A record's prompt without examples, its response, and what is right."""
     if task.options is None:
+        prompt = filled(task.prompt, record, place)
         answers = [answer for name in task.answers for answer in alternatives(field(record, name))]
         if task.answers and not answers:
             raise UserError(f"{place}: no answer in {' or '.join(map(repr, task.answers))}")
         response = ", ".join(answers[0]) if answers else filled(task.response, record, place)
-        return filled(task.prompt, record, place), response, Expected(tuple(answers) or ((response,),))
+        return prompt, response, Expected(tuple(answers) or ((response,),))
     texts = [text.strip() for text in listed(task.options, record, place)]
     letters = string.ascii_uppercase[: len(texts)]
     said = str(field(record, task.answer, place)).strip()
