@@ -1,6 +1,8 @@
 """Evaluation: tasks from files and suites, verdicts, results as lm-evaluation-harness has them, the page."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -392,3 +394,55 @@ def test_what_cannot_be_evaluated_is_told_in_a_line_and_leaves_nothing(
     code, out, err = command(evaluate, "--checkpoint", checkpoint, *arguments)
     assert code == 2 and message in err and not out and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("evaluations/*"))
+
+
+# --- over a cluster --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_gives_the_same_scores_though_a_worker_is_killed(command, cluster, reader, tmp_path, monkeypatch):
+    from hrm_lm.inference import evaluate as module
+
+    file = write_jsonl(
+        tmp_path / "q.jsonl", [{"prompt": f"p{i}", "response": "ab"[: i % 3], "difficulty": i % 2} for i in range(70)]
+    )
+    ask = [
+        "--checkpoint",
+        reader,
+        "--tasks",
+        f"{file},metric=contains,max_new_tokens=4",
+        "--h_cycles",
+        "1,2",
+        "--batch_size",
+        16,
+    ]
+    alone = command(evaluate, *ask, "--output", tmp_path / "alone")
+    load, died, driver = module.load_model, tmp_path / "died", os.getpid()
+
+    def deadly(*arguments):
+        model, *rest = load(*arguments)
+
+        class Deadly(type(model)):  # a class of a function goes to the workers as it stands
+            def forward(self, *arguments):
+                if os.getpid() != driver and not died.exists():
+                    died.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().forward(*arguments)
+
+        model.__class__ = Deadly
+        return model, *rest
+
+    monkeypatch.setattr(module, "load_model", deadly)
+    spread = command(evaluate, *ask, "--num_workers", 0, "--output", tmp_path / "spread")
+    assert (alone[0], spread[0]) == (0, 0) and died.exists() and "2 worker(s)" in spread[2], spread[2]
+    for one, other in zip(json.loads(alone[1]), json.loads(spread[1]), strict=True):
+        assert one["n-samples"] == other["n-samples"]
+        for name, scores in one["results"].items():
+            numbers = {key: value for key, value in scores.items() if key not in ("alias", "name")}
+            assert {key: other["results"][name][key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
+    rows = [
+        [json.loads(line)["answer"] for line in (tmp_path / place / "samples.jsonl").open()]
+        for place in ("alone", "spread")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 140
+    code, _, err = command(evaluate, *ask, "--num_workers", 99)
+    assert code == 2 and "--num_workers 99: the cluster has room for 2 workers of 1 CPU each" in err

@@ -57,7 +57,7 @@ class HarnessModel(LM):
         self._device = torch.device(device or "cuda")
         with chosen_checkpoint(checkpoint, None if run_name is None else str(run_name), save_dir) as folder:
             self.model, self.tokenizer, saved = load_model(folder, self._device)
-        size = int(batch_size) if str(batch_size or "auto").isdigit() else 64
+        size = int(batch_size) if batch_size and str(batch_size).isdigit() else 64  # which `auto` stands for
         cycles = chosen_cycles(saved.config.model.hrm, h_cycles, l_cycles)
         self.options = EvalOptions.of(saved.config, cycles=cycles, batch_size=size)
         if mixed_precision:
