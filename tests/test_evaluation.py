@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, small_config, train_locally
@@ -365,11 +366,18 @@ def test_a_runs_evaluation_lies_in_the_runs_folder(command, checkpoint, monkeypa
     assert {file.name for file in written.iterdir()} == {"results_h2.json", "samples.jsonl", "report.html"}
 
 
-def test_results_may_go_to_a_bucket(command, checkpoint, bucket):
-    code, out, err = command(evaluate, "--checkpoint", checkpoint, "--output", bucket("evaluation"))
-    with bucket.fs.open_input_file("bucket/evaluation/results_h2.json") as file:
-        assert code == 0 and [json.loads(file.read())] == json.loads(out), err
-    assert "s3://bucket/evaluation" in err and "topsecret" not in err + out
+def test_tasks_and_results_may_be_in_a_bucket_and_keys_reach_no_file(command, checkpoint, bucket):
+    with bucket.fs.open_output_stream("bucket/sums.jsonl") as file:
+        file.write(b'{"prompt": "What is 1 + 2?", "response": "3"}\n')
+    code, out, err = command(
+        evaluate, "--checkpoint", checkpoint, "--tasks", bucket("sums.jsonl"), "--output", bucket("out")
+    )
+    written = {}
+    for info in bucket.fs.get_file_info(pyarrow.fs.FileSelector("bucket/out")):
+        with bucket.fs.open_input_file(info.path) as file:
+            written[info.base_name] = file.read().decode()
+    assert code == 0 and [json.loads(written["results_h2.json"])] == json.loads(out), err
+    assert "s3://bucket/out" in err and not [text for text in [*written.values(), out, err] if "topsecret" in text]
 
 
 @pytest.mark.parametrize(

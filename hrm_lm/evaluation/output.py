@@ -24,6 +24,11 @@ class Output(NamedTuple):
     def uri(self) -> str:
         return shown(self.fs, self.path)
 
+    def make(self) -> bool:
+        """Makes the folder, and says whether something was in it."""
+        self.fs.create_dir(self.path, recursive=True)
+        return bool(self.fs.get_file_info(pyarrow.fs.FileSelector(self.path)))
+
     def write(self, evaluation: Evaluation) -> None:
         """Raises UserError where the storage cannot be written."""
         files = {f"results_h{one['h_cycles']}.json": json.dumps(one, indent=1) for one in documents(evaluation)}
@@ -41,20 +46,18 @@ def begun(given: str | None, checkpoint: tuple[pyarrow.fs.FileSystem, str] | Non
     given: a folder or URI, which must be new or empty. Without it the folder is in the run's, beside `checkpoint`, or where
     the checkpoint is of no run that was named, below the folder of the command.
     """
-    now = f"{datetime.now():%Y%m%d-%H%M%S}"
-    if given is None and checkpoint is not None:
-        fs, path = checkpoint
-        output = Output(fs, f"{path.rpartition('/')[0]}/evaluation/{now}")
+    if given is not None:
+        fs, path = resolve(outliving(given, "--output"))
+    elif checkpoint is not None:
+        fs, path = checkpoint[0], f"{checkpoint[1].rpartition('/')[0]}/evaluation/{datetime.now():%Y%m%d-%H%M%S}"
     else:
-        output = Output(*resolve(outliving(given or f"evaluations/{now}", "--output")))
-    what = f"--output {output.uri}: cannot be written"
-
-    def make() -> list[pyarrow.fs.FileInfo]:
-        output.fs.create_dir(output.path, recursive=True)
-        return output.fs.get_file_info(pyarrow.fs.FileSelector(output.path))
-
-    if outlasting(what, make):
-        raise UserError(f"--output {output.uri}: is not empty; give another --output")
+        fs, path = resolve(outliving(f"evaluations/{datetime.now():%Y%m%d-%H%M%S}", "--output"))
+    number, output = 1, Output(fs, path)
+    while outlasting(f"--output {output.uri}: cannot be written", output.make):
+        if given is not None:
+            raise UserError(f"--output {output.uri}: is not empty; give another --output")
+        number += 1
+        output = Output(fs, f"{path}-{number}")  # two in a second
     try:
         yield output
     except BaseException:

@@ -1,6 +1,7 @@
 """report.html: one self-contained page on an evaluation, with its pictures, its scores, and answers to look at."""
 
 import html
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -124,17 +125,21 @@ def over_tasks(whole: Sequence[Line], cycles: Sequence[int], trained: int) -> go
                 marker=dict(size=8),
                 hovertemplate=f"{html.escape(line.name)}<br>%{{x}} H-cycles<br>{words(line.headline)} %{{y:.4f}}<extra></extra>",
             )
-        against_cycles(figure, cycles)
+        logarithmic = against_cycles(figure, cycles)
         if trained in cycles:
-            figure.add_vline(x=trained, line=dict(dash="dot", color="#999"), annotation_text="trained")
+            figure.add_vline(x=trained, line=dict(dash="dot", color="#999"))
+            place = math.log10(trained) if logarithmic else trained  # an annotation wants it so, a line does not
+            figure.add_annotation(
+                x=place, y=1.04, yref="paper", text="trained", showarrow=False, font=dict(color="#777")
+            )
     names = dict.fromkeys(words(line.headline) for line in whole)
     figure.update_layout(yaxis_title=" / ".join(names), height=420, showlegend=len(cycles) > 1)
     figure.update_yaxes(range=[-0.02, 1.05])
     return figure
 
 
-def against_cycles(figure: go.Figure, cycles: Sequence[int]) -> None:
-    """A logarithmic axis where the counts double."""
+def against_cycles(figure: go.Figure, cycles: Sequence[int]) -> bool:
+    """Makes the axis of the cycles, and says whether it is logarithmic, as for counts that double."""
     logarithmic = min(cycles) > 0 and max(cycles) >= 4 * min(cycles)
     figure.update_xaxes(
         title="H-cycles",
@@ -142,6 +147,7 @@ def against_cycles(figure: go.Figure, cycles: Sequence[int]) -> None:
         tickvals=list(cycles),
         ticktext=list(map(str, cycles)),
     )
+    return logarithmic
 
 
 def of_facet(lines: Sequence[Line], cycles: Sequence[int]) -> go.Figure:
@@ -195,10 +201,10 @@ def scores(lines: Sequence[Line], cycles: Sequence[int]) -> str:
     rows = []
     for line in lines:
         for which, count in enumerate(cycles):
-            cells: list = [line.alias, line.samples, count]
+            cells = [line.alias, line.samples, count]
             for name in names:
                 score = line.scores[which].get(name)
-                cells += [None, None] if score is None else [score.value, f"{score.low:.4f} to {score.high:.4f}"]
+                cells += ["", ""] if score is None else [f"{score.value:.4f}", f"{score.low:.4f} to {score.high:.4f}"]
             rows.append((cells, "part" if line.facet else ""))
     return table_html(columns, rows)
 

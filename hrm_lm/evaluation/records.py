@@ -102,8 +102,9 @@ def read_suite(location: str, options: Mapping[str, str]) -> dict[str, tuple[Rec
     options: from the command line, `<task>` and `<task>_shots` for paths, `limit` for all tasks, `prompt_template`.
     Raises UserError where the file is no suite, or an option is none of these.
     """
-    place = f"{FLAG} {without_secrets(location)}"
-    suite = validated(Suite, read_yaml(location), without_secrets(location))
+    shown = without_secrets(location)
+    place = f"{FLAG} {shown}"
+    suite = validated(Suite, read_yaml(location), shown)
     names = list(suite.tasks)
     known = {"limit", "prompt_template", *names, *(f"{name}_shots" for name in names)}
     if unknown := options.keys() - known:
@@ -111,7 +112,7 @@ def read_suite(location: str, options: Mapping[str, str]) -> dict[str, tuple[Rec
     paths = {name: options.get(name, task.data) for name, task in suite.tasks.items()}
     if not any(paths.values()):
         raise UserError(
-            f"{place}: give the data of its tasks, such as {location},{names[0]}=PATH; it has {', '.join(names)}"
+            f"{place}: give the data of its tasks, such as {shown},{names[0]}=PATH; it has {', '.join(names)}"
         )
     chosen = {}
     for name, task in suite.tasks.items():

@@ -79,7 +79,7 @@ def over_cluster(
     """The number of each slice with its scores, as they come."""
     import ray
 
-    remote = ray.remote(num_cpus=kind == "CPU", num_gpus=kind == "GPU")(Worker)
+    remote = ray.remote(num_cpus=int(kind == "CPU"), num_gpus=int(kind == "GPU"))(Worker)
     in_store, definition = ray.put(model.cpu()), tokenizer.to_json()
     pending: dict[Any, tuple[Any, int | None]] = {}
     """What each worker does: a slice by its number, or starting."""

@@ -130,7 +130,9 @@ def tasks_of(
                 task = validated(RecordTask, options | {"data": name}, f"{FLAG} {without_secrets(name)}")
                 tasks.append(of_records(Path(name.partition("?")[0]).name, task, Frame(), configured(None), tokenizer))
             else:
-                limit = validated(RecordTask, {"limit": options.pop("limit", None)}, f"{FLAG} {name}").limit
+                limit = validated(
+                    RecordTask, {"limit": options.pop("limit", None)}, f"{FLAG} {without_secrets(name)}"
+                ).limit
                 whole = ",".join([name, *(f"{key}={value}" for key, value in options.items())])
                 tasks += [limited(task, limit) for task in of_dataset(configured(whole))]
     return renamed(tasks)
