@@ -27,7 +27,10 @@ SUITE = ROOT / "configs" / "hrm_text_suite.yaml"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Knows some sums of one digit: a part of its answers is right."""
-    config = small_config(train__steps=60, optim__lr=0.01, train__sample_h_cycles=[1, 3])
+    config = small_config(
+        train__steps=250, train__batch_size=32, train__log_every=250, optim__lr=0.01, train__sample_h_cycles=[1, 3],
+        model__architecture="prefix_lm", model__d_model=32, optim__warmup_steps=20,
+    )  # fmt: skip
     return train_locally(config, tmp_path_factory.mktemp("run")).last_checkpoint
 
 
@@ -251,10 +254,11 @@ def test_a_reasoning_tasks_verdict_and_difficulty_are_the_tasks_own(tmp_path):
 
 def test_intervals_are_those_of_resampled_samples():
     rng = np.random.default_rng(1)
-    right, labels = (rng.random(400) < 0.7).astype(float), rng.integers(1, 9, 400).astype(float)
-    accuracy, loss = bootstrap(np.stack([right, np.ones(400), labels * 2 + right, labels], axis=1))
-    assert accuracy.value == right.mean() and accuracy.stderr == pytest.approx(right.std() / 20, rel=0.1)
-    assert accuracy.low == pytest.approx(accuracy.value - 1.96 * accuracy.stderr, abs=0.008)
+    right, labels = (rng.random(4000) < 0.7).astype(float), rng.integers(1, 9, 4000).astype(float)
+    accuracy, loss = bootstrap(np.stack([right, np.ones(4000), labels * 2 + right, labels], axis=1))
+    assert accuracy.value == right.mean() and accuracy.stderr == pytest.approx(right.std() / 4000**0.5, rel=0.1)
+    assert accuracy.low == pytest.approx(accuracy.value - 1.96 * accuracy.stderr, abs=0.0015)
+    assert accuracy.high == pytest.approx(accuracy.value + 1.96 * accuracy.stderr, abs=0.0015)
     assert loss.value == pytest.approx((labels * 2 + right).sum() / labels.sum()) and loss.low < loss.value < loss.high
     assert bootstrap(np.ones((1, 2)))[0].stderr == 0
 
@@ -272,7 +276,8 @@ def test_the_own_dataset_scores_as_training_validated(command, tmp_path):
 
 def test_each_cycle_count_is_scored_with_difficulty_and_written(command, checkpoint, tmp_path):
     counts = [1, 2, 4]
-    code, out, err = command(evaluate, "--checkpoint", checkpoint, "--h_cycles", "1,2,4", "--output", tmp_path / "out")
+    given = ["--h_cycles", "1,2,4", "--batch_size", 3, "--output", tmp_path / "out"]
+    code, out, err = command(evaluate, "--checkpoint", checkpoint, *given)
     documents = json.loads(out)
     assert code == 0 and [document["h_cycles"] for document in documents] == counts, err
     assert len({document["results"]["synthetic"]["val_loss,none"] for document in documents}) == 3
@@ -287,6 +292,7 @@ def test_each_cycle_count_is_scored_with_difficulty_and_written(command, checkpo
             document["results"]["synthetic"]["exact_match,none"]
         )
         assert all((row["answer"] == row["target"]) == row["exact_match"] for row in mine if row["answer"] is not None)
+        assert {row["exact_match"] for row in mine} == {0, 1}
     assert "synthetic" in err and "[" in err  # the table
 
 

@@ -141,6 +141,7 @@ def test_answers_end_at_a_stop_text_and_requests_may_differ(models):
     assert ask("1", **hot, seed=1) == ask("1", **hot, seed=1) != ask("1", **hot, seed=2)
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_harness_with_our_model(command, prefix_lm, tmp_path, monkeypatch):
     (tmp_path / "sums.jsonl").write_text("".join(f'{{"q": "What is {i}+1?", "a": "{i + 1}"}}\n' for i in range(4)))
     (tmp_path / "sums.yaml").write_text(
