@@ -21,7 +21,7 @@ from hrm_lm.evaluation.results import bootstrap
 from hrm_lm.evaluation.tasks import binned, in_order, parsed, tasks_of
 from hrm_lm.evaluation.verdicts import METRICS, Expected, alternatives, chosen
 
-SUITE = ROOT / "configs" / "hrm_text_suite.yaml"
+SUITE = ROOT / "configs" / "suites" / "hrm_text.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,11 @@ def write_jsonl(path: Path, records) -> Path:
         ("contains", "It is Paris.", "paris", 1), ("contains", "It is Rome.", "paris", 0),
         ("number", "So 3 + 4 = 7 apples. #### 7", "3 and 4 make 7\n#### 7", 1), ("number", "It makes $1,200.00.", "x #### 1200", 1),
         ("number", "\\boxed{12} of 13", "#### 12", 1), ("number", "7 of 12", "#### 7", 0), ("number", "none", "#### 7", 0),
+        ("number", "10-3 = 7", "#### 7", 1), ("number", "it is -7", "#### -7", 1), ("number", "12-7", "#### -7", 0),
         ("boxed", "so $\\boxed{\\dfrac12}$.", "we get \\boxed{\\frac{1}{2}}", 1), ("boxed", "0.5", "\\boxed{\\frac{1}{2}}", 1),
         ("boxed", "\\boxed{x = 5\\text{ cm}}", "$\\boxed{5}$", 1), ("boxed", "\\boxed{\\text{Ann}}", "\\boxed{Ann}", 1),
         ("boxed", "\\boxed{\\left(2,-1\\right)}", "\\boxed{(2, -1)}", 1), ("boxed", "\\boxed{(2,1)}", "\\boxed{(2,-1)}", 0),
-        ("boxed", "\\boxed{\\sqrt2", "\\boxed{\\sqrt{2}}", 0), ("boxed", "\\boxed{10,000}", "\\boxed{10000}", 1),
+        ("boxed", "\\boxed{\\sqrt2", "\\boxed{\\sqrt{2}}", 0), ("boxed", "\\boxed {7}", "\\boxed 7", 1), ("boxed", "\\boxed{10,000}", "\\boxed{10000}", 1),
         ("f1", "the 3 yards", "3 yards", 1), ("f1", "4 yards", "3 yards", 0), ("f1", "red blue", "red", 0.67), ("f1", "", "red", 0),
     ],
 )  # fmt: skip
@@ -205,6 +206,7 @@ def test_the_whole_suite_is_scored_by_one_command(command, reader, tmp_path):
     (document,) = json.loads(out)
     assert code == 0 and document["results"].keys() == FORMATS.keys(), err
     assert {"f1,none", "f1_stderr,none", "exact_match,none", "val_loss,none"} <= document["results"]["drop"].keys()
+    assert "mmlu: asked without its 5 solved examples; mmlu_shots=PATH names them" in err
     assert "choice,none" in document["results"]["boolq"] and document["n-samples"]["mmlu"]["effective"] == 2
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator, Field, ValidationError
 
+from hrm_lm.cluster.start import say
 from hrm_lm.config import Count, Positive, Section, explain, read_yaml
 from hrm_lm.errors import UserError
 from hrm_lm.evaluation.verdicts import Expected, alternatives
@@ -114,17 +115,16 @@ def read_suite(location: str, options: Mapping[str, str]) -> dict[str, tuple[Rec
         raise UserError(
             f"{place}: give the data of its tasks, such as {shown},{names[0]}=PATH; it has {', '.join(names)}"
         )
-    chosen = {}
+    template, chosen = options.get("prompt_template", suite.prompt_template), {}
     for name, task in suite.tasks.items():
         if not paths[name]:
             continue
         given = {"data": paths[name], "shots_data": options.get(f"{name}_shots", task.shots_data)}
         given |= {"limit": options["limit"]} if "limit" in options else {}
         task = validated(RecordTask, task.model_dump() | given, f"{place}: {name}")
-        chosen[name] = (
-            task,
-            Frame.of(suite, task, options.get("prompt_template", suite.prompt_template), f"{place}: {name}"),
-        )
+        if task.shots and not task.shots_data:
+            say(f"{name}: asked without its {task.shots} solved examples; {name}_shots=PATH names them")
+        chosen[name] = task, Frame.of(suite, task, template, f"{place}: {name}")
     return chosen
 
 

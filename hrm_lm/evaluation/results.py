@@ -258,7 +258,7 @@ def samples(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             for i, (prompt, response) in enumerate(texts):
                 row = {"task": task.name, "doc_id": i, "h_cycles": cycles.h, "l_cycles": cycles.l}
                 row |= {"prompt": prompt, "target": response, "answer": one.answers[i]}
-                row |= {name: values[i] for name, values in task.facets.items() if values[i]}
+                row["facets"] = {name: values[i] for name, values in task.facets.items() if values[i]}
                 row |= {"exact_match": one.right[i], "val_loss": one.loss[i] / max(one.labels[i], 1)}
                 yield row | ({task.metric: one.verdicts[i]} if one.verdicts is not None else {})
 

@@ -38,7 +38,7 @@ def words(text: str) -> str:
 # --- numbers and mathematics --------------------------------------------------------------------------------------------
 
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"(?:(?<![\d.)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def number(answer: str, expected: Expected) -> float:
@@ -69,7 +69,7 @@ def last_boxed(text: str) -> str | None:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
-    if unbraced := re.match(r"\\f?boxed?\s+(\S+?)(?=[$.,]|\s|$)", text[start:]):
+    if unbraced := re.match(r"\\f?boxed?\s+([^{\s]\S*?)(?=[$.,]|\s|$)", text[start:]):
         return unbraced[1]
     depth, first = 0, text.find("{", start)
     for i in range(first, len(text)) if first >= 0 else ():
