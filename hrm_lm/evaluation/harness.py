@@ -65,14 +65,6 @@ class HarnessModel(LM):
         elif self.options.mixed_precision == "fp16" and self._device.type != "cuda":
             self.options = replace(self.options, mixed_precision="none")
 
-    @property
-    def max_length(self) -> int:
-        return self.model.config.max_prompt_len + self.model.config.max_response_len
-
-    @property
-    def tokenizer_name(self) -> str:
-        return type(self.tokenizer).__name__
-
     def prompt(self, context: str) -> Sequence[int]:
         """A context's last tokens, as many as the model takes; BOS where there are none."""
         return self.tokenizer.encode(context)[-self.model.config.max_prompt_len :] or [self.tokenizer.bos_id]
