@@ -90,6 +90,7 @@ class TextSplit(Split):
 
     def fitted(self, limits: Limits, truncate: bool) -> Split:
         fitted = TextSplit(self.pairs, self.tokenizer, self.places, self.verdict, limits, truncate)
+        fitted.facets = self.facets
         sizes = (len(side.encode()) for pair in self.pairs for side in pair)
         sizes = np.fromiter(sizes, np.int64, 2 * len(self.pairs)).reshape(-1, 2)
         if sizes.sum() <= CHECKED_WHOLE:

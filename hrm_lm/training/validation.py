@@ -101,14 +101,21 @@ def predicted(
     sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     for group in batches:
         for batch in group:
-            prediction = model(batch, options.cycles)[-1]
-            labelled = batch.per_sample((batch.labels != IGNORE).long())
-            assert prediction.right is not None  # as it is without gradient
-            whole = (batch.per_sample(prediction.right.long()) == labelled) & (labelled > 0)
-            counts = torch.stack([labelled.sum(), whole.sum(), (labelled > 0).sum()])
-            sums += torch.cat([prediction.losses.sum()[None].double(), counts.double()])
+            losses, labels, right = by_sample(model, batch, options)
+            there = labels > 0
+            sums += torch.stack([losses, labels, (right == labels) & there, there]).sum(dim=1)
             alive()
     return sums
+
+
+def by_sample(model: LanguageModel, batch: AnyBatch, options: EvalOptions) -> torch.Tensor:
+    """(3, B) float64, without gradient: the loss over each sample's labels, how many labels it has, and how many of them
+    are the likeliest token.
+    """
+    prediction = model(batch, options.cycles)[-1]
+    assert prediction.right is not None  # as it is without gradient
+    of_labels = (prediction.losses, batch.labels != IGNORE, prediction.right)
+    return torch.stack([batch.per_sample(values.double()) for values in of_labels])
 
 
 def answered(
