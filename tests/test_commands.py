@@ -76,7 +76,7 @@ def test_the_list_of_commands_needs_no_heavy_import():
 @pytest.mark.parametrize(
     "module",
     ["hrm_lm.training.train", "hrm_lm.inference.generate", "hrm_lm.inference.evaluate", "hrm_lm.interop.export",
-     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune"],
+     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune", "ray_jobs.evaluate"],
 )  # fmt: skip
 def test_the_python_m_forms_still_run(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
@@ -245,9 +245,7 @@ def test_generate_refuses_bad_input_in_a_line(command, checkpoint, arguments, me
 
 
 def test_generate_without_any_run_says_where_it_looked(command, monkeypatch, tmp_path):
-    from hrm_lm.inference import generate as module
-
-    monkeypatch.setattr(module, "JOB_STORAGE", tmp_path / "jobs")
+    monkeypatch.setattr(run_folder, "JOB_STORAGE", tmp_path / "jobs")
     code, _, err = command(generate, "--prompt", "1")
     assert code == 2 and f"no run with a checkpoint in {tmp_path / 'runs'} or {tmp_path / 'jobs'}" in err
     code, _, err = command(generate, "--prompt", "1", "--run_name", "x")
@@ -256,15 +254,10 @@ def test_generate_without_any_run_says_where_it_looked(command, monkeypatch, tmp
 
 def test_evaluate_scores_with_more_cycles_than_trained(command, checkpoint):
     trained, longer = (
-        json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1]) for more in ([], ["--h_cycles", 4])
+        json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1])[0] for more in ([], ["--h_cycles", 4])
     )
-    assert trained["step"] == 40 and trained["val_loss"] != longer["val_loss"]
-
-
-def test_evaluate_reports_the_loss_that_a_run_in_bf16_reported(command, tmp_path):
-    session = train_locally(small_config(train__mixed_precision="bf16"), tmp_path / "run")
-    code, out, err = command(evaluate, "--checkpoint", session.last_checkpoint, "--batch_size", 8)
-    assert code == 0 and json.loads(out)["val_loss"] == pytest.approx(session.reports[-1]["val_loss"], rel=1e-6), err
+    assert trained["step"] == 40 and (trained["h_cycles"], longer["h_cycles"]) == (2, 4)
+    assert trained["results"]["synthetic"]["val_loss,none"] != longer["results"]["synthetic"]["val_loss,none"]
 
 
 def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, checkpoint, tmp_path):
@@ -272,7 +265,7 @@ def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, 
         '{"prompt": "1 + 2", "response": "3"}\n{"prompt": "2 + 2", "response": "4"}\n'
     )
     code, out, err = command(evaluate, "--checkpoint", checkpoint, "--dataset", tmp_path / "other.jsonl")
-    assert code == 0 and json.loads(out)["val_loss"] > 0, err
+    assert code == 0 and json.loads(out)[0]["results"][str(tmp_path / "other.jsonl")]["val_loss,none"] > 0, err
     code, out, err = command(evaluate, "--checkpoint", checkpoint, "--set", "data.tokenizer=bytes")
     assert (
         code == 2

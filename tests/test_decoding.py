@@ -51,9 +51,10 @@ def logits_of(model: LanguageModel, steps: int) -> torch.Tensor:
     """Of the first tokens after PROMPTS and some given ones, (B, steps + 1, V)."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in PROMPTS], batch_first=True)
     given = torch.randint(4, VOCAB, (len(PROMPTS), steps), generator=torch.Generator().manual_seed(0))
-    lens = torch.tensor([len(prompt) for prompt in PROMPTS])
+    lens = [len(prompt) for prompt in PROMPTS]
     with torch.no_grad():
-        logits, state = model.prefill(ids, lens, 1, steps + 1, model.config.hrm.cycles)
+        state = model.open(len(ids), ids.shape[1], steps + 1, model.config.hrm.cycles)
+        logits = model.prefill(ids, lens, 1, state)
         return torch.stack([logits, *(model.decode(given[:, t], state) for t in range(steps))], dim=1)
 
 

@@ -238,8 +238,9 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(kind):
     (states,) = model.states(batch, CYCLES)
     whole = model.head(states).view(2, 7, VOCAB)
     prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.prompt) for s in some], batch_first=True)
-    lens, responses = torch.tensor([3, 8]), torch.tensor([s.response for s in some])
-    logits, decoding = model.prefill(prompts, lens, SimpleTokenizer.bos_id, max_new_tokens=7, cycles=CYCLES)
+    responses = torch.tensor([s.response for s in some])
+    decoding = model.open(2, 8, max_new_tokens=7, cycles=CYCLES)
+    logits = model.prefill(prompts, [3, 8], SimpleTokenizer.bos_id, decoding)
     steps = [logits] + [model.decode(responses[:, t], decoding) for t in range(6)]
     torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
 

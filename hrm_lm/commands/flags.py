@@ -39,17 +39,40 @@ def add_set(parser: argparse.ArgumentParser, fields: str) -> None:
     )
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, several_cycles: bool = False) -> None:
+    """several_cycles: whether --h_cycles takes several counts, which `cycle_counts` reads."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or URI")
     which.add_argument("--run_name", help="take this run's or sweep's best checkpoint (default: the newest run's)")
     parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs are in (default: runs/)")
-    parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
+    if several_cycles:
+        parser.add_argument(
+            "--h_cycles", metavar="N,N,...", help="H-cycles, one count or several (default: as trained)"
+        )
+    else:
+        parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
     parser.add_argument("--l_cycles", type=int, help="L-cycles (default: as trained)")
 
 
+def cycle_counts(text: str | None) -> list[int | None]:
+    """The counts of `--h_cycles 1,2,4`; None stands for the trained count."""
+    if text is None:
+        return [None]
+    counts: list[int | None] = []
+    for part in text.split(","):
+        if part.strip() == "auto":
+            raise UserError("--h_cycles auto: a model does not choose its cycles yet; give counts, such as 1,2,4,8")
+        try:
+            counts.append(int(part))
+        except ValueError:
+            raise UserError(f"--h_cycles {text}: expected counts, such as 1,2,4,8") from None
+    return counts
+
+
 def check_cycles(args: argparse.Namespace) -> None:
-    if args.h_cycles is not None and args.h_cycles < 0:
-        raise UserError(f"--h_cycles must be at least 0, not {args.h_cycles}")
+    counts = [args.h_cycles] if isinstance(args.h_cycles, int) else cycle_counts(args.h_cycles)
+    for count in counts:
+        if count is not None and count < 0:
+            raise UserError(f"--h_cycles must be at least 0, not {count}")
     if args.l_cycles is not None and args.l_cycles < 1:
         raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")

@@ -96,6 +96,18 @@ class ReasoningGymTask:
         except Exception:  # a verifier may stumble over what an untrained model writes
             return 0.0
 
+    @staticmethod
+    def facets(entry: dict[str, Any]) -> dict[str, Any]:
+        """What makes the question easy or hard, as far as the task tells it of a single question: `difficulty` names
+        the options that do, and mostly has their ranges.
+        """
+        metadata = entry["metadata"]
+        values = {
+            name: metadata.get(name, metadata.get(f"num_{name}", value))
+            for name, value in metadata.get("difficulty", {}).items()
+        }
+        return {name: value for name, value in values.items() if isinstance(value, int | float | str)}
+
 
 class EndlessSplit(Split):
     """Training samples, made on demand. held_out: prompts, as token ids, that no sample has."""
@@ -185,4 +197,4 @@ def build_reasoning_gym_dataset(config: DataConfig, seed: int) -> Splits:
         score=lambda i, answer: task.score(answer, held_out[i]),
     )
     train = EndlessSplit(task, splits.tokenizer, frozenset(splits.val.prompts()))
-    return Splits(train, splits.val, splits.tokenizer)
+    return Splits(train, splits.val, splits.tokenizer, facets=lambda i: task.facets(held_out[i]))

@@ -1,84 +1,108 @@
-"""What generation keeps from token to token: keys and values of every attention, and where the next token goes.
+"""What generation keeps from token to token: keys and values of every attention, and how far each sample's places are filled.
 
-A new token takes the same place in all samples, behind the longest prompt; padding in between is hidden. What changes
-from token to token are tensors that keep their place in memory, written at an index that is on the device, too. So the
-step from a token to the next one can be captured as a CUDA graph, and the host only counts along.
+A sample's tokens lie in its row of a cache without a gap, so a token's place is its position. Samples come and go between
+tokens (`LanguageModel.prefill` adds some, `Decoding.drop` removes one), and those that are there are the first rows. What
+changes from token to token are tensors that keep their place in memory, written at indices that are on the device, too. So
+the step from a token to the next one can be captured as a CUDA graph, and the host only counts along.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hrm_lm.config import Cycles
+
 READ_STEP = {"cpu": 1, "cuda": 128}
 """By the kind of device: attention reads a multiple of so many cached places, hiding what is not filled yet. So shapes
-seldom change on CUDA. On CPU it reads what is filled and no more."""
+seldom change on CUDA. On CPU it reads what the fullest row has filled and no more."""
 PROMPT_TOKENS = 1 << 15
 """Prompts are read so many tokens at a time, padding included, and at least a whole prompt."""
 
 
 class Cursor:
-    """The places of a cache that are filled and visible, and the next place. All caches of a generation share it."""
+    """How far the rows of some caches are filled. The first `samples` rows are in use."""
 
-    def __init__(self, samples: int, width: int, max_new_tokens: int, device: torch.device):
-        """width: places that prompts take."""
-        self.samples, self.device = samples, device
+    def __init__(self, rows: int, capacity: int, device: torch.device):
+        """rows: samples that there is room for. capacity: places of a row, at least."""
+        self.rows, self.device = rows, device
         self.step = READ_STEP[device.type]
-        self.length = width  # that of `place`, as the host counts
-        self.capacity = self._rounded(width + max_new_tokens)
-        self.rows: slice | None = None
-        """The samples whose prompts are being read; None where a token is appended to every sample."""
-        self.place = torch.full((1,), width, device=device)
+        self.capacity = -(-capacity // self.step) * self.step
+        self.samples = 0
+        self.filled: list[int] = []
+        """The places that each sample has filled, as the host counts."""
+        self.keys = self.step
+        """How many places attention reads, the next token's among them."""
+        self.place = torch.zeros(rows, dtype=torch.long, device=device)
+        """The next token's place and position in each row."""
+        self.reading: slice | None = None
+        """The rows whose prompts are being read; None where a token is appended to every sample."""
+        self.places = torch.arange(self.capacity, device=device)
+        self.hidden: Tensor = None  # made when the first keys say what of
 
-    def prompts(self, tokens: int) -> Iterator[slice]:
-        """The samples to read at a time, so that activations stay bounded. tokens: of a prompt, with padding.
+    def read(self, tokens: int, filled: Sequence[int]) -> Iterator[slice]:
+        """Adds samples, and yields which of them to read at a time, so that activations stay bounded.
 
+        tokens: of a prompt, with padding. filled: the places that each prompt fills.
         A prompt is read whole. Its tokens see one another both ways, so the states of its first token in a layer, and the
         keys made of them in the next, depend on its last token: it cannot be read piece by piece along its length, as
         a causal prompt can. Its activations grow with its length alone, since no scores are held.
         """
         at_once = max(PROMPT_TOKENS // tokens, 1)
-        for first in range(0, self.samples, at_once):
-            self.rows = slice(first, first + at_once)
-            yield self.rows
-        self.rows = None
+        for first in range(0, len(filled), at_once):
+            some = slice(first, min(first + at_once, len(filled)))
+            self.reading = slice(self.samples + some.start, self.samples + some.stop)
+            yield some
+        self.reading, new = None, slice(self.samples, self.samples + len(filled))
+        self.place[new] = torch.tensor(filled).to(self.device, non_blocking=True)
+        self.hidden[new].fill_(-torch.inf).masked_fill_((self.places <= self.place[new, None])[:, None, None], 0.0)
+        self._fill([*self.filled, *filled])
 
-    def start(self, visible: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        """Prompts are read. visible: (B or 1, width) bool, whether a place holds a token rather than padding. positions:
-        (B,) or (1,), of each sample's next token. rope: the rotary cosines and sines of all positions, (capacity, D).
-        dtype: that of the cached keys.
-        """
-        self.positions, self.table = positions.clone(), rope
-        # Added to scores: attention would make this of a bool mask at every call.
-        self.hidden = torch.full((len(visible), 1, 1, self.capacity), -torch.inf, dtype=dtype, device=self.device)
-        self.hidden[:, 0, 0, : visible.shape[1]].masked_fill_(visible, 0.0)
-
-    def rope(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the next token's position, (B or 1, 1, 1, D)."""
-        cos, sin = (values.index_select(0, self.positions)[:, None, None] for values in self.table)
+    def rope(self, table: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the next tokens' positions, (rows, 1, 1, D). table: those of all positions, (capacity, D)."""
+        cos, sin = (values.index_select(0, first(self.place, rows))[:, None, None] for values in table)
         return cos, sin
 
-    @property
-    def keys(self) -> int:
-        """How many places attention reads, the next token's among them."""
-        return self._rounded(self.length + 1)
+    def mask(self, rows: int) -> Tensor:
+        """(rows, 1, 1, keys): 0 where the next token may look, itself included, and minus infinity elsewhere.
 
-    def mask(self) -> Tensor:
-        """(B or 1, 1, 1, keys): 0 where the next token may look, itself included, and minus infinity elsewhere."""
-        return self.hidden.index_fill_(3, self.place, 0.0)[..., : self.keys]
+        It is added to scores: attention would make this of a bool mask at every call.
+        """
+        return first(self.hidden, rows).narrow(3, 0, self.keys)
 
-    def advance(self) -> None:
-        self.place += 1
-        self.positions += 1
-        self.length += 1
+    def index(self, rows: int) -> Tensor:
+        """(rows, 1, 1, 1): the next token's place in each row."""
+        return first(self.place, rows).view(-1, 1, 1, 1)
 
-    def _rounded(self, places: int) -> int:
-        return -(-places // self.step) * self.step
+    def advance(self, rows: int) -> None:
+        """A token was appended. Rows beyond the samples, which fill up a size, stay within the cache."""
+        first(self.place, rows).add_(1).clamp_(max=self.capacity - 1)
+        first(self.hidden, rows).scatter_(3, self.index(rows), 0.0)
+        self.count()
+
+    def count(self) -> None:
+        """The host's part of `advance`, for a step that is replayed on the device."""
+        self._fill([filled + 1 for filled in self.filled])
+
+    def drop(self, row: int) -> None:
+        """The last sample takes the place of sample `row`."""
+        *others, last = self.filled
+        self.place[row], self.hidden[row] = self.place[len(others)], self.hidden[len(others)]
+        self._fill([last if i == row else filled for i, filled in enumerate(others)])
+
+    def _fill(self, filled: list[int]) -> None:
+        self.filled, self.samples = filled, len(filled)
+        self.keys = -(-(max(filled, default=0) + 1) // self.step) * self.step
+
+
+def first(x: Tensor, rows: int) -> Tensor:
+    """The first rows of x, at no cost where these are all: a step of a small model takes a few hundred microseconds."""
+    return x if rows == len(x) else x.narrow(0, 0, rows)
 
 
 class KVCache:
-    """Keys and values of one attention. k, v: (B, H, capacity, D)."""
+    """Keys and values of one attention. k, v: (rows, H, capacity, D)."""
 
     def __init__(self, cursor: Cursor):
         self.cursor = cursor
@@ -86,27 +110,63 @@ class KVCache:
         self.v: Tensor = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps (b, H, T, D): prompts of `cursor.rows`, or the next token of every sample. Returns the keys and values
-        that these tokens may see.
+        """Keeps (B, H, T, D): prompts that are being read, or the next token of the first B rows. Returns the keys and
+        values that these tokens may see.
         """
         cursor = self.cursor
         if self.k is None:
-            shape = (cursor.samples, k.shape[1], cursor.capacity, k.shape[3])
             # What is read and hidden must be finite: its weight is zero, but zero times NaN is NaN.
-            self.k, self.v = ((x.new_zeros if cursor.step > 1 else x.new_empty)(shape) for x in (k, v))
-        if cursor.rows is not None:
+            shape = (cursor.rows, k.shape[1], cursor.capacity, k.shape[3])
+            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+            if cursor.hidden is None:
+                cursor.hidden = k.new_zeros(cursor.rows, 1, 1, cursor.capacity)
+        if cursor.reading is not None:
             T = k.shape[2]
-            self.k[cursor.rows, :, :T], self.v[cursor.rows, :, :T] = k, v
-            return self.k[cursor.rows, :, :T], self.v[cursor.rows, :, :T]
-        self.k.index_copy_(2, cursor.place, k)
-        self.v.index_copy_(2, cursor.place, v)
-        return self.k[:, :, : cursor.keys], self.v[:, :, : cursor.keys]
+            self.k[cursor.reading, :, :T], self.v[cursor.reading, :, :T] = k, v
+            return k, v
+        index = cursor.index(len(k)).expand_as(k)
+        first(self.k, len(k)).scatter_(2, index, k)
+        first(self.v, len(k)).scatter_(2, index, v)
+        return self.filled(len(k))
+
+    def filled(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first rows, as far as attention reads them."""
+        keys = self.cursor.keys
+        return first(self.k, rows).narrow(2, 0, keys), first(self.v, rows).narrow(2, 0, keys)
+
+    def drop(self, row: int) -> None:
+        """The last sample takes the place of sample `row`. To be called before the cursor's."""
+        last = self.cursor.samples - 1
+        if row != last:
+            # Of a prompt that is looked back at, the last place counts as the next token's.
+            seen = self.cursor.filled[last] + 1
+            for kept in (self.k, self.v):
+                kept[row, :, :seen] = kept[last, :, :seen]
 
 
 @dataclass
 class Decoding:
-    """Where a generation stands. A model adds what else it needs from token to token."""
+    """Where the generation of some samples stands. A model adds what else it needs from token to token."""
 
+    cycles: Cycles
+    """Those of the prompts that are read next and, where the recurrence runs for every token, of all."""
     cursor: Cursor
     caches: list[list[KVCache]]
     """Of the blocks, for each application of a stack."""
+    rope: tuple[Tensor, Tensor]
+    """Rotary cosines and sines of all positions, (capacity, D)."""
+    memory: list[KVCache]
+    """Of what the blocks attend to besides their own past."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the shapes of a step follow, beside the number of its tokens."""
+        return (self.cursor.keys, *(cache.cursor.keys for cache in self.memory[:1]))
+
+    def drop(self, row: int) -> None:
+        """Sample `row` ends. The last sample takes its place."""
+        kept = [cache for caches in self.caches for cache in caches] + self.memory
+        for cache in kept:
+            cache.drop(row)
+        for cursor in {id(cache.cursor): cache.cursor for cache in kept}.values():
+            cursor.drop(row)

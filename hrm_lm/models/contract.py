@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,6 +73,8 @@ class LanguageModel(nn.Module):
     config: ModelConfig
     core: nn.Module | None
     """The HRMCore, or None for a model without recurrence."""
+    recurs_per_token: bool = True
+    """Whether the core runs for every new token, and not only for the prompt."""
 
     @staticmethod
     def collate(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> AnyBatch:
@@ -84,17 +87,20 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
-    def prefill(
-        self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
-    ) -> tuple[Tensor, Decoding]:
-        """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the logits (B, V) of the first new token, and
-        where decoding stands.
+    def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:
+        """Room to generate for so many samples at a time, whose prompts have up to `prompt_len` tokens."""
+        raise NotImplementedError
+
+    def prefill(self, prompt_ids: Tensor, prompt_lens: Sequence[int], bos_id: int, decoding: Any) -> Tensor:
+        """Reads prompts (B, S), padded on the right, and adds their samples to what `decoding` holds. Returns the logits
+        (B, V) of the first new token. prompt_lens: at least 1 each.
         """
         raise NotImplementedError
 
     def decode(self, tokens: Tensor, decoding: Any) -> Tensor:
-        """Appends tokens (B,) to what `decoding` holds and returns the logits (B, V) of the next token. On CUDA this is
-        captured as a graph: it reads and changes tensors in place, and its shapes follow `decoding.cursor.keys` alone.
+        """Appends tokens (B,) to the samples of `decoding` and returns the logits (B, V) of the next token. B may exceed the
+        samples, up to the rows; what comes of the other rows means nothing. On CUDA this is captured as a graph: it
+        reads and changes tensors in place, and its shapes follow B and `decoding.shape` alone.
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ too many shapes to compile for. The host does not wait for the device at every t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,9 @@ def generate_ids(
     with autocast(device, options.mixed_precision):
         for start in range(0, len(order), options.batch_size):
             chosen = order[start : start + options.batch_size]
-            rows = [torch.tensor(np.asarray(prompts[i], dtype=np.int64)) for i in chosen]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id).to(device)
-            lens = torch.tensor([len(row) for row in rows], device=device)
-            logits, decoding = model.prefill(ids, lens, tokenizer.bos_id, max_new_tokens, options.cycles)
+            ids, lens = padded([prompts[i] for i in chosen], tokenizer.pad_id, device)
+            decoding = model.open(len(ids), ids.shape[1], max_new_tokens, options.cycles)
+            logits = model.prefill(ids, lens, tokenizer.bos_id, decoding)
             decode = model.decode if in_step or device.type != "cuda" else graphed(model)
             tokens = [pick(logits, temperature, top_k, generator)]
             done = tokens[0] == tokenizer.eos_id
@@ -84,32 +84,40 @@ def ends(done: Tensor) -> Iterator[bool]:
         yield ended
 
 
-def graphed(model: LanguageModel) -> Callable[[Tensor, Decoding], Tensor]:
-    """`model.decode` of one generation, as CUDA graphs: one for each number of places that attention reads.
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Prompts as a model reads them: ids (B, S), padded on the right, and their lengths."""
+    rows = [torch.tensor(np.asarray(prompt, dtype=np.int64)) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return ids.to(device), [len(row) for row in rows]
 
-    The first step of a number runs without a graph, and so makes ready what must not happen during a capture: kernels are
-    loaded, libraries take their workspace, autocast casts weights. Logits are overwritten by the next step.
+
+def graphed(model: LanguageModel) -> Callable[[Tensor, Decoding], Tensor]:
+    """`model.decode` of one `Decoding`, as CUDA graphs: one for each shape of a step.
+
+    The first step of a shape runs without a graph, and so makes ready what must not happen during a capture: kernels are
+    loaded, libraries take their workspace, autocast casts weights. Logits are overwritten by the next step. All graphs
+    share their memory.
     """
-    graph: torch.cuda.CUDAGraph | None = None
-    captured = seen = 0
-    token = logits = torch.empty(0)
+    graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = {}
+    pool: Any = None
 
     def decode(tokens: Tensor, decoding: Decoding) -> Tensor:
-        nonlocal graph, captured, seen, token, logits
-        keys = decoding.cursor.keys
-        if keys == captured:
-            token.copy_(tokens)
-            decoding.cursor.length += 1
-        elif keys == seen:
-            token, new = tokens.clone(), torch.cuda.CUDAGraph()
-            # The thread that makes batches ready may use the GPU meanwhile.
-            with torch.cuda.graph(new, capture_error_mode="thread_local"):
-                logits = model.decode(token, decoding)
-            graph, captured = new, keys  # the device was waited for, and has done with the graph before
-        else:
-            seen = keys
+        nonlocal pool
+        shape = (len(tokens), *decoding.shape)
+        if shape not in graphs:
+            graphs[shape] = None
             return model.decode(tokens, decoding)
-        assert graph is not None
+        if captured := graphs[shape]:
+            graph, token, logits = captured
+            token.copy_(tokens)
+            decoding.cursor.count()
+        else:
+            token, graph = tokens.clone(), torch.cuda.CUDAGraph()
+            # The thread that makes batches ready may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = model.decode(token, decoding)
+            pool = graph.pool()
+            graphs[shape] = graph, token, logits
         graph.replay()
         return logits
 

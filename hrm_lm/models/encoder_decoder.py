@@ -5,6 +5,7 @@ decoder block, or `prefix_len` vectors pooled from the core's states and put bef
 gate scales what crosses the bridge. `h_cycles: 0` leaves the core out: the baseline without HRM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,11 +63,13 @@ class Sight(NamedTuple):
 
 @dataclass
 class Decoding(cache.Decoding):
-    memory: list
-    """What each decoder block attends to besides its own past."""
+    gate: Tensor
+    """What scales the bridge."""
 
 
 class HRMEncoderDecoder(LanguageModel):
+    recurs_per_token = False
+
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
@@ -176,41 +179,48 @@ class HRMEncoderDecoder(LanguageModel):
             cross_mask=visible(batch.decoder_sees_from, batch.decoder_sees_to, S, self._dense),
         )
 
-    def prefill(
-        self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
-    ) -> tuple[Tensor, Decoding]:
-        """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the first new token's logits (B, V) and
-        where decoding stands.
+    def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:
+        """Room to generate for so many samples at a time, whose prompts have up to `prompt_len` tokens."""
+        device, prefix = self.embedding.weight.device, self.config.bridge.type == "prefix"
+        width = 1 + (self.config.bridge.prefix_len if prefix else 0)
+        cursor, prompts = Cursor(rows, width + max_new_tokens, device), Cursor(rows, prompt_len, device)
+        caches = [KVCache(cursor) for _ in self.decoder]
+        memory = [] if prefix else [KVCache(prompts) for _ in self.decoder]
+        rope = rotary(cursor.places, self.head_dim)
+        return Decoding(cycles, cursor, [caches], rope, memory, self.bridge.scale())
+
+    def prefill(self, prompt_ids: Tensor, prompt_lens: Sequence[int], bos_id: int, decoding: Decoding) -> Tensor:
+        """Reads prompts (B, S), padded on the right, and adds their samples. Returns the logits (B, V) of the first new
+        token.
         """
         B, S = prompt_ids.shape
-        places = torch.arange(S, device=prompt_ids.device)
-        keys = (places < prompt_lens[:, None])[:, None, None, :]
-        width = 1 + (self.config.bridge.prefix_len if self.config.bridge.type == "prefix" else 0)
-        cursor = Cursor(B, width, max_new_tokens, prompt_ids.device)
-        caches = [KVCache(cursor) for _ in self.decoder]
-        cos, sin = rotary(torch.arange(cursor.capacity, device=prompt_ids.device), self.head_dim)
-        logits, memories = [], []
-        for rows in cursor.prompts(S):
-            states = self.encode(prompt_ids[rows], places, keys[rows], cycles)[-1]
-            x = self._decoder_inputs(states, keys[rows], prompt_ids.new_full((len(states), 1), bos_id))
-            memories.append(self._cross(states, keys[rows]))
-            x = self._decode(x, (cos[:width], sin[:width]), memories[-1], caches=caches)
+        places, lens = torch.arange(S, device=prompt_ids.device), torch.tensor(prompt_lens)
+        keys = (places < lens.to(prompt_ids.device, non_blocking=True)[:, None])[:, None, None, :]
+        width = 1 + (0 if decoding.memory else self.config.bridge.prefix_len)
+        rope = tuple(values[:width] for values in decoding.rope)
+        reads = [decoding.cursor.read(max(S, width), [width] * B)]
+        if decoding.memory:
+            # Responses look as far as their prompt's last place, as if it were the next token's.
+            reads.append(decoding.memory[0].cursor.read(max(S, width), [length - 1 for length in prompt_lens]))
+        logits = []
+        for some, *_ in zip(*reads, strict=True):
+            states = self.encode(prompt_ids[some], places, keys[some], decoding.cycles)[-1]
+            x = self._decoder_inputs(states, keys[some], prompt_ids.new_full((len(states), 1), bos_id))
+            memory = self._cross(states, keys[some])
+            for kept, (keys_values, *_) in zip(decoding.memory, memory):
+                kept.append(*keys_values)
+            x = self._decode(x, rope, memory, caches=decoding.caches[0])
             logits.append(self.head(self.norm(x[:, -1])))
-        cursor.start(keys.new_ones(1, width), cursor.place, (cos, sin), caches[0].k.dtype)
-        memory = [joined(pieces) for pieces in zip(*memories, strict=True)]
-        return torch.cat(logits), Decoding(cursor, [caches], memory)
+        return torch.cat(logits)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
-        cursor, (caches,) = decoding.cursor, decoding.caches
-        x = self._decode(self.embedding(tokens[:, None]), cursor.rope(), decoding.memory, cursor.mask(), caches)
-        cursor.advance()
+        cursor, (caches,), B = decoding.cursor, decoding.caches, len(tokens)
+        memory: list = [None] * len(caches)
+        if decoding.memory:
+            mask = decoding.memory[0].cursor.mask(B)
+            memory = [(kept.filled(B), mask, decoding.gate) for kept in decoding.memory]
+        rope = cursor.rope(decoding.rope, B)
+        x = self._decode(self.embedding(tokens[:, None]), rope, memory, cursor.mask(B), caches)
+        cursor.advance(B)
         return self.head(self.norm(x[:, -1]))
-
-
-def joined(memories: tuple) -> tuple | None:
-    """What a block attends to, from that of some samples each."""
-    if len(memories) == 1 or memories[0] is None:
-        return memories[0]
-    keys_values, masks, gates = zip(*memories, strict=True)
-    return tuple(map(torch.cat, zip(*keys_values, strict=True))), torch.cat(masks), gates[0]

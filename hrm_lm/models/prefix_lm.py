@@ -12,7 +12,7 @@ gradient cut the embedding off, no gradient reaches it.
 once. So it has the parameters of the HRM it is compared with; for its compute, give it more layers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,17 +20,11 @@ from torch import Tensor
 
 from hrm_lm.config import Cycles, ModelConfig
 from hrm_lm.data.collate import TokenRows, join
-from hrm_lm.models import cache
-from hrm_lm.models.cache import Cursor, KVCache
+from hrm_lm.models.cache import Cursor, Decoding, KVCache
 from hrm_lm.models.contract import LanguageModel, Prediction, predict
 from hrm_lm.models.hrm import HRMCore
 from hrm_lm.models.layers import Head, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
 from hrm_lm.models.masks import needs_dense, visible
-
-
-@dataclass
-class Decoding(cache.Decoding):
-    cycles: Cycles
 
 
 class HRMPrefixLM(LanguageModel):
@@ -81,34 +75,34 @@ class HRMPrefixLM(LanguageModel):
             states = states[-1:]
         return [z_h.flatten(0, 1)[batch.label_at] for z_h in states]
 
-    def prefill(
-        self, prompt_ids: Tensor, prompt_lens: Tensor, bos_id: int, max_new_tokens: int, cycles: Cycles
-    ) -> tuple[Tensor, Decoding]:
-        """Reads prompts (B, S), padded on the right, of lengths (B,). Returns the first new token's logits (B, V) and
-        where decoding stands. `bos_id` is for models whose decoder starts with BOS; here the prompt's last token predicts.
-        """
-        B, S = prompt_ids.shape
+    def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:
+        """Room to generate for so many samples at a time, whose prompts have up to `prompt_len` tokens."""
         if self.core is None:
             stacks: list[Any] = [self.stack]
         else:
             stacks = ([self.core.l_stack] * cycles.l + [self.core.h_stack]) * cycles.h
-        cursor = Cursor(B, S, max_new_tokens, prompt_ids.device)
+        cursor = Cursor(rows, prompt_len + max_new_tokens, self.embedding.weight.device)
         caches = [[KVCache(cursor) for _ in stack.blocks] for stack in stacks]
-        positions = torch.arange(cursor.capacity, device=prompt_ids.device)
-        visible = positions[:S] < prompt_lens[:, None]
-        cos, sin = rotary(positions, self.head_dim)
+        return Decoding(cycles, cursor, caches, rotary(cursor.places, self.head_dim), memory=[])
+
+    def prefill(self, prompt_ids: Tensor, prompt_lens: Sequence[int], bos_id: int, decoding: Decoding) -> Tensor:
+        """Reads prompts (B, S), padded on the right, and adds their samples. Returns the logits (B, V) of the first new
+        token. `bos_id` is for models whose decoder starts with BOS; here the prompt's last token predicts.
+        """
+        S, lens = prompt_ids.shape[1], torch.tensor(prompt_lens).to(prompt_ids.device, non_blocking=True)
+        visible = decoding.cursor.places[:S] < lens[:, None]
+        cos, sin = (values[:S] for values in decoding.rope)
         logits = []
-        for rows in cursor.prompts(S):
-            states = self._states(
-                prompt_ids[rows], (cos[:S], sin[:S]), visible[rows, None, None], cycles, caches=caches
-            )[-1]
-            logits.append(self.head(states[torch.arange(len(states), device=states.device), prompt_lens[rows] - 1]))
-        cursor.start(visible, prompt_lens, (cos, sin), caches[0][0].k.dtype)
-        return torch.cat(logits), Decoding(cursor, caches, cycles)
+        for some in decoding.cursor.read(S, prompt_lens):
+            mask = visible[some, None, None]
+            states = self._states(prompt_ids[some], (cos, sin), mask, decoding.cycles, caches=decoding.caches)[-1]
+            logits.append(self.head(states[torch.arange(len(states), device=states.device), lens[some] - 1]))
+        return torch.cat(logits)
 
     def decode(self, tokens: Tensor, decoding: Decoding) -> Tensor:
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
-        cursor = decoding.cursor
-        states = self._states(tokens[:, None], cursor.rope(), cursor.mask(), decoding.cycles, caches=decoding.caches)
-        cursor.advance()
+        cursor, B = decoding.cursor, len(tokens)
+        rope = cursor.rope(decoding.rope, B)
+        states = self._states(tokens[:, None], rope, cursor.mask(B), decoding.cycles, caches=decoding.caches)
+        cursor.advance(B)
         return self.head(states[-1][:, -1])

@@ -1,7 +1,4 @@
-"""report.html: one self-contained page on a sweep, readable from a file without network.
-
-Drawn by Plotly, whose script is put into the page.
-"""
+"""report.html: one self-contained page on a sweep."""
 
 import html
 import math
@@ -10,8 +7,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
-from plotly.offline import get_plotlyjs
 
+from hrm_lm.pages import figure_html, page_html, short, table_html
 from hrm_lm.tuning.results import Trial
 from hrm_lm.tuning.space import Sweep
 
@@ -43,26 +40,26 @@ def render(trials: list[Trial], best: Trial | None, sweep: Sweep, name: str) -> 
         f'<div class="tiles">{tiles}</div>',
     ]
     if scored:
-        sections += ["<h2>Learning curves</h2>", _figure(_curves(scored, best, metric))]
+        sections += ["<h2>Learning curves</h2>", figure_html(_curves(scored, best, metric))]
         sections += ["<h2>All trials at once</h2>", "<p>A line a trial; drag along an axis to pick some.</p>"]
-        sections += [_figure(_parallel(scored, sweep))]
+        sections += [figure_html(_parallel(scored, sweep))]
         sections += [f"<h2>Effect of each value on {metric}</h2>"]
         sections += [
             f"<p>Best {metric} of each trial against its value; n is how many trials stand behind a value.</p>"
         ]
         sections += [
             '<div class="grid">',
-            *(_figure(_effect(scored, best, dotted, sweep)) for dotted in sweep.space),
+            *(figure_html(_effect(scored, best, dotted, sweep)) for dotted in sweep.space),
             "</div>",
         ]
     sections += ["<h2>Trials</h2>", "<p>Click a heading to sort.</p>", _table(trials, best, sweep)]
-    return PAGE.format(title=html.escape(name), plotly=get_plotlyjs(), body="\n".join(sections))
+    return page_html(name, sections)
 
 
 def _lead(trials: list[Trial], best: Trial | None, sweep: Sweep) -> str:
     if best is None:
         return f"None of {len(trials)} trials succeeded; the table has each one's error."
-    values = ", ".join(f"{_name(dotted)} <b>{_short(value)}</b>" for dotted, value in best.params.items())
+    values = ", ".join(f"{_name(dotted)} <b>{short(value)}</b>" for dotted, value in best.params.items())
     return (
         f"Best of {len(trials)} trials: <b>trial {best.number}</b>, {sweep.tune.metric} <b>{best.score:.4f}</b> at step "
         f"{best.best_step} (exact match {best.val_exact_match:.3f}) with {values}."
@@ -72,7 +69,7 @@ def _lead(trials: list[Trial], best: Trial | None, sweep: Sweep) -> str:
 def _curves(trials: list[Trial], best: Trial | None, metric: str) -> go.Figure:
     figure = go.Figure()
     for trial, color in zip(trials, _colors(trials)):
-        values = ", ".join(f"{_name(p)} {_short(v)}" for p, v in trial.params.items())
+        values = ", ".join(f"{_name(p)} {short(v)}" for p, v in trial.params.items())
         is_best = best is not None and trial.number == best.number
         figure.add_scatter(
             x=[row["step"] for row in trial.history],
@@ -122,7 +119,7 @@ def _axis(label: str, values: list[Any], log: bool = False) -> dict[str, Any]:
         ticks = [min(logs) + (max(logs) - min(logs)) * i / 4 for i in range(5)]
         return dict(label=label, values=logs, tickvals=ticks, ticktext=[f"{10**t:.2g}" for t in ticks])
     options = sorted(set(values))
-    few = dict(tickvals=options, ticktext=[_short(v) for v in options]) if len(options) <= 6 else {}
+    few = dict(tickvals=options, ticktext=[short(v) for v in options]) if len(options) <= 6 else {}
     return dict(label=label, values=values, **few)
 
 
@@ -162,17 +159,12 @@ def _table(trials: list[Trial], best: Trial | None, sweep: Sweep) -> str:
     metric = [sweep.tune.metric] if sweep.tune.metric not in ("val_loss", "val_exact_match") else []
     columns = ["trial", *map(_name, sweep.space), "status", "steps", *metric, "val_loss", "at step", "exact match"]
     columns += ["tokens/s", "seconds", "error"]
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     rows = []
     for t in trials:
         cells = [t.number, *(t.params.get(p) for p in sweep.space), t.status, t.steps, *[t.score for _ in metric]]
         cells += [t.val_loss, t.best_step, t.val_exact_match, t.tokens_per_s, t.seconds, t.error]
-        tds = "".join(
-            f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(_short(c))}</td>'
-            for c in cells
-        )
-        rows.append(f'<tr class="{"best " if best and t.number == best.number else ""}{t.status}">{tds}</tr>')
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        rows.append((cells, f"{'best ' if best and t.number == best.number else ''}{t.status}"))
+    return table_html(columns, rows)
 
 
 def _ranks(trials: list[Trial]) -> list[int]:
@@ -185,23 +177,8 @@ def _colors(trials: list[Trial]) -> list[str]:
     return sample_colorscale(SCALE, [rank / max(len(trials) - 1, 1) * 0.92 for rank in _ranks(trials)])
 
 
-def _figure(figure: go.Figure) -> str:
-    figure.update_layout(
-        template="plotly_white",
-        font=dict(family="system-ui, sans-serif"),
-        margin=figure.layout.margin.to_plotly_json() or dict(l=60, r=20, t=40, b=50),
-    )
-    return f'<div class="figure">{figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})}</div>'
-
-
 def _name(dotted: str) -> str:
     return dotted.rsplit(".", 1)[-1]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-    return str(value)
 
 
 def _is_number(text: str) -> bool:
@@ -210,42 +187,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 0 auto; padding: 24px; }}
-h1 {{ font-size: 26px; margin: 0 0 4px; }} h2 {{ font-size: 19px; margin: 36px 0 4px; }} p {{ margin: 4px 0 10px; color: #555; }}
-.lead {{ font-size: 17px; color: #222; }}
-.tiles {{ display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }}
-.tile {{ border: 1px solid #ddd; border-radius: 8px; padding: 8px 16px; }}
-.tile b {{ display: block; font-size: 22px; }} .tile span {{ color: #666; }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 12px; }}
-.figure {{ border: 1px solid #eee; border-radius: 8px; overflow: hidden; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }}
-th {{ cursor: pointer; text-align: right; border-bottom: 2px solid #bbb; padding: 6px 10px; white-space: nowrap; user-select: none; }}
-td {{ text-align: right; padding: 5px 10px; border-bottom: 1px solid #eee; }} td:last-child, th:last-child {{ text-align: left; min-width: 240px; }}
-th.up::after {{ content: " \\25B2"; }} th.down::after {{ content: " \\25BC"; }}
-tr.best td {{ background: #fff6d6; font-weight: 600; }} tr.diverged td, tr.failed td, tr.invalid td {{ color: #a33; }} tr.stopped td {{ color: #777; }}
-</style>
-<script>{plotly}</script></head><body>
-{body}
-<script>
-addEventListener("load", () => dispatchEvent(new Event("resize")));  // figures drawn before the grid was whole
-document.querySelectorAll("th").forEach((th, i) => th.onclick = () => {{
-  const up = !th.classList.contains("up"), body = document.querySelector("tbody");
-  document.querySelectorAll("th").forEach(other => other.className = "");
-  th.className = up ? "up" : "down";
-  const key = row => {{ const v = row.cells[i].dataset.v; return v === "" ? null : isNaN(v) ? v : Number(v); }};
-  [...body.rows].sort((a, b) => {{
-    const x = key(a), y = key(b);
-    if (x === null || y === null) return (x === null) - (y === null);
-    return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1);
-  }}).forEach(row => body.append(row));
-}});
-</script>
-</body></html>
-"""
