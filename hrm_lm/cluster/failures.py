@@ -72,13 +72,13 @@ class TrainController(controller.TrainController):
 
     def __init__(self, *, train_run_context: TrainRunContext, **options: Any):
         CheckpointManager._write_state_to_storage = write_list
-        # After each failure it would log the traceback of what FailurePolicy tells in a line.
-        logging.getLogger(backend_setup.__name__).setLevel(logging.ERROR)
         run = train_run_context.run_config
         outlasting(
             f"{shown(run.storage_filesystem, f'{run.storage_path}/{run.name}')}: cannot be read or written",
             lambda: controller.TrainController.__init__(self, train_run_context=train_run_context, **options),
         )
+        # After each failure it would log the traceback of what FailurePolicy tells in a line. Ray Train's own start resets levels.
+        logging.getLogger(backend_setup.__name__).setLevel(logging.ERROR)
 
 
 def write_list(manager: CheckpointManager) -> None:
