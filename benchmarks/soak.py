@@ -48,6 +48,7 @@ from typing import Any, TypeVar
 import pyarrow.fs
 
 from hrm_lm.cluster.ray_private import SNAPSHOT
+from hrm_lm.cluster.start import free_port
 from hrm_lm.filesystem import read_bytes
 
 MARK = "HRM_LM_SOAK"
@@ -60,19 +61,11 @@ EVERY = 50
 """Steps between checkpoints."""
 MANY = 10**9
 """Steps that no run of these reaches."""
-
-
 T = TypeVar("T")
 
 
 class Failed(Exception):
     """The run did what it must not do."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], T], what: str) -> T:
@@ -100,8 +93,12 @@ def processes(name: str = "") -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    stats = [(path.parent.name, path.read_text()) for path in Path("/proc").glob("[0-9]*/stat")]
-    return [int(child) for child, stat in stats if int(stat.rpartition(")")[2].split()[1]) == pid]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended
+            if int((process / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(process.name))
+    return found
 
 
 def kill(pid: int) -> None:
@@ -117,10 +114,11 @@ class Storage:
     """moto, and the proxy through which the run reaches it. `fs` goes past the proxy."""
 
     def __init__(self) -> None:
-        self.behind, self.port = free_port(), free_port()
+        self.behind = free_port()
         command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(self.behind)]
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(self._answers, "moto")
+        self.port = free_port()
         self.fs, _ = pyarrow.fs.FileSystem.from_uri(self.uri(self.behind))
         self.fs.create_dir(BUCKET)
         self._loop = asyncio.new_event_loop()
@@ -419,20 +417,20 @@ class Soak:
 def surroundings() -> Iterator[tuple[Any, Storage]]:
     """The nodes and the storage. All processes that were started meanwhile end with it."""
     with tempfile.TemporaryDirectory(prefix="soak", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets
-        dashboard = free_port()
         os.environ |= {
             MARK: folder,
             "TMPDIR": folder,
             "RAY_TMPDIR": folder,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # there may be other clusters
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         try:
             storage = Storage()
             from ray.cluster_utils import Cluster
 
+            dashboard = free_port()
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"  # there may be other clusters
             head = {"num_cpus": 0, "dashboard_port": dashboard}
             nodes = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
             os.environ["RAY_ADDRESS"] = nodes.address

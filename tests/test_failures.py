@@ -6,8 +6,16 @@ import pyarrow.fs
 import pytest
 from conftest import Remote, each_fails_once
 from ray.exceptions import ActorDiedError
-from ray.train import BackendConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train import (
+    BackendConfig,
+    ControllerError,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
@@ -41,6 +49,13 @@ def test_what_may_heal_is_tried_again_and_each_attempt_is_told(failure, reason, 
         assert f"attempt {attempt} starts" in told and f"so far: {attempt - 1}, ray.max_failures: 2" in told
     assert policy.make_decision(error) == FailureDecision.RAISE
     assert capsys.readouterr().err == ""
+
+
+def test_what_stopped_workers_that_were_starting_is_told(capsys):
+    failed = WorkerGroupStartupFailedError("One of the worker actors failed to initialize due to error:\nTraceback")
+    failed.__cause__ = ActorDiedError()
+    assert FailurePolicy(FailureConfig()).make_decision(ControllerError(failed)) == FailureDecision.RETRY
+    assert capsys.readouterr().err.startswith("ActorDiedError: The actor died unexpectedly")
 
 
 def test_a_run_that_failed_says_what_to_do_next():

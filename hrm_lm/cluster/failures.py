@@ -12,6 +12,7 @@ import pyarrow.fs
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import backend_setup
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution import controller
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.context import TrainRunContext
@@ -109,8 +110,10 @@ def user_error(error: BaseException) -> UserError | None:
     return (StorageError if isinstance(failure, StorageError) else UserError)(f"worker {rank}: {failure}")
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     # The texts of these wrappers begin with all that Ray knows of a worker.
     for wrapped in ("controller_failure", "health_check_failure"):
         error = getattr(error, wrapped, error)
+    if isinstance(error, WorkerGroupStartupFailedError):
+        error = error.__cause__ or error
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
