@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrm_lm.cluster import run_folder
@@ -69,7 +68,7 @@ def checked_dataset(config: Config) -> Splits:
     except UserError as error:
         named = [config.data.dataset, *(part.dataset for part in config.data.mixture.values())]
         files = [name for name in named if name and ":" not in name and name not in BUILT_IN]
-        missing = [name for name in files if not Path(name).exists()]
+        missing = [name for name in files if not os.path.exists(name)]
         if not (run_folder.in_ray_job() and missing):
             raise
         raise UserError(

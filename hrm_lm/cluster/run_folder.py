@@ -38,7 +38,7 @@ def outliving(location: str, flag: str) -> str:
     A relative folder would be in the job's temporary copy of the working directory. It goes under the default storage
     instead, and the user is told. flag: the command's flag that gave it.
     """
-    if not in_ray_job() or "://" in location or Path(location).expanduser().is_absolute():
+    if not in_ray_job() or "://" in location or os.path.isabs(os.path.expanduser(location)):
         return location
     path = os.path.normpath(JOB_STORAGE / location)
     say(f"{flag} {location} would vanish with this job's temporary working directory; writing to {path}")

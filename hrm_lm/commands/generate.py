@@ -12,6 +12,7 @@ from hrm_lm.commands.flags import add_checkpoint_flags, check_cycles
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import chosen_checkpoint, chosen_cycles, generate
 from hrm_lm.models.contract import EvalOptions
+from hrm_lm.parsing import parse_json
 from hrm_lm.training.checkpoint import load_model
 
 
@@ -71,7 +72,7 @@ def read_prompts(file: str, as_json: bool) -> list[str]:
     prompts = []
     for number, line in texts.items():
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompts.append(str(parse_json(line)["prompt"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--prompts_file: {file}:{number}: not a JSON object with a field 'prompt'") from None
     return prompts

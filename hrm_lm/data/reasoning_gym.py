@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hrm_lm.config import DataConfig
 from hrm_lm.data.order import Seed
@@ -25,6 +24,7 @@ from hrm_lm.data.splits import Limits, Prompt, Sample, Split, Splits
 from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.parsing import parse_yaml
 
 SEED_SIZE = 4096
 """Questions of a seed: some tasks plan so many at once, some take long to set up."""
@@ -70,8 +70,8 @@ class ReasoningGymTask:
         if self.name in UNSEEDED:
             raise UserError(f"{self.shown}: its questions are others every time, so none can be held out")
         try:
-            options = {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in assignments)}
-        except yaml.YAMLError:
+            options = {key: parse_yaml(value) for key, _, value in (a.partition("=") for a in assignments)}
+        except ValueError:
             raise UserError(f"{self.shown}: a value of {','.join(assignments)} is not valid YAML") from None
         known = DATASETS[self.name][1].__dataclass_fields__.keys() - {"seed", "size"}  # those are ours
         for option in options.keys() - known:

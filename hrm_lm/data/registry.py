@@ -7,9 +7,9 @@ the function reads the rest from `config.dataset`.
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.jsonl import build_jsonl_dataset
@@ -73,7 +73,7 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
         return function(BUILT_IN[base])(config, seed)
     if is_prepared(name):
         return load_prepared(name, config.cache_gb, sharing)
-    if Path(name).exists() or name.endswith(".jsonl"):
+    if os.path.exists(name) or name.endswith(".jsonl"):
         return build_jsonl_dataset(config, seed)
     if is_function(name):
         splits = function(name)(config, seed)

@@ -13,6 +13,7 @@ from hrm_lm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, model_vocab_size, r
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import from_hrm_text, require_transformers
 from hrm_lm.models.build import build_model
+from hrm_lm.parsing import one_line, parse_json, short
 from hrm_lm.training.checkpoint import Progress, save_model
 
 
@@ -23,14 +24,14 @@ def import_(source: Path, output: Path) -> None:
         raise UserError(f"--output: {output} is there already; give another path")
     model_type = read_json(source / "config.json").get("model_type")
     if model_type != "hrm_text":
-        raise UserError(f"{source / 'config.json'}: model_type is {model_type!r}, not 'hrm_text'")
+        raise UserError(f"{source / 'config.json'}: model_type is {short(model_type)}, not 'hrm_text'")
     hf_config = transformers.HrmTextConfig.from_pretrained(source)
     config, tokenizer = config_of(hf_config, source), read_tokenizer(source, hf_config)
     try:
         # Not pickles, and not code that the folder may bring along.
         hf_model = transformers.HrmTextForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source}: cannot be loaded: {one_line(error)}") from None
     model = build_model(config.model, model_vocab_size(config.model, tokenizer))
     model.load_state_dict(
         from_hrm_text(hf_model.state_dict(), config.model.hrm.h_layers, hf_config.embedding_scale), strict=True

@@ -33,6 +33,7 @@ from hrm_lm.data.prepared.writer import write_meta
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_secrets
+from hrm_lm.parsing import one_line
 from hrm_lm.prepare.reading import Piece, find_files, parse_mapping, plan_parts
 from hrm_lm.prepare.report import describe, merge_drops
 from hrm_lm.prepare.tasks import WORK, Job, Settings, find_duplicates, survey, write_shard
@@ -168,7 +169,7 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
         retrying(what, lambda: job.fs.create_dir(job.folder, recursive=True))
         write_file(job.fs, job.work("plan.json"), json.dumps({"plan": fingerprint}).encode())
     except OSError as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{what}: {one_line(error)}") from None
     return False
 
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, retrying, shown, without_secrets
+from hrm_lm.parsing import one_line, parse_json
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
@@ -122,7 +123,7 @@ def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
             else:
                 raise UserError(f"--input {place}: does not exist")
         except OSError as error:
-            raise UserError(f"{what}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{what}: {one_line(error)}") from None
         for i in sorted(infos, key=lambda i: i.path):
             if kind := file_format(i.path):
                 found[i.path] = (Piece(fs, i.path, *kind, i.size), i.mtime_ns or 0)
@@ -316,7 +317,7 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, str] | Problem | End]:
                     skipping, offset, rest = True, offset + len(rest), b""
     except UNREADABLE as error:
         raise_if_storage(error, piece)
-        yield Problem("unreadable from here on", number + 1, " ".join(str(error).split())[:200])
+        yield Problem("unreadable from here on", number + 1, one_line(error))
         yield End(number)
 
 
@@ -325,9 +326,9 @@ def raise_if_storage(error: Exception, piece: Piece) -> None:
 
     A storage that fails today may work tomorrow, so the file's pairs must not be counted as damaged and left out.
     """
-    message = " ".join(str(error).split())
+    message = str(error)
     if getattr(error, "errno", None) or any(name in message for name in STORAGE_SAYS):
-        raise UserError(f"{piece.path}: cannot be read: {message}") from None
+        raise UserError(f"{piece.path}: cannot be read: {one_line(message)}") from None
 
 
 def open_stream(piece: Piece):
@@ -381,8 +382,8 @@ def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, A
         if not line or line.isspace():
             continue
         try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError):
+            yield number, parse_json(line)
+        except ValueError:
             yield Problem("not JSON", number, line[:80])
 
 
@@ -445,7 +446,7 @@ def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int,
                     yield row, record
     except UNREADABLE as error:
         raise_if_storage(error, piece)
-        yield Problem("unreadable from here on", row + 1, " ".join(str(error).split())[:200])
+        yield Problem("unreadable from here on", row + 1, one_line(error))
 
 
 def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:

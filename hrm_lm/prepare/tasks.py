@@ -21,6 +21,7 @@ from hrm_lm.data.prepared.writer import ShardWriter
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, read_bytes, retrying, shown, storage_error
+from hrm_lm.parsing import parse_json
 from hrm_lm.prepare.reading import Mapping, Pair, Piece, Problem, read_piece
 
 WORK = ".prepare"
@@ -91,7 +92,7 @@ class Job:
         """A file of the output. Raises FileNotFoundError, ValueError, and UserError where it cannot be read."""
         path = f"{self.output}/{name}"
         try:
-            return json.loads(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
+            return parse_json(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
         except FileNotFoundError:
             raise
         except OSError as error:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from hrm_lm.config import Config, flatten, parse_config
 from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
 from hrm_lm.errors import DamagedCheckpoint, UserError
-from hrm_lm.filesystem import one_line, read_bytes, retrying, shown, storage_error, without_keys
+from hrm_lm.filesystem import read_bytes, retrying, shown, storage_error, without_keys
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.training.checkpoint_files import (

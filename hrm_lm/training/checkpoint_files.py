@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hrm_lm.errors import DamagedCheckpoint
 from hrm_lm.filesystem import retrying, shown, storage_error
+from hrm_lm.parsing import parse_json
 
 CHUNK = 1 << 24
 """Bytes that are written or read at a time."""
@@ -86,7 +87,7 @@ def sealed(fields: dict[str, Any]) -> str:
 
 def unsealed(text: str) -> dict[str, Any]:
     """What `sealed` was given, or fields that were never sealed. Raises ValueError where they have changed."""
-    fields = json.loads(text)
+    fields = parse_json(text)
     if isinstance(fields, dict) and "crc32" in fields and fields.pop("crc32") != _crc32_of(fields):
         raise ValueError("its bytes are not those that were written")
     return fields
