@@ -611,7 +611,9 @@ def with_bases(values: dict[str, Any], place: str) -> list[Layer]:
         if base is None:
             return layers
         if not isinstance(base, str):
-            raise UserError(f"{' -> '.join(way)}: base must be the path or URI of a config, not {short(without_keys(base))}")
+            raise UserError(
+                f"{' -> '.join(way)}: base must be the path or URI of a config, not {short(without_keys(base))}"
+            )
         place = _beside(place, base)
         way.append(without_secrets(place))
         if _identity(place) in seen:
@@ -704,7 +706,9 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         if not equals or not dotted:
-            raise UserError(f"--set {one_line(without_secrets(assignment))}: expected PATH=VALUE, such as model.hrm.h_cycles=4")
+            raise UserError(
+                f"--set {one_line(without_secrets(assignment))}: expected PATH=VALUE, such as model.hrm.h_cycles=4"
+            )
         try:
             overrides[dotted.strip()] = parse_yaml(text)
         except ValueError:

@@ -135,12 +135,11 @@ def short(value: Any) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """A message for within a message, cut where it is long."""
+    """A message for within a message, cut where it is long. Of pydantic's mistakes it is the first."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False)[0]
+        error = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    elif isinstance(error, KeyError):
+        error = f"{error} is missing"
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def mistake(error: ValidationError) -> str:
-    """The first of a model's mistakes: its place and what is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    return one_line(": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]])))

@@ -17,7 +17,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 

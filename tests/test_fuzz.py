@@ -12,15 +12,13 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import DIGITS, ROOT, Remote, small_config, sums, train_locally, write_prepared
+from conftest import DIGITS, Remote, sums, train_locally, write_prepared
 from fuzzing import (
-    BY_SUFFIX,
     KEYS,
     SCALARS,
     VALUES,
@@ -30,11 +28,9 @@ from fuzzing import (
     mutated_files,
     mutated_json,
     mutated_lines,
-    mutated_tree,
     mutated_yaml,
     redescribed,
     resealed,
-    sandboxed,
 )
 
 from hrm_lm.cluster.ray_private import SNAPSHOT
@@ -46,13 +42,13 @@ from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.commands.train import main as train
 from hrm_lm.commands.tune import main as tune
 from hrm_lm.config import Config, flatten, load_config
-from hrm_lm.data.loading import train_batches, val_batches
 from hrm_lm.data.collate import pad
+from hrm_lm.data.loading import train_batches, val_batches
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.models.build import build_model
 from hrm_lm.training.checkpoint import Progress, save_model
 from hrm_lm.training.loop import restore
 from hrm_lm.training.step import build_state
-from hrm_lm.models.build import build_model
 
 SMALL = {
     "model": {"d_model": 16, "n_heads": 2, "max_prompt_len": 32, "max_response_len": 8, "hrm": {"h_cycles": 1, "l_cycles": 1}},
@@ -211,8 +207,8 @@ def read(sandbox, dataset, arguments=()) -> int:
     for batches in (train_batches(splits.train, splits.tokenizer, pad, config.train), val_batches(splits.val, splits.tokenizer, pad, 4)):
         for group in batches:
             for batch in group:
-                assert 0 <= batch.encoder_ids.min() and batch.encoder_ids.max() < splits.tokenizer.vocab_size
-                assert 0 <= batch.decoder_input_ids.min() and batch.labels.max() < splits.tokenizer.vocab_size
+                assert batch.encoder_ids.min() >= 0 and batch.encoder_ids.max() < splits.tokenizer.vocab_size
+                assert batch.decoder_input_ids.min() >= 0 and batch.labels.max() < splits.tokenizer.vocab_size
     return 0
 
 
@@ -307,9 +303,6 @@ def resume(valid, folder) -> int:
     progress = restore(state, Session(folder), splits)
     from hrm_lm.training.rollback import Guard
     from hrm_lm.training.step import Stats
-    from hrm_lm.training.metrics import MetricsLog
-    from hrm_lm.data.sampler import WindowStart
-    from hrm_lm.training.loop import train_step
 
     stats = Stats(state, progress.watched)
     Guard(state, stats, progress, print).counts(progress)

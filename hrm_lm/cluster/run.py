@@ -102,7 +102,6 @@ def last_whole(folder: RunFolder) -> Checkpoint:
     kept, last = folder.checkpoints()
     earlier = sorted((metrics["step"], path) for path, metrics in kept if path != last)
     for path in [last, *(path for _, path in reversed(earlier))]:
-        assert path is not None  # the caller has seen that there are checkpoints
         try:
             return read_checkpoint(path, folder.fs, for_resume=True)
         except DamagedCheckpoint as error:
@@ -193,7 +192,6 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     if not folder.has_checkpoints():
         return {"step": 0}
     kept, last = folder.checkpoints()
-    assert last is not None
     metrics = next(metrics for path, metrics in kept if path == last)
     seconds = metrics["seconds"]
     summary = {"step": metrics["step"]}

@@ -12,6 +12,7 @@ from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import storage_error
+from hrm_lm.parsing import one_line, parse_json
 
 
 class Record(NamedTuple):
@@ -53,14 +54,18 @@ def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Recor
     """Raises UserError with the file and line of what is wrong; blank lines are skipped."""
     records = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        if not path.is_file() and path.exists():  # a folder or a device, which may have no end
+            raise UserError(f"{path}: not a file")
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+                except ValueError as error:
+                    raise UserError(f"{path}:{number}: not JSON: {one_line(error)}") from None
                 place = f"{path}:{number}"
                 records.append(Record(_text(record, prompt_field, place), _text(record, response_field, place), place))
     except UnicodeDecodeError as error:
@@ -74,7 +79,9 @@ def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Recor
 
 def _text(record: object, field: str, place: str) -> str:
     if not isinstance(record, dict) or field not in record:
-        there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is not an object"
+        there = (
+            f"it has {one_line(', '.join(map(repr, record)))}" if isinstance(record, dict) else "it is not an object"
+        )
         raise UserError(f"{place}: no field {field!r}; {there} (data.prompt_field and data.response_field name them)")
     if not isinstance(record[field], str):
         raise UserError(f"{place}: {field!r} must be text, not {type(record[field]).__name__}")

@@ -13,7 +13,7 @@ from hrm_lm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, model_vocab_size, r
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import from_hrm_text, require_transformers
 from hrm_lm.models.build import build_model
-from hrm_lm.parsing import one_line, parse_json, short
+from hrm_lm.parsing import one_line, short
 from hrm_lm.training.checkpoint import Progress, save_model
 
 

@@ -4,7 +4,6 @@ Every task is a pure function of the input, of the settings and of what earlier 
 """
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator

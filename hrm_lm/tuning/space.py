@@ -112,7 +112,9 @@ class Sweep:
         known, tune = flatten(self.config.to_dict()), self.tune
         for dotted, (kind, values) in self.space.items():
             if dotted.startswith("ray."):
-                raise UserError(f"{self.path}: search_space: {one_line(dotted)}: the ray section is the same for all trials")
+                raise UserError(
+                    f"{self.path}: search_space: {one_line(dotted)}: the ray section is the same for all trials"
+                )
             ends = values if DISTRIBUTIONS[kind] is None else [values[0], values[1] - (kind == "randint")]
             for value in ends:
                 try:
