@@ -5,6 +5,7 @@ A file that is changed in one or two places comes further than random text: the 
 index of a prepared shard and lines of text, and they renew the checksums that would otherwise find every change.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -40,9 +41,7 @@ MESSAGE = 4000
 #
 # They draw from a `random.Random`, whose seed hypothesis draws: an input is a seed, and a tree of draws would only slow it down.
 
-DEEP: list = []
-for _ in range(300):
-    DEEP = [DEEP]
+DEEP = json.loads("[" * 300 + "]" * 300)
 
 VALUES = [
     None, True, False, 0, 1, 2, 3, -1, 7, 0.0, -0.0, 0.5, 1e-300, 1e300, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 2**70,
@@ -57,6 +56,7 @@ KEYS = ["", "a", "version", "base", "dataset", "type", "<<", "model.d_model", "_
 def places(tree: Any, path: tuple = ()) -> list[tuple]:
     """The paths of all nodes but the root."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    inner = inner if len(path) < 20 else ()
     return [found for key, value in inner for found in [(*path, key), *places(value, (*path, key))]]
 
 
@@ -68,7 +68,7 @@ def at(tree: Any, path: tuple) -> Any:
 
 def mutated_tree(rng: random.Random, tree: Any) -> Any:
     """A JSON-like tree with one to three nodes changed. The tree itself stays."""
-    tree = json.loads(json.dumps(tree))
+    tree = copy.deepcopy(tree)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if not (paths := places(tree)):
             return rng.choice(VALUES)
@@ -80,8 +80,7 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
             case 1 | 2 | 3 | 4:
                 owner[key] = rng.choice(VALUES)
             case 5:
-                owner[key] = at(tree, rng.choice(paths)) if owner[key] is not tree else None
-                owner[key] = json.loads(json.dumps(owner[key]))  # no circles here
+                owner[key] = copy.deepcopy(at(tree, rng.choice(paths)))
             case 6:
                 owner[key] = rng.choice([[owner[key]], {"a": owner[key]}, [owner[key]] * 3, str(owner[key]), owner[key]])
             case 7 if isinstance(owner[key], int | float) and not isinstance(owner[key], bool):
@@ -264,7 +263,10 @@ def mutated_files(rng: random.Random, files: Files) -> Files:
         elif kind < 0.17:
             files[rng.choice([f"{name}.partial", "extra.safetensors", "model/extra.safetensors", "pytorch_model.bin", "canary_module.py"])] = data
         elif isinstance(data, bytes):
-            files[name] = BY_SUFFIX.get(Path(name).suffix, mutated_bytes)(rng, data)
+            try:
+                files[name] = BY_SUFFIX.get(Path(name).suffix, mutated_bytes)(rng, data)
+            except (ValueError, TypeError, struct.error, yaml.YAMLError):  # it is another kind of file by now
+                files[name] = mutated_bytes(rng, data)
         if not files:
             return files
     return files
@@ -350,6 +352,7 @@ class Sandbox:
         for folder in (self.work, root / "home", root / "cache"):
             folder.mkdir(parents=True)
         (self.work / "canary_module.py").write_text(f"open({str(root / 'CANARY')!r}, 'w')\ndef main(*_): pass\n")
+        self.writable = {str(self.out)}
         self.inputs = 0
 
     def listing(self) -> dict[str, tuple]:
@@ -357,7 +360,7 @@ class Sandbox:
         while stack:
             with os.scandir(stack.pop()) as entries:
                 for entry in entries:
-                    if entry.path == str(self.out):
+                    if entry.path in self.writable:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         found[entry.path] = ()

@@ -225,10 +225,10 @@ def a_prepared_dataset(rng, sandbox, valid):
             from hrm_lm.data.prepared import reader
 
             patch.setattr(reader, "resolve", lambda location: (Remote(), str(sandbox.case)))
-            sandbox.open_cache = True
+            sandbox.writable.add(str(sandbox.root / "cache"))
         sandbox.attempt(lambda: train(["--dataset", place]))
         sandbox.attempt(lambda: read(sandbox, place))
-    sandbox.open_cache = False
+    sandbox.writable.discard(str(sandbox.root / "cache"))
 
 
 def a_tokenizer(rng, sandbox, valid):

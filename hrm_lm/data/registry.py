@@ -20,6 +20,7 @@ from hrm_lm.data.text import TextSplit, text_splits  # for a user's function
 from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, resolve_tokenizer, same_tokens, tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
+from hrm_lm.parsing import short
 
 __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
 
@@ -90,7 +91,7 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
             ) from None
         return splits
     raise UserError(
-        f"data.dataset: {name!r} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
+        f"data.dataset: {short(name)} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
         "nor module:function"
     )
 

@@ -58,7 +58,9 @@ def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = F
     fs, path = resolve(output)
     sizes = [file.num_bytes for file, _ in files]
     shard_bytes = (
-        int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
+        max(int(settings.shard_mb * 2**20), 1)
+        if settings.shard_mb
+        else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
     )
     parts = plan_parts([file for file, _ in files], shard_bytes)
     job = Job(settings, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
