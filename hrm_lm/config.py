@@ -44,8 +44,10 @@ Count = Annotated[int, Field(ge=0), AfterValidator(_of_64_bits)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # What a model is made of has bounds beyond all use: a config that asks for more is refused before it takes all memory.
 Layers = Annotated[int, Field(ge=1, le=1000)]
-Rounds = Annotated[int, Field(ge=1, le=1000)]
-Length = Annotated[int, Field(ge=1, le=10_000_000)]
+MOST_CYCLES = 256
+Rounds = Annotated[int, Field(ge=1, le=MOST_CYCLES)]
+MOST_TOKENS = 10_000_000
+Length = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Width = Annotated[int, Field(ge=1, le=100_000)]
 MOST_TOLD = 10
 """Mistakes of a config that are told at a time."""
@@ -94,7 +96,7 @@ def _kinds(annotation: Any) -> set[Any]:
 class HRMConfig(Section):
     """The H/L recurrence (`hrm_lm.models.hrm.HRMCore`)."""
 
-    h_cycles: Annotated[int, Field(ge=0, le=1000)] = 2
+    h_cycles: Annotated[int, Field(ge=0, le=MOST_CYCLES)] = 2
     """How many slow cycles the core takes. With 0 there is no core: the model is a plain encoder-decoder, or for
     `prefix_lm` a plain stack of h_layers + l_layers."""
     l_cycles: Rounds = 2

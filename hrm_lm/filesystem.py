@@ -28,12 +28,11 @@ IN_VAIN = {
     *(errno.ELOOP, errno.ENXIO, errno.ENODEV),
 }
 """Errors of a file system that another try does not mend. A full disk is not among them: somebody empties it."""
-# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes. And
-# what pyarrow says of a folder in a file's place.
+# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes.
 REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
     r"|UNRECOGNIZED_CLIENT|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|HTTP status 30\d"
-    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found|is a directory$"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found"
 )
 
 
@@ -104,9 +103,11 @@ def shown(fs: pyarrow.fs.FileSystem, path: str) -> str:
 
 
 def read_bytes(fs: pyarrow.fs.FileSystem, path: str) -> bytes:
-    """A file's bytes. Raises OSError."""
+    """A file's bytes. Raises OSError, also for a folder, and for a pipe or a device, which may have no end."""
+    if isinstance(fs, pyarrow.fs.LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise IsADirectoryError("not a file")
     with fs.open_input_file(path) as file:  # unlike a stream, it is never decompressed for its name
-        return file.read(file.size())  # a device has no size, and may have no end
+        return file.read()
 
 
 def read_text(fs: pyarrow.fs.FileSystem, path: str) -> str:

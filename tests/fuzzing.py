@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -18,7 +19,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,23 @@ VALUES = [
     "file:///nowhere", "file://", "://", "mock://a", "bytes", "characters", "synthetic", "synthetic:x", "reasoning_gym:x", "none",
     "auto", "1:4", "{x}", "%s", [], [[]], [None], [0], [1, 2], [-1, 5], ["a"], {}, {"": None}, {"a": {}}, {"a": 1}, {"0": []}, DEEP,
 ]  # fmt: skip
-KEYS = ["", "a", "version", "base", "dataset", "type", "<<", "model.d_model", "__class__", "..", "é", "a b", "x" * 3000, "\ud800", "a\nb"]
+KEYS = [
+    "",
+    "a",
+    "version",
+    "base",
+    "dataset",
+    "type",
+    "<<",
+    "model.d_model",
+    "__class__",
+    "..",
+    "é",
+    "a b",
+    "x" * 3000,
+    "\ud800",
+    "a\nb",
+]
 
 
 def places(tree: Any, path: tuple = ()) -> list[tuple]:
@@ -82,9 +99,13 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
             case 5:
                 owner[key] = copy.deepcopy(at(tree, rng.choice(paths)))
             case 6:
-                owner[key] = rng.choice([[owner[key]], {"a": owner[key]}, [owner[key]] * 3, str(owner[key]), owner[key]])
+                owner[key] = rng.choice(
+                    [[owner[key]], {"a": owner[key]}, [owner[key]] * 3, str(owner[key]), owner[key]]
+                )
             case 7 if isinstance(owner[key], int | float) and not isinstance(owner[key], bool):
-                owner[key] = rng.choice([lambda n: n + 1, lambda n: n - 1, lambda n: -n, lambda n: n * 1000, float, str])(owner[key])
+                owner[key] = rng.choice(
+                    [lambda n: n + 1, lambda n: n - 1, lambda n: -n, lambda n: n * 1000, float, str]
+                )(owner[key])
             case 8 if isinstance(owner, dict):
                 owner[rng.choice(KEYS)] = owner.pop(key)
             case _:
@@ -95,6 +116,12 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
     return tree
 
 
+class _Payload:
+    def __reduce__(self):
+        return os.system, ("touch CANARY",)
+
+
+PICKLE = pickle.dumps(_Payload())
 FRAGMENTS = [
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n", b"\xed\xa0\x80", b"{", b"[" * 5000, b"9" * 5000, b'{"a":' * 3000, b"1e999", b"NaN",
     b"-Infinity", b'"\\ud800"', b"\\u0000", b"\xe2\x80\xa8", b'"', b",", b" ", b"x" * 3000,
@@ -180,7 +207,10 @@ def mutated_safetensors(rng: random.Random, data: bytes) -> bytes:
     if kind < 0.2:
         return mutated_bytes(rng, data)
     if kind < 0.3:
-        return struct.pack("<Q", rng.choice([0, 1, length - 1, length + 1, len(data), 2**31, 2**60, 2**63, 2**64 - 1])) + data[8:]
+        return (
+            struct.pack("<Q", rng.choice([0, 1, length - 1, length + 1, len(data), 2**31, 2**60, 2**63, 2**64 - 1]))
+            + data[8:]
+        )
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     if kind < 0.4:  # numbers that are none
         place = rng.randrange(max(len(body) // 4, 1)) * 4
@@ -192,7 +222,9 @@ def mutated_safetensors(rng: random.Random, data: bytes) -> bytes:
             case 0:
                 entry["dtype"] = rng.choice(["F64", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "X", "C64"])
             case 1:
-                entry["shape"] = rng.choice([[], [0], [1], [2**60], [2**32, 2**32], [-1], entry["shape"][::-1], [*entry["shape"], 1]])
+                entry["shape"] = rng.choice(
+                    [[], [0], [1], [2**60], [2**32, 2**32], [-1], entry["shape"][::-1], [*entry["shape"], 1]]
+                )
             case 2:
                 entry["data_offsets"] = rng.choice([[0, 0], [0, 2**60], [8, 4], entry["data_offsets"][::-1], [-4, 4]])
             case 3:
@@ -227,10 +259,8 @@ def mutated_lines(rng: random.Random, data: bytes) -> bytes:
         if not lines[place].startswith(b"{") or rng.random() < 0.3:
             lines[place] = mutated_bytes(rng, lines[place])
         else:
-            try:
+            with suppress(ValueError):  # it is JSON no more
                 lines[place] = mutated_json(rng, lines[place])
-            except ValueError:
-                pass
     return rng.choice([b"\n", b"\n", b"\n", b"\r\n", b"\r"]).join(lines)
 
 
@@ -259,9 +289,19 @@ def mutated_files(rng: random.Random, files: Files) -> Files:
             del files[name]
             files[f"{name}/inner"] = b""
         elif kind < 0.14:
-            files[name] = files[rng.choice(sorted(files))]
+            files[name] = rng.choice([PICKLE, files[rng.choice(sorted(files))]])
         elif kind < 0.17:
-            files[rng.choice([f"{name}.partial", "extra.safetensors", "model/extra.safetensors", "pytorch_model.bin", "canary_module.py"])] = data
+            files[
+                rng.choice(
+                    [
+                        f"{name}.partial",
+                        "extra.safetensors",
+                        "model/extra.safetensors",
+                        "pytorch_model.bin",
+                        "canary_module.py",
+                    ]
+                )
+            ] = data
         elif isinstance(data, bytes):
             try:
                 files[name] = BY_SUFFIX.get(Path(name).suffix, mutated_bytes)(rng, data)
@@ -327,7 +367,15 @@ class Hung(BaseException):
     """An input took longer than CPU_SECONDS, or it would wait for storage that does not come."""
 
 
-FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
+FORBIDDEN = (
+    "pickle.find_class",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.connect",
+)
 _seen: list[str] | None = None
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from hrm_lm.config import Config
+from hrm_lm.config import MOST_CYCLES, Config
 from hrm_lm.errors import UserError
 
 
@@ -49,7 +49,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_cycles(args: argparse.Namespace) -> None:
-    if args.h_cycles is not None and args.h_cycles < 0:
-        raise UserError(f"--h_cycles must be at least 0, not {args.h_cycles}")
-    if args.l_cycles is not None and args.l_cycles < 1:
-        raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")
+    if args.h_cycles is not None and not 0 <= args.h_cycles <= MOST_CYCLES:
+        raise UserError(f"--h_cycles must be at least 0 and at most {MOST_CYCLES}, not {args.h_cycles}")
+    if args.l_cycles is not None and not 1 <= args.l_cycles <= MOST_CYCLES:
+        raise UserError(f"--l_cycles must be at least 1 and at most {MOST_CYCLES}, not {args.l_cycles}")

@@ -12,13 +12,11 @@ from typing import Any, Protocol
 
 import pyarrow.fs
 
-from hrm_lm.config import ModelConfig
+from hrm_lm.config import MOST_TOKENS, ModelConfig
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import read_text, resolve, storage_error, without_secrets
 from hrm_lm.parsing import one_line, parse_json, short
 
-MOST_TOKENS = 10_000_000
-"""Of a vocabulary, which is as many rows of a model's embedding and head."""
 BYTES, CHARACTERS = "bytes", "characters"
 """Names of tokenizers that need no file. CHARACTERS is made of a corpus: the characters that occur in it."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hrm_lm.config import Config, parse_config
+from hrm_lm.config import MOST_TOKENS, Config, parse_config
 from hrm_lm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, model_vocab_size, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import read_text, reason, resolve
@@ -85,7 +85,7 @@ def config_of(hf_config, source: Path) -> Config:
         "H_cycles",
     )
     for name in (*sizes, "L_cycles", "max_position_embeddings"):
-        if not 1 <= getattr(hf_config, name) <= 10_000_000:
+        if not 1 <= getattr(hf_config, name) <= MOST_TOKENS:
             raise UserError(f"{source / 'config.json'}: {name} is {short(getattr(hf_config, name))}")
     needed = {
         "prefix_lm": (hf_config.prefix_lm, True),

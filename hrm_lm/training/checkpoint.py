@@ -512,7 +512,11 @@ def _tensor_files(fs: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileI
     folder, file = fs.get_file_info([path, f"{path}.safetensors"])
     if folder.type != pyarrow.fs.FileType.Directory:
         return [file] if file.is_file else []
-    return [part for part in fs.get_file_info(pyarrow.fs.FileSelector(path)) if part.extension == "safetensors"]
+    return [
+        part
+        for part in fs.get_file_info(pyarrow.fs.FileSelector(path))
+        if part.is_file and part.extension == "safetensors"
+    ]
 
 
 def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], name: str) -> dict[str, list[int]]:
