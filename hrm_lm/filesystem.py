@@ -28,11 +28,12 @@ IN_VAIN = {
     *(errno.ELOOP, errno.ENXIO, errno.ENODEV),
 }
 """Errors of a file system that another try does not mend. A full disk is not among them: somebody empties it."""
-# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes.
+# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes. And
+# what pyarrow says of a folder in a file's place.
 REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
     r"|UNRECOGNIZED_CLIENT|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|HTTP status 30\d"
-    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found|is a directory$"
 )
 
 

@@ -259,7 +259,7 @@ def mutated_lines(rng: random.Random, data: bytes) -> bytes:
         if not lines[place].startswith(b"{") or rng.random() < 0.3:
             lines[place] = mutated_bytes(rng, lines[place])
         else:
-            with suppress(ValueError):  # it is JSON no more
+            with suppress(ValueError, RecursionError):  # it is JSON no more
                 lines[place] = mutated_json(rng, lines[place])
     return rng.choice([b"\n", b"\n", b"\n", b"\r\n", b"\r"]).join(lines)
 
@@ -305,7 +305,7 @@ def mutated_files(rng: random.Random, files: Files) -> Files:
         elif isinstance(data, bytes):
             try:
                 files[name] = BY_SUFFIX.get(Path(name).suffix, mutated_bytes)(rng, data)
-            except (ValueError, TypeError, struct.error, yaml.YAMLError):  # it is another kind of file by now
+            except (ValueError, TypeError, RecursionError, struct.error, yaml.YAMLError):  # it is another file by now
                 files[name] = mutated_bytes(rng, data)
         if not files:
             return files

@@ -162,12 +162,14 @@ def sharded(checkpoint: Files) -> Files:
     for kind in ("model", "average", "optimizer"):
         tensors = load(checkpoint[f"{kind}.safetensors"])
         for rank in range(2):
-            parts = {name: tensor.chunk(2)[rank] for name, tensor in tensors.items() if len(tensor.chunk(2)) > rank}
-            starts = {
-                name: [rank * len(tensors[name].chunk(2)[0]), *[0] * (part.dim() - 1)] for name, part in parts.items()
-            }
-            pieces = safetensors_pieces({name: part.contiguous() for name, part in parts.items()}, starts)
-            files[f"{kind}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors"] = b"".join(map(bytes, pieces))
+            parts, starts = {}, {}
+            for name, tensor in tensors.items():
+                halves = tensor.chunk(2) if tensor.dim() else [tensor]
+                if rank < len(halves):
+                    parts[name] = halves[rank].contiguous()
+                    starts[name] = [rank * len(halves[0]), *[0] * (tensor.dim() - 1)] if tensor.dim() else []
+            file = f"{kind}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+            files[file] = b"".join(map(bytes, safetensors_pieces(parts, starts)))
     state = json.loads(files["trainer_state.json"])
     state["files"] = {name: {} for name in files if name != "trainer_state.json"}
     return resealed(files | {"trainer_state.json": json.dumps(state).encode()})
@@ -376,9 +378,7 @@ def a_run(rng: Rng, box: Sandbox, valid: Valid) -> None:
             box.attempt(lambda: evaluate(["--save_dir", "case"]))
         case _:
             config = load_config(overrides=flatten(valid.config.to_dict()) | {"train.steps": 3})
-            box.attempt(
-                lambda: int(train_loop(config, Worker(box.case / "r" / "checkpoint_a"))["status"] != "finished")
-            )
+            box.attempt(lambda: 0 if train_loop(config, Worker(box.case / "r" / "checkpoint_a")) else 1)
 
 
 def a_transformers_folder(rng: Rng, box: Sandbox, valid: Valid) -> None:

@@ -28,7 +28,9 @@ def import_(source: Path, output: Path) -> None:
     vocab_size = model_vocab_size(config.model, tokenizer)
     with torch.device("meta"):
         count = sum(p.numel() for p in build_model(config.model, vocab_size).parameters())
-    if count > sum(file.stat().st_size for file in source.glob("*.safetensors")):  # before that much memory is taken
+    if count > sum(
+        file.stat().st_size for file in source.glob("*.safetensors") if file.is_file()
+    ):  # before that much memory is taken
         raise UserError(f"{source}: has no safetensors files for the {count:,} parameters of its config.json")
     model = build_model(config.model, vocab_size)
     weights = read_weights(source, hf_config)

@@ -150,17 +150,14 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
     try:
         there = {info.base_name for info in retrying(what, lambda: job.fs.get_file_info(folder))}
         if META in there:
-            same = False
-            with suppress(ValueError, AttributeError):  # the file is not one that this program wrote
-                same = job.read_json(META).get("plan") == fingerprint
-            if not same:
+            if job.read_json(META).get("plan") != fingerprint:
                 raise UserError(
                     f"--output {location}: holds a dataset of other input or settings; give another --output"
                 )
             return True
         if WORK in there:
             with suppress(FileNotFoundError):  # a run was killed before it wrote the plan
-                if job.read_json(f"{WORK}/plan.json")["plan"] != fingerprint:
+                if job.read_json(f"{WORK}/plan.json").get("plan") != fingerprint:
                     raise UserError(
                         f"--output {location}: holds an unfinished dataset of other input or settings; finish that, delete it, "
                         "or give another --output"

@@ -441,12 +441,24 @@ def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int,
                     return
                 columns.add(names[0])
             for batch in file.iter_batches(1024, row_groups=groups, columns=sorted(columns)):
-                for record in batch.to_pylist():
+                for record in records_of(batch):
                     row += 1
-                    yield row, record
+                    yield record._replace(position=row) if isinstance(record, Problem) else (row, record)
     except UNREADABLE as error:
         raise_if_storage(error, piece)
         yield Problem("unreadable from here on", row + 1, one_line(error))
+
+
+def records_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | Problem]:
+    """Each row. A Problem takes the place of a row that Python has no values for."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield Problem("not UTF-8 text" if isinstance(error, UnicodeDecodeError) else one_line(error), 0)
 
 
 def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
