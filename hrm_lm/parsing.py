@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 DEEPEST = 50
 """Levels of a YAML document."""
-MOST_NODES = 20_000
+MOST_NODES = 10_000
 """Nodes of a YAML document. What an alias stands for counts every time."""
 
 

@@ -1,6 +1,7 @@
 import json
 import re
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,6 +316,8 @@ def test_field_names_are_configurable(tmp_path):
     "line, message",
     [
         ("{broken\n", r"d\.jsonl:3: not JSON"),
+        ('{"prompt": ' + "[" * 100_000 + "\n", r"d\.jsonl:3: not JSON: nested too deeply"),
+        ('{"prompt": ' + "9" * 5000 + "}\n", r"d\.jsonl:3: not JSON: Exceeds the limit"),
         ('{"prompt": "half \\ud83d", "response": "b"}\n', r"d\.jsonl:3: 'prompt' has half a character"),
         ('{"prompt": "a"}\n', r"d\.jsonl:3: no field 'response'; it has 'prompt'"),
         ('{"prompt": 5, "response": "b"}\n', r"d\.jsonl:3: 'prompt' must be text, not int"),
@@ -326,6 +329,18 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     file = jsonl(tmp_path / "d.jsonl", *pairs(2), line, *pairs(4))
     with pytest.raises(UserError, match=message):
         load(file)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    file = jsonl(tmp_path / "d.jsonl", *pairs(4))
+    Path(file).write_bytes(b"\xef\xbb\xbf" + Path(file).read_bytes())
+    assert len(load(file).train) == 3
+
+
+def test_a_device_is_no_dataset(tmp_path):
+    (tmp_path / "train.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="train.jsonl: not a file"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

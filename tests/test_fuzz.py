@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -235,6 +236,8 @@ def a_config(rng: Rng, box: Sandbox, valid: Valid) -> None:
             for name, data in files.items()
         }
     dry_run = str(int(rng.random() < 0.2))
+    if dry_run == "1":
+        arguments += ["--set", "train.compile=false"]  # which would start compilers
     box.fresh(files)
     os.chdir(box.case)
     box.attempt(lambda: train([*arguments, "--dry_run", dry_run]))
@@ -303,6 +306,9 @@ def a_prepared_dataset(rng: Rng, box: Sandbox, valid: Valid) -> None:
             patch.setattr(box, "writable", {*box.writable, str(cache)})
         box.attempt(lambda: train(["--dataset", place]))
         box.attempt(lambda: read(place, []))
+    for thread in threading.enumerate():
+        if thread.name == "fetch":  # of a file that is not needed any more, since another file was damaged
+            thread.join()
 
 
 def a_tokenizer(rng: Rng, box: Sandbox, valid: Valid) -> None:

@@ -89,10 +89,10 @@ class PreparedSplit(FlatSplit):
     def fetch_shards(self, homes: Iterable[int], tokens: bool = True) -> None:
         if self.remote is None:
             return
-        parts = {"ends": ".idx"} | ({"tokens": ".bin"} if tokens else {})
+        homes, parts = set(homes), {"ends": ".idx"} | ({"tokens": ".bin"} if tokens else {})
         closed = [(home, part) for home in homes for part in parts if part not in vars(self._shard(home))]
         if closed:  # a file that is mapped takes room when it is removed, too
-            self._shards = {home: shard for home, shard in self._shards.items() if shard.is_there()}
+            self._shards = {home: shard for home, shard in self._shards.items() if home in homes or shard.is_there()}
         while closed:
             self.remote.fetch(f"{self.meta['shards'][home]['name']}{parts[part]}" for home, part in closed)
             still = []
