@@ -133,14 +133,11 @@ class FlatSplit(Split):
         """
         start, middle, end = bounds.T
         lengths = np.stack([middle - start, end - middle - 1], axis=1)
-        if self.promise:
-            good = (
-                (lengths > 0).all(axis=1)
-                & (lengths <= self.promise.longest).all(axis=1)
-                & (start >= 0)
-                & (end < 1 << 59)
-            )
-            if not good.all():
+        if self.promise and len(bounds):
+            longest, prompts, labels = self.promise.longest, *lengths.T
+            likely = min(prompts.min(), labels.min()) > 0 and start.min() >= 0 and end.max() < 1 << 59
+            if not (likely and prompts.max() <= longest.prompt and labels.max() <= longest.response):
+                good = ((lengths > 0) & (lengths <= longest)).all(axis=1) & (start >= 0) & (end < 1 << 59)
                 place = self.place(int(indices[good.argmin()]))
                 raise UserError(f"{place}: damaged: its index says where no sample can be")
         if self.limits is None:
