@@ -739,7 +739,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """A line a mistake, with the dotted path below `root`."""
+    """A line for each mistake, with the dotted path below `root`; of more than MOST_TOLD mistakes, of the first."""
     lines = {}
     for item in error.errors(include_url=False):
         if len(lines) > MOST_TOLD:
@@ -771,7 +771,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
         else:
             message = item["msg"].removeprefix("Input ")
         known = lines.get(dotted)
-        got = f" (got {short(item['input'])})" if item["type"] != "extra_forbidden" else ""
+        got = f" (got {short(without_keys(item['input']))})" if item["type"] != "extra_forbidden" else ""
         lines[dotted] = f"{known.removesuffix(got)} or {message}{got}" if known else message + got
     told = [without_secrets(": ".join(filter(None, line))) for line in lines.items()]
     return told if len(told) <= MOST_TOLD else [*told[:MOST_TOLD], "and more mistakes"]

@@ -48,7 +48,7 @@ def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
     except OSError as error:  # a bucket's region is asked for over the network
         raise storage_error(without_secrets(location), error) from None
     except pyarrow.ArrowException as error:
-        raise UserError(without_secrets(f"{location}: {one_line(error)}")) from None
+        raise UserError(f"{without_secrets(location)}: {one_line(without_secrets(str(error)))}") from None
     return fs, path.rstrip("/")
 
 

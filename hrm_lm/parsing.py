@@ -118,10 +118,7 @@ def _error(node: yaml.Node, what: str) -> yaml.YAMLError:
 
 def is_text(text: str) -> bool:
     """Whether it can be written to a file, and be a file's name."""
-    try:
-        return "\0" not in text and bool(text.encode() or True)
-    except UnicodeEncodeError:
-        return False
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 _brief = reprlib.Repr()
@@ -143,3 +140,11 @@ def one_line(error: BaseException | str) -> str:
         error = f"{error} is missing"
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def printable(message: str) -> str:
+    """The message, for a terminal: what it quotes of a stranger's file neither steers the terminal nor floods it."""
+    lines = [line if len(line) <= 1000 else f"{line[:700]}...{line[-297:]}" for line in message.split("\n")]
+    return "\n".join(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line) for line in lines
+    )

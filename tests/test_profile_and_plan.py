@@ -105,10 +105,12 @@ def test_a_dry_run_prints_the_loss_and_then_the_plan(command):
 
 
 def test_a_model_that_does_not_fit_the_machine_gets_its_plan_and_no_loss(command, monkeypatch):
-    monkeypatch.setattr(dry, "host_memory", lambda: 2**20)
+    monkeypatch.setattr(dry, "host_memory", lambda: 10 * 2**20)
     code, out, _ = command(main, "--dry_run", 1, "--set=model.d_model=256")
     assert (
-        code == 0 and out.startswith("loss         not computed: a run keeps ") and "1.0 MiB of memory are free" in out
+        code == 0
+        and out.startswith("loss         not computed: a run keeps ")
+        and "7.0 MiB of memory are free for it" in out
     )
     assert "time         not measured: a run keeps " in out
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from hrm_lm.errors import RunFailed
-from hrm_lm.parsing import one_line
+from hrm_lm.parsing import one_line, printable
 
 DASHBOARD_PORTS = range(20_000, 32_768)
 """Ports that no other component of Ray takes. Those get ports from the system, which gives 32768 and up, or
@@ -86,4 +86,4 @@ def free_port() -> int:
 
 def say(line: str) -> None:
     """Tells the user what the driver does. Standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

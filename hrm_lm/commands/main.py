@@ -49,17 +49,11 @@ def run_command(command: Callable[[], int]) -> int:
     try:
         return command()
     except (UserError, RunFailed) as error:
+        from hrm_lm.parsing import printable  # the list of commands does without
+
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the same command, for a run with the same --run_name, goes on from what was saved"
         print(f"interrupted; {message}", file=sys.__stderr__, flush=True)
         os._exit(130)  # at once: threads of Ray may still wait for what was interrupted
-
-
-def printable(message: str) -> str:
-    """The message, for a terminal: what it quotes of a stranger's file neither steers the terminal nor floods it."""
-    lines = [line if len(line) <= 1000 else f"{line[:700]}...{line[-297:]}" for line in message.split("\n")]
-    return "\n".join(
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line) for line in lines
-    )

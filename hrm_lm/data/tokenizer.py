@@ -130,8 +130,13 @@ class PretrainedTokenizer:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        with _library_errors("the tokenizer cannot read one of the texts"):
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            with _library_errors("the tokenizer cannot read one of the texts"):
+                return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except UserError:
+            for text in texts:
+                self.encode(text)  # tells which it is
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
         with _library_errors("the tokenizer cannot make a text of its tokens"):

@@ -28,9 +28,8 @@ def import_(source: Path, output: Path) -> None:
     vocab_size = model_vocab_size(config.model, tokenizer)
     with torch.device("meta"):
         count = sum(p.numel() for p in build_model(config.model, vocab_size).parameters())
-    if count > sum(
-        file.stat().st_size for file in source.glob("*.safetensors") if file.is_file()
-    ):  # before that much memory is taken
+    held = sum(file.stat().st_size for file in source.glob("*.safetensors") if file.is_file())
+    if count > held:  # before that much memory is taken
         raise UserError(f"{source}: has no safetensors files for the {count:,} parameters of its config.json")
     model = build_model(config.model, vocab_size)
     weights = read_weights(source, hf_config)
@@ -78,15 +77,8 @@ def read_weights(source: Path, hf_config) -> dict[str, torch.Tensor]:
 def config_of(hf_config, source: Path) -> Config:
     """A config whose model is theirs; raises UserError for what this project's model does not have."""
     rope = hf_config.rope_parameters or {}
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "num_attention_heads",
-        "intermediate_size",
-        "num_layers_per_stack",
-        "H_cycles",
-    )
-    for name in (*sizes, "L_cycles", "max_position_embeddings"):
+    sizes = "vocab_size hidden_size num_attention_heads intermediate_size num_layers_per_stack H_cycles L_cycles"
+    for name in [*sizes.split(), "max_position_embeddings"]:
         if not 1 <= getattr(hf_config, name) <= MOST_TOKENS:
             raise UserError(f"{source / 'config.json'}: {name} is {short(getattr(hf_config, name))}")
     needed = {

@@ -52,16 +52,17 @@ def too_large(config: Config, device: "torch.device") -> str | None:
     with torch.device("meta"):
         model = build_model(config.model, config.model.vocab_size or VOCABULARY)
     kept = sum(kept_bytes(model, config).values())
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
-    if device.type != "cuda" and cpu_work(config, mean_flops(model, config, 48, 16, 1)) > LONGEST:
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    elif cpu_work(config, mean_flops(model, config, 48, 16, 1)) > LONGEST:
         return "a step takes a CPU too long"
-    if kept > 0.7 * memory:  # a step takes some besides
-        return f"a run keeps {size(kept)}, and {size(memory)} of memory are free"
-    return None
+    else:
+        memory = int(0.7 * host_memory())  # Linux ends a process that takes too much, without a word
+    return f"a run keeps {size(kept)}, and {size(memory)} of memory are free for it" if kept > memory else None
 
 
 def host_memory() -> int:
-    """Bytes that are free. Linux ends a process that takes more, without a word."""
+    """Bytes that are free."""
     with suppress(OSError):
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

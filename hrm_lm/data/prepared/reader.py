@@ -62,14 +62,14 @@ class PreparedSplit(FlatSplit):
         self,
         meta: dict[str, Any],
         dtype: np.dtype,
+        vocab_size: int,
         folder: str,
         shown: str,
         remote: RemoteFiles | None = None,
         limits: Limits | None = None,
-        vocab_size: int = 0,
     ):
-        """meta: the split's part of meta.json. folder: where its files are, or come to be. shown: the split's name for
-        messages. limits: what is longer is cut. vocab_size: of its tokenizer.
+        """meta: the split's part of meta.json. vocab_size: of its tokenizer. folder: where its files are, or come to be.
+        shown: the split's name for messages. limits: what is longer is cut.
         """
         self.meta, self.folder, self.shown, self.remote = meta, folder, shown, remote
         self.places = lambda i: f"{shown} sample {i + 1}"
@@ -136,7 +136,7 @@ class PreparedSplit(FlatSplit):
             return self
         if not truncate:
             raise too_long(f"{self.shown}: the longest", longest, limits)
-        cut = PreparedSplit(self.meta, self.dtype, self.folder, self.shown, self.remote, limits, vocab_size)
+        cut = PreparedSplit(self.meta, self.dtype, vocab_size, self.folder, self.shown, self.remote, limits)
         cut.blocks, cut.validation = self.blocks, self.validation
         return cut
 
@@ -201,15 +201,8 @@ def load_prepared(location: str, cache_gb: float | None = None, sharing: int = 1
         remote = RemoteFiles(fs, path, meta["files"], folder, limit)
         path = str(folder)
     train, val = (
-        PreparedSplit(
-            meta["splits"][split],
-            np.dtype(meta["dtype"]),
-            path,
-            f"{shown}: {split}",
-            remote,
-            vocab_size=tokenizer.vocab_size,
-        )
-        for split in ("train", "val")
+        PreparedSplit(part, np.dtype(meta["dtype"]), tokenizer.vocab_size, path, f"{shown}: {split}", remote)
+        for split, part in ((split, meta["splits"][split]) for split in ("train", "val"))
     )
     if remote:
         train.validation = tuple(val.files())
