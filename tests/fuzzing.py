@@ -70,6 +70,10 @@ KEYS = [
 ]
 
 
+def odd_value(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(VALUES))  # what is drawn next may change it
+
+
 def places(tree: Any, path: tuple = ()) -> list[tuple]:
     """The paths of all nodes but the root."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -88,14 +92,14 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if not (paths := places(tree)):
-            return rng.choice(VALUES)
+            return odd_value(rng)
         *way, key = rng.choice(paths)
         owner = at(tree, tuple(way))
         match rng.randrange(10):
             case 0:
                 del owner[key]
             case 1 | 2 | 3 | 4:
-                owner[key] = rng.choice(VALUES)
+                owner[key] = odd_value(rng)
             case 5:
                 owner[key] = copy.deepcopy(at(tree, rng.choice(paths)))
             case 6:
@@ -110,9 +114,9 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
                 owner[rng.choice(KEYS)] = owner.pop(key)
             case _:
                 if isinstance(owner, dict):
-                    owner[rng.choice(KEYS)] = rng.choice(VALUES)
+                    owner[rng.choice(KEYS)] = odd_value(rng)
                 else:
-                    owner.append(rng.choice(VALUES))
+                    owner.append(odd_value(rng))
     return tree
 
 
