@@ -138,7 +138,10 @@ def one_line(error: BaseException | str) -> str:
         error = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     elif isinstance(error, KeyError):
         error = f"{error} is missing"
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except TypeError:  # a library's error may hold no text
+        text = type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

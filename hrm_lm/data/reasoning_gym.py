@@ -24,7 +24,7 @@ from hrm_lm.data.splits import Limits, Prompt, Sample, Split, Splits
 from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.parsing import parse_yaml
+from hrm_lm.parsing import one_line, parse_yaml
 
 SEED_SIZE = 4096
 """Questions of a seed: some tasks plan so many at once, some take long to set up."""
@@ -81,11 +81,14 @@ class ReasoningGymTask:
         )
         try:
             self.create(0)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"{self.shown}: {error or 'an option has an impossible value'}") from None
+        except Exception as error:  # a task may stumble over its options in any way
+            raise UserError(f"{self.shown}: {one_line(error) or 'an option has an impossible value'}") from None
 
     def entry(self, block: int, i: int) -> dict[str, Any]:
-        return self.create(block)[i]
+        try:
+            return self.create(block)[i]
+        except Exception as error:
+            raise UserError(f"{self.shown}: makes no question of these options: {one_line(error)}") from None
 
     def score(self, answer: str, entry: dict[str, Any]) -> float:
         """The verdict of the task's own verifier, from 0 to 1; where that would be unsafe, whether it is the answer."""
