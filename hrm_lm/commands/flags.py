@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from hrm_lm.config import Config
+from hrm_lm.config import MOST_CYCLES, Config
 from hrm_lm.errors import UserError
 
 
@@ -72,7 +72,7 @@ def cycle_counts(text: str | None) -> list[int | None]:
 def check_cycles(args: argparse.Namespace) -> None:
     counts = [args.h_cycles] if isinstance(args.h_cycles, int) else cycle_counts(args.h_cycles)
     for count in counts:
-        if count is not None and count < 0:
-            raise UserError(f"--h_cycles must be at least 0, not {count}")
-    if args.l_cycles is not None and args.l_cycles < 1:
-        raise UserError(f"--l_cycles must be at least 1, not {args.l_cycles}")
+        if count is not None and not 0 <= count <= MOST_CYCLES:
+            raise UserError(f"--h_cycles must be at least 0 and at most {MOST_CYCLES}, not {count}")
+    if args.l_cycles is not None and not 1 <= args.l_cycles <= MOST_CYCLES:
+        raise UserError(f"--l_cycles must be at least 1 and at most {MOST_CYCLES}, not {args.l_cycles}")

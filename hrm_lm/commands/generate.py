@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from hrm_lm.commands.flags import add_checkpoint_flags, check_cycles
+from hrm_lm.config import MOST_TOKENS
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import chosen_checkpoint, chosen_cycles, generate
 from hrm_lm.models.contract import EvalOptions
+from hrm_lm.parsing import parse_json
 from hrm_lm.training.checkpoint import load_model
 
 
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and less than 2^63, not {args.seed}")
     for name in ("max_new_tokens", "top_k"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= MOST_TOKENS:
+            raise UserError(f"--{name} must be at least 1 and at most {MOST_TOKENS:,}, not {getattr(args, name)}")
 
     prompts, as_json = list(args.prompt), bool(args.prompts_file) and args.prompts_file.endswith(".jsonl")
     if args.prompts_file:
@@ -71,7 +73,7 @@ def read_prompts(file: str, as_json: bool) -> list[str]:
     prompts = []
     for number, line in texts.items():
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompts.append(str(parse_json(line)["prompt"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--prompts_file: {file}:{number}: not a JSON object with a field 'prompt'") from None
     return prompts

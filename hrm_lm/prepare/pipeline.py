@@ -35,6 +35,7 @@ from hrm_lm.data.records import Fields
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_keys, without_secrets
+from hrm_lm.parsing import one_line
 from hrm_lm.prepare.reading import Piece, find_files, plan_parts
 from hrm_lm.prepare.recipe import Recipe, sources_of
 from hrm_lm.prepare.report import by_source, describe, merge_drops
@@ -67,7 +68,9 @@ def prepare(
     fs, path = resolve(output)
     sizes = [file.num_bytes for file, _ in files]
     shard_bytes = (
-        int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
+        max(int(settings.shard_mb * 2**20), 1)
+        if settings.shard_mb
+        else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
     )
     parts = plan_parts([file for file, _ in files], shard_bytes)
     job = Job(settings, sources, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
@@ -172,17 +175,14 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
     try:
         there = {info.base_name for info in retrying(what, lambda: job.fs.get_file_info(folder))}
         if META in there:
-            same = False
-            with suppress(ValueError, AttributeError):  # the file is not one that this program wrote
-                same = job.read_json(META).get("plan") == fingerprint
-            if not same:
+            if job.read_json(META).get("plan") != fingerprint:
                 raise UserError(
                     f"--output {location}: holds a dataset of other input or settings; give another --output"
                 )
             return True
         if WORK in there:
             with suppress(FileNotFoundError):  # a run was killed before it wrote the plan
-                if job.read_json(f"{WORK}/plan.json")["plan"] != fingerprint:
+                if job.read_json(f"{WORK}/plan.json").get("plan") != fingerprint:
                     raise UserError(
                         f"--output {location}: holds an unfinished dataset of other input or settings; finish that, delete it, "
                         "or give another --output"
@@ -193,7 +193,7 @@ def finished(job: Job, output: str, fingerprint: str) -> bool:
         retrying(what, lambda: job.fs.create_dir(job.folder, recursive=True))
         write_file(job.fs, job.work("plan.json"), json.dumps({"plan": fingerprint}).encode())
     except OSError as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{what}: {one_line(error)}") from None
     return False
 
 

@@ -4,7 +4,6 @@ Every task is a pure function of the input, of the settings and of what earlier 
 """
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from hrm_lm.data.prepared.writer import ShardWriter
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, read_bytes, retrying, shown, storage_error
+from hrm_lm.parsing import one_line, parse_json
 from hrm_lm.prepare.reading import Mapping, Pair, Piece, Problem, read_piece
 
 WORK = ".prepare"
@@ -105,15 +105,22 @@ class Job:
     def work(self, name: str) -> str:
         return f"{self.folder}/{name}"
 
-    def read_json(self, name: str) -> Any:
-        """A file of the output. Raises FileNotFoundError, ValueError, and UserError where it cannot be read."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object of the output. Raises FileNotFoundError, and UserError where it cannot be read or is damaged."""
         path = f"{self.output}/{name}"
         try:
-            return json.loads(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
+            read = parse_json(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
+            if not isinstance(read, dict):
+                raise ValueError("not an object")
+            return read
         except FileNotFoundError:
             raise
         except OSError as error:
             raise storage_error(f"{shown(self.fs, path)}: cannot be read", error) from None
+        except ValueError as error:
+            raise UserError(
+                f"{shown(self.fs, path)}: damaged: {one_line(error)}; delete what is there, or give another --output"
+            ) from None
 
     def list(self) -> set[str]:
         """The names in the work folder. Raises UserError where it cannot be read."""
