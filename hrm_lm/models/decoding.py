@@ -70,7 +70,9 @@ def generate_ids(
                 ids, lens = padded([prompts[i] for i in chosen], tokenizer.pad_id, device)
                 new = slice(len(running), len(running) + len(chosen))
                 running += chosen
-                growing.begin(new, [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else [])
+                growing.begin(
+                    new, [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else []
+                )
                 logits = model.prefill(ids, lens, tokenizer.bos_id, decoding)
             else:
                 new = slice(0, len(running))
@@ -111,9 +113,14 @@ class Growing:
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.counted: list[int] = []
         """`count` of the rows that are in use, as the host knows it."""
-        self.steps = self.asked = 0
-        if device.type == "cuda":
-            self.answer, self.answered = torch.zeros(rows, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        self.steps, self.look_every = 0, LOOK_EVERY[device.type]
+        is_cuda = device.type == "cuda"
+        self.answer, self.copied = (
+            torch.zeros(rows, dtype=torch.bool, pin_memory=is_cuda),
+            is_cuda and torch.cuda.Event(),
+        )
+        self.asked = 0
+        """The first rows, of which `answer` says what `done` was when the host asked."""
 
     def begin(self, new: slice, draws: list[np.ndarray]) -> None:
         """Samples come into these rows. draws: see `draws`, of each sample, unless the likeliest tokens are taken."""
@@ -141,25 +148,27 @@ class Growing:
     def ended(self, in_step: bool) -> list[int]:
         """The rows whose samples have ended, as far as the host knows.
 
-        On CUDA that is the answer to what it asked when it looked before: it has come by now, and the device has work
-        until the host has read it.
+        Where it looks seldom, it sees the answer to what it asked when it looked before. That has come by now, and the
+        device has work until the host has read it.
         """
         self.steps += 1
         full = [row for row, counted in enumerate(self.counted) if counted >= self.most]
-        if in_step or not (full or self.steps % LOOK_EVERY[self.device.type] == 0):
+        if in_step or not (full or self.steps % self.look_every == 0):
             return full
-        if self.device.type == "cuda":
-            self.answered.synchronize()
-            done = self.answer[: self.asked].tolist()
-            self._ask()
-        else:
+        if self.look_every == 1:
             done = self.done[: len(self.counted)].tolist()
+        else:
+            if self.copied:
+                self.copied.synchronize()
+            done = self.answer[: self.asked].tolist()
+            self.ask()
         return sorted({*full, *(row for row, is_done in enumerate(done) if is_done)})
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         self.asked = len(self.counted)
         self.answer.copy_(self.done, non_blocking=True)
-        self.answered.record()
+        if self.copied:
+            self.copied.record()
 
     def of(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Tokens (B, most) and the sums of their log-probabilities (B,)."""
@@ -170,8 +179,7 @@ class Growing:
         for kept in (self.tokens, self.draws, self.last, self.count, self.logprob, self.done):
             moves.make(kept)
         self.counted = moves.of(self.counted)
-        if self.device.type == "cuda":
-            self._ask()
+        self.ask()
 
 
 def step_rows(samples: int, rows: int, device: torch.device) -> int:

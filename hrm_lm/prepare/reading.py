@@ -376,14 +376,16 @@ def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, A
     for item in read_lines(piece):
         if isinstance(item, (Problem, End)):
             yield item
-            continue
-        number, line = item
-        if not line or line.isspace():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError):
-            yield Problem("not JSON", number, line[:80])
+        elif item[1] and not item[1].isspace():
+            yield parse_line(*item)
+
+
+def parse_line(number: int, line: str) -> tuple[int, Any] | Problem:
+    """The record of a line of JSONL, with the line's number."""
+    try:
+        return number, json.loads(line)
+    except (ValueError, RecursionError):
+        return Problem("not JSON", number, line[:80])
 
 
 def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
@@ -423,14 +425,28 @@ def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any
 
 
 def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem]:
+    for item in read_batches(piece, templates):
+        if isinstance(item, Problem):
+            yield item
+        else:
+            yield from enumerate(item[1].to_pylist(), start=item[0])
+
+
+def read_batches(
+    piece: Piece, templates: list[Template] | None = None
+) -> Iterator[tuple[int, pyarrow.RecordBatch] | Problem]:
+    """Yields rows of a Parquet file together, with the number of the first of them.
+
+    templates: the columns that are read are those that these name; None: all.
+    """
     row = 0
     try:
         with open_file(piece) as stream:
             file = pq.ParquetFile(stream)
             groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
             row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-            columns = set()
-            for path in (path for template in templates for _, path in template if path):
+            columns = set[str]()
+            for path in (path for template in templates or [] for _, path in template if path):
                 names = [name for name in path[:2] if name in file.schema_arrow.names]
                 if not names:
                     num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
@@ -439,10 +455,10 @@ def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int,
                         yield Problem(f"no field {path[0]!r}", row + 1, there[:200], num_rows)
                     return
                 columns.add(names[0])
-            for batch in file.iter_batches(1024, row_groups=groups, columns=sorted(columns)):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
+            named = None if templates is None else sorted(columns)
+            for batch in file.iter_batches(1024, row_groups=groups, columns=named):
+                yield row + 1, batch
+                row += len(batch)
     except UNREADABLE as error:
         raise_if_storage(error, piece)
         yield Problem("unreadable from here on", row + 1, " ".join(str(error).split())[:200])
