@@ -8,7 +8,6 @@ its record and the settings: of the record's number where it is drawn.
 import hashlib
 import json
 import logging
-import os
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,8 +77,6 @@ def all_results(job: Job, num_workers: int | None) -> list[dict[str, Any]]:
     if results:
         say(f"{sum(result['records'] for result in results.values()):,} records were answered before")
     if not is_whole(results):
-        # Else Ray logs as an error, to the terminal, that actors which start again need what they started from.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         if job.settings.format == "parquet":
             job = replace(job, schema=parquet_schema(job.files))
         total = sum(file.num_bytes for file in job.files)

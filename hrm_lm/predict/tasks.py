@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -210,16 +211,18 @@ def own_fields(
 
 def jsonl(records: list[dict[str, Any]], own: dict[str, tuple[pa.DataType, list[Any]]]) -> tuple[bytes, int]:
     """The records with their own fields, a line each, and how many had one of these."""
-    lines = []
-    columns = {name: values for name, (_, values) in own.items()}
-    for i, record in enumerate(records):
-        whole = record | {name: values[i] for name, values in columns.items()}
-        try:
-            lines.append(json.dumps(whole, ensure_ascii=False, default=plain).encode())
-        except UnicodeEncodeError:  # half a character, in a field that is no prompt
-            lines.append(json.dumps(whole, default=plain).encode())
-    replaced = sum(any(name in record for name in columns) for record in records)
-    return b"".join(line + b"\n" for line in lines), replaced
+    lines = [
+        json_line(record | {name: values[i] for name, (_, values) in own.items()}) for i, record in enumerate(records)
+    ]
+    return b"".join(lines), sum(any(name in record for name in own) for record in records)
+
+
+def json_line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, default=plain)
+    with suppress(UnicodeEncodeError):  # half a character, in a field that is no prompt
+        if len(text.splitlines()) == 1:  # many who read lines would cut at U+2028 and the like
+            return text.encode() + b"\n"
+    return json.dumps(record, default=plain).encode() + b"\n"
 
 
 def plain(value: Any) -> str:

@@ -1,0 +1,186 @@
+"""`hrm-lm predict` against `generate`, and through kills: `python benchmarks/predict.py [--run_name arithmetic]`.
+
+The checkpoint is one of `configs/arithmetic.yaml`. First the same prompts in rounds that alternate, in one process with one
+thread: `generate` alone, and all that a worker of `predict` does (reading, tokenizing, answering, a file for each chunk).
+Then the command itself on Ray: it is killed with SIGKILL, given again, and an actor is killed. Each record must be there
+once, in order, with the answer that `generate` gives. CPU time is given because a busy machine does not distort it.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import torch
+
+from hrm_lm.commands.flags import add_checkpoint_flags
+from hrm_lm.filesystem import resolve
+from hrm_lm.inference.generate import chosen_cycles, find_checkpoint, generate
+from hrm_lm.models.contract import EvalOptions
+from hrm_lm.predict.pipeline import Answerer, read
+from hrm_lm.predict.tasks import Job, Settings
+from hrm_lm.prepare.reading import find_files
+
+MARK = "HRM_LM_BENCHMARK"
+
+
+def write_prompts(path: Path, count: int) -> list[str]:
+    draw = random.Random(0)
+    prompts = [f"What is {draw.randrange(100)} + {draw.randrange(100)}?" for _ in range(count)]
+    path.write_text("".join(json.dumps({"id": i, "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts)))
+    return prompts
+
+
+def rates(
+    checkpoint: tuple[pyarrow.fs.FileSystem, str], folder: Path, prompts: int, batch_size: int, rounds: int
+) -> None:
+    texts = write_prompts(folder / "some.jsonl", prompts)
+    fs, path = resolve(str(folder / "some"))
+    model = Answerer(job_of(checkpoint, folder / "some.jsonl", path, fs, batch_size)).model  # for the trained cycles
+    settings = {"cycles": chosen_cycles(model.config.hrm, None, None), "max_new_tokens": model.config.max_response_len}
+    job = job_of(checkpoint, folder / "some.jsonl", path, fs, batch_size, **settings)
+    actor, options = Answerer(job), EvalOptions(cycles=settings["cycles"], batch_size=batch_size)
+    fs.create_dir(job.folder, recursive=True)
+    tokens = 0
+
+    def predict() -> None:
+        nonlocal tokens
+        results = [json.loads(actor(rows)["result"][0].as_py()) for rows in read(job, set(), pa.table({}))]
+        tokens = sum(result["tokens"] for result in results)
+
+    sides: dict[str, Callable[[], object]] = {
+        "generate": lambda: generate(actor.model, actor.tokenizer, texts, options),
+        "predict": predict,
+    }
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            began = time.process_time()
+            side()
+            taken[name].append(time.process_time() - began)
+    medians = {name: tokens / statistics.median(seconds) for name, seconds in taken.items()}
+    print(
+        f"{prompts:,} prompts, batches of {batch_size}: generate {medians['generate']:,.0f} tokens per CPU second, a worker of "
+        f"predict {medians['predict']:,.0f}: {medians['predict'] / medians['generate']:.0%}",
+        flush=True,
+    )
+
+
+def job_of(checkpoint, file: Path, path: str, fs, batch_size: int, cycles=None, max_new_tokens: int = 0) -> Job:
+    ((piece, _),) = find_files([str(file)])
+    settings = Settings(
+        prompt_field="prompt", response_field="response", format="jsonl", n=1, cycles=cycles,
+        max_new_tokens=max_new_tokens, temperature=0.0, top_k=None, top_p=1.0, seed=0,
+    )  # fmt: skip
+    return Job(
+        settings=settings, files=[piece], fs=fs, output=path, checkpoint=checkpoint[1], checkpoint_fs=checkpoint[0],
+        batch_size=batch_size, strict=False, first_size=batch_size,
+    )  # fmt: skip
+
+
+def processes(mark: str) -> dict[int, bytes]:
+    """The command lines of the processes that have `mark` in their environment, by id (Linux only)."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended, or is another user's
+            pass
+    return found
+
+
+def actors(mark: str) -> list[int]:
+    return [pid for pid, command in processes(mark).items() if command.startswith(b"ray::MapWorker")]
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    times = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
+    return sum(int(value) for pair in times for value in pair) / os.sysconf("SC_CLK_TCK")
+
+
+def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) -> None:
+    texts = write_prompts(folder / "in.jsonl", prompts)
+    output, mark = folder / "out", f"{MARK}={folder}"
+    command = [sys.executable, "-m", "ray_jobs.predict", "--checkpoint", checkpoint, "--input", folder / "in.jsonl"]
+    command += ["--output", output, "--batch_size", batch_size]
+
+    def start() -> subprocess.Popen:
+        environment = os.environ | dict([mark.split("=", 1)])
+        return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)
+
+    def done() -> dict[int, dict]:
+        files = sorted((output / ".predict").glob("chunk-*.json"))
+        return {int(file.stem[6:]): json.loads(file.read_text()) for file in files}
+
+    def answered() -> int:
+        return sum(result["records"] for result in done().values())
+
+    began = time.perf_counter()
+    first = start()
+    while answered() < prompts // 3:
+        time.sleep(0.2)
+    first.kill()
+    first.wait()
+    while processes(mark):  # Ray ends with its driver
+        time.sleep(0.2)
+    print(f"driver killed after {time.perf_counter() - began:.0f} s and {answered():,} records", flush=True)
+
+    second, killed = start(), False
+    samples: dict[tuple[int, ...], list[tuple[float, float, int, int]]] = {}  # by the two actors
+    while second.poll() is None:
+        time.sleep(0.5)
+        results, pids = done(), tuple(sorted(actors(mark)))
+        count = sum(result["records"] for result in results.values())
+        if pids and not killed and count > prompts // 2:
+            os.kill(pids[0], signal.SIGKILL)
+            killed = True
+            print(f"actor killed after {count:,} records", flush=True)
+        elif len(pids) == 2:
+            tokens = sum(result["tokens"] for result in results.values())
+            samples.setdefault(pids, []).append((time.perf_counter(), cpu_seconds(list(pids)), tokens, len(results)))
+    said, _ = second.communicate()
+    print(said.strip(), flush=True)
+    for some in samples.values():
+        some = [sample for sample in some if sample[3] >= some[0][3] + 20]  # both have their models by then
+        if len(some) > 10:
+            (t0, cpu0, tokens0, _), (t1, cpu1, tokens1, _) = some[0], some[-1]
+            print(
+                f"{t1 - t0:.0f} s with two workers: {(tokens1 - tokens0) / (t1 - t0) / 2:,.0f} tokens/s each, "
+                f"{(tokens1 - tokens0) / (cpu1 - cpu0):,.0f} per CPU second"
+            )
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    found = [json.loads(line) for file in sorted(output.glob("part-*")) for line in file.read_text().splitlines()]
+    assert [record["id"] for record in found] == list(range(prompts)), "a record is missing, or there twice"
+    with_model = Answerer(job_of((pyarrow.fs.LocalFileSystem(), checkpoint), folder / "in.jsonl", "", None, batch_size))
+    expected = generate(with_model.model, with_model.tokenizer, texts)
+    same = sum(record["response"] == answer for record, answer in zip(found, expected))
+    print(f"each of {prompts:,} records is there once; {same:,} answers are those of generate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_checkpoint_flags(parser)
+    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    checkpoint = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
+    with tempfile.TemporaryDirectory(prefix="predict_") as folder:
+        rates(checkpoint, Path(folder), min(args.prompts, 8192), args.batch_size, args.rounds)
+        through_kills(checkpoint[1], Path(folder), args.prompts, args.batch_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
