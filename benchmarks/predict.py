@@ -3,11 +3,13 @@
 The checkpoint is one of `configs/arithmetic.yaml`. First the same prompts in rounds that alternate, in one process with one
 thread: `generate` alone, and all that a worker of `predict` does (reading, tokenizing, answering, a file for each chunk).
 Then the command itself on Ray: it is killed with SIGKILL, given again, and an actor is killed. Each record must be there
-once, in order, with the answer that `generate` gives. CPU time is given because a busy machine does not distort it.
+once, in order, with the answer that `generate` gives. Before all that, samples in flight against whole batches. CPU time is
+given because a busy machine distorts it least.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -24,12 +26,17 @@ import pyarrow.fs
 import torch
 
 from hrm_lm.commands.flags import add_checkpoint_flags
+from hrm_lm.config import load_config
+from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.filesystem import resolve
-from hrm_lm.inference.generate import chosen_cycles, find_checkpoint, generate
+from hrm_lm.inference.generate import find_checkpoint, generate
+from hrm_lm.models import decoding
+from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.predict.pipeline import Answerer, read
 from hrm_lm.predict.tasks import Job, Settings
 from hrm_lm.prepare.reading import find_files
+from hrm_lm.training.checkpoint import load_model, read_checkpoint
 
 MARK = "HRM_LM_BENCHMARK"
 
@@ -46,11 +53,18 @@ def rates(
 ) -> None:
     texts = write_prompts(folder / "some.jsonl", prompts)
     fs, path = resolve(str(folder / "some"))
-    model = Answerer(job_of(checkpoint, folder / "some.jsonl", path, fs, batch_size)).model  # for the trained cycles
-    settings = {"cycles": chosen_cycles(model.config.hrm, None, None), "max_new_tokens": model.config.max_response_len}
-    job = job_of(checkpoint, folder / "some.jsonl", path, fs, batch_size, **settings)
-    actor, options = Answerer(job), EvalOptions(cycles=settings["cycles"], batch_size=batch_size)
-    fs.create_dir(job.folder, recursive=True)
+    config = read_checkpoint(checkpoint[1], checkpoint[0]).config.model
+    ((file, _),) = find_files([str(folder / "some.jsonl")])
+    settings = Settings(
+        prompt_field="prompt", response_field="response", format="jsonl", n=1, cycles=config.hrm.cycles,
+        max_new_tokens=config.max_response_len, temperature=0.0, top_k=None, top_p=1.0, seed=0,
+    )  # fmt: skip
+    job = Job(
+        settings=settings, files=[file], fs=fs, output=path, checkpoint=checkpoint[1], checkpoint_fs=checkpoint[0],
+        batch_size=batch_size, strict=False, first_size=batch_size,
+    )  # fmt: skip
+    job.finished(path, "a benchmark's")
+    actor, options = Answerer(job), EvalOptions(cycles=config.hrm.cycles, batch_size=batch_size)
     tokens = 0
 
     def predict() -> None:
@@ -76,16 +90,34 @@ def rates(
     )
 
 
-def job_of(checkpoint, file: Path, path: str, fs, batch_size: int, cycles=None, max_new_tokens: int = 0) -> Job:
-    ((piece, _),) = find_files([str(file)])
-    settings = Settings(
-        prompt_field="prompt", response_field="response", format="jsonl", n=1, cycles=cycles,
-        max_new_tokens=max_new_tokens, temperature=0.0, top_k=None, top_p=1.0, seed=0,
-    )  # fmt: skip
-    return Job(
-        settings=settings, files=[piece], fs=fs, output=path, checkpoint=checkpoint[1], checkpoint_fs=checkpoint[0],
-        batch_size=batch_size, strict=False, first_size=batch_size,
-    )  # fmt: skip
+def places(rounds: int) -> None:
+    """Samples that take the places of others, against batches that wait for their last sample, where answers are of various
+    lengths: those of an untrained model in which every 20th token or so is EOS.
+    """
+    tokenizer, draw = ByteTokenizer(), random.Random(0)
+    prompts = [[draw.randrange(3, 259) for _ in range(draw.randint(4, 60))] for _ in range(512)]
+    for architecture in ("encoder_decoder", "prefix_lm"):
+        torch.manual_seed(0)
+        sizes = {"model.d_model": 256, "model.max_prompt_len": 64, "model.max_response_len": 64}
+        config = load_config(overrides={"model.architecture": architecture, **sizes}).model
+        model = build_model(config, tokenizer.vocab_size).eval()
+        torch.nn.init.normal_(model.head.weight)
+        model.head.weight.data[tokenizer.eos_id] *= 1.9
+        taken: dict[float, list[float]] = {decoding.WASTE: [], math.inf: []}
+        for _ in range(rounds):
+            for waste in taken:
+                decoding.WASTE = waste
+                began = time.process_time()
+                answers = decoding.generate_ids(model, tokenizer, prompts, EvalOptions(cycles=config.hrm.cycles))
+                taken[waste].append(time.process_time() - began)
+        decoding.WASTE = next(iter(taken))
+        lengths = [len(answer) for answer in answers]
+        new, whole = (sum(lengths) / statistics.median(seconds) for seconds in taken.values())
+        print(
+            f"{architecture}, answers of {min(lengths)} to {max(lengths)} tokens ({statistics.mean(lengths):.0f} on average): "
+            f"{new:,.0f} tokens per CPU second, in batches that wait {whole:,.0f}: {new / whole:.2f} times",
+            flush=True,
+        )
 
 
 def processes(mark: str) -> dict[int, bytes]:
@@ -162,8 +194,8 @@ def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) 
     print(f"{time.perf_counter() - began:.0f} s in all")
     found = [json.loads(line) for file in sorted(output.glob("part-*")) for line in file.read_text().splitlines()]
     assert [record["id"] for record in found] == list(range(prompts)), "a record is missing, or there twice"
-    with_model = Answerer(job_of((pyarrow.fs.LocalFileSystem(), checkpoint), folder / "in.jsonl", "", None, batch_size))
-    expected = generate(with_model.model, with_model.tokenizer, texts)
+    model, tokenizer, _ = load_model(checkpoint)
+    expected = generate(model, tokenizer, texts)
     same = sum(record["response"] == answer for record, answer in zip(found, expected))
     print(f"each of {prompts:,} records is there once; {same:,} answers are those of generate")
 
@@ -178,6 +210,7 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
     with tempfile.TemporaryDirectory(prefix="predict_") as folder:
+        places(min(args.rounds, 3))
         rates(checkpoint, Path(folder), min(args.prompts, 8192), args.batch_size, args.rounds)
         through_kills(checkpoint[1], Path(folder), args.prompts, args.batch_size)
 

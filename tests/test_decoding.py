@@ -168,6 +168,8 @@ def test_tokens_are_drawn_as_often_as_is_likely_and_no_others(top_k, top_p):
     drawn = decoding.pick(logits.expand(10_000, -1), 0.7, top_k, top_p, even).bincount(minlength=12) / 10_000
     torch.testing.assert_close(drawn, expected, atol=3e-4, rtol=0)
     assert ((drawn > 0) == (expected > 0)).all()
+    tiny = decoding.pick(logits.expand(10_000, -1), 1e-42, top_k, top_p, even)
+    assert (tiny == logits.argmax()).all()
     highest = torch.tensor([1 - 2**-24])
     assert expected[decoding.pick(logits, 0.7, top_k, top_p, highest)] > 0
 

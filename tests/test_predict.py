@@ -3,6 +3,7 @@
 Most tests run the reader and an actor in this process, without Ray.
 """
 
+import dataclasses
 import datetime
 import decimal
 import gzip
@@ -232,11 +233,12 @@ def test_jsonl_becomes_parquet_of_one_schema(predict, tmp_path):
 
 
 def test_values_that_no_column_holds_are_refused_for_parquet_alone(predict, command, checkpoint, tmp_path):
-    write(tmp_path / "in.jsonl", [{"prompt": "1", "x": 1}, {"prompt": "2", "x": "a"}])
-    assert len(predict()) == 2
-    arguments = ["--input", tmp_path / "in.jsonl", "--checkpoint", checkpoint, "--format", "parquet"]
-    code, _, err = command(main, *arguments, "--output", tmp_path / "parquet")
-    assert code == 2 and "in.jsonl" in err and "--format jsonl takes all records" in err
+    for i, values in enumerate([(1, "a"), ({}, {}), (2**70, 1)]):
+        write(tmp_path / "in.jsonl", [{"prompt": "1", "x": value} for value in values])
+        assert len(predict(output=f"jsonl{i}")) == 2
+        arguments = ["--input", tmp_path / "in.jsonl", "--checkpoint", checkpoint, "--format", "parquet"]
+        code, _, err = command(main, *arguments, "--output", tmp_path / f"parquet{i}")
+        assert code == 2 and "in.jsonl" in err and "--format jsonl takes all records" in err
 
 
 def test_a_record_that_cannot_be_answered_is_kept_and_says_why(predict, command, checkpoint, tmp_path):
@@ -333,6 +335,27 @@ def test_what_was_answered_before_a_stop_is_not_answered_again(
     for flags in (["--checkpoint", other], ["--checkpoint", checkpoint, "--h_cycles", 1]):
         code, _, err = command(main, "--input", tmp_path / name, "--output", tmp_path / "begun", *sampled, *flags)
         assert code == 2 and "holds answers of other input or settings, unfinished" in err
+
+
+def test_the_output_may_be_within_the_input(predict, tmp_path, without_ray):
+    write(tmp_path / "in.jsonl", questions(10))
+    without_ray.stop_at = 3
+    with pytest.raises(RuntimeError, match="stopped"):
+        predict("--batch_size", 2, data=".")
+    without_ray.stop_at = None
+    assert [record["id"] for record in predict("--batch_size", 2, data=".")] == list(range(10))
+
+
+def test_a_node_that_does_not_reach_the_output_says_so(predict, tmp_path, without_ray, monkeypatch):
+    write(tmp_path / "in.jsonl", questions(10))
+    started = pipeline.Answerer.__init__
+
+    def elsewhere(actor, job):
+        started(actor, dataclasses.replace(job, output="/elsewhere"))
+
+    monkeypatch.setattr(pipeline.Answerer, "__init__", elsewhere)
+    with pytest.raises(AssertionError, match="--output /elsewhere: a node does not reach it"):
+        predict()
 
 
 def test_the_last_chunk_may_be_done_before_others(predict, tmp_path, without_ray, monkeypatch):

@@ -63,7 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.n > 1 and not args.temperature:
         raise UserError(f"--n {args.n} would give the same answer every time; give a --temperature above 0, too")
     parse_mapping("--prompt_field", args.prompt_field)
-    files = [(file, mtime) for file, mtime in find_files(args.input) if file.format != "text"]
+    output = outliving(args.output, "--output")
+    fs, folder = resolve(output)
+    files = [
+        (file, mtime)
+        for file, mtime in find_files(args.input)
+        if file.format != "text" and not file.path.startswith(f"{folder}/part-")  # the output may be within the input
+    ]
     if not files:
         raise UserError("--input: records are read from JSONL, Parquet and CSV, and there is no such file")
     has_other = any(file.format != "parquet" for file, _ in files)
@@ -79,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         cycles=chosen_cycles(model.hrm, args.h_cycles, args.l_cycles),
         **sampling | {"max_new_tokens": args.max_new_tokens or model.max_response_len},
     )
-    output = outliving(args.output, "--output")
-    fs, folder = resolve(output)
     job = Job(
         settings=settings,
         files=[file for file, _ in files],

@@ -173,6 +173,7 @@ def parquet_schema(files: list[Piece]) -> pa.Schema:
         try:
             for some in [parquet_columns(file)] if file.format == "parquet" else record_columns(file):
                 schema = pa.unify_schemas([schema, some], promote_options="permissive")
+            pq.write_table(schema.empty_table(), pa.BufferOutputStream())  # an object without fields cannot be written
         except (pa.ArrowException, OverflowError) as error:
             fault = " ".join(str(error).split())
             raise UserError(f"--format parquet: {file.path}: {fault}\n--format jsonl takes all records") from None

@@ -23,7 +23,7 @@ from hrm_lm.cluster.output import PLAN
 from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.data.prepared.format import write_file
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import local_copy, without_secrets
+from hrm_lm.filesystem import local_copy, shown, without_secrets
 from hrm_lm.predict.chunks import parquet_schema, read_chunks
 from hrm_lm.predict.tasks import REPORT, Job, answer_chunk
 from hrm_lm.prepare.report import describe
@@ -154,9 +154,13 @@ class Answerer:
     def __init__(self, job: Job):
         self.job, self.error = job, ""
         try:
+            job.read_json(f"{job.WORK}/{PLAN}")
             with local_copy(job.checkpoint, job.checkpoint_fs) as folder:
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
                 self.model, self.tokenizer, _ = load_model(folder, device)
+        except FileNotFoundError:
+            place = shown(job.fs, job.output)
+            self.error = f"--output {place}: a node does not reach it; give a URI, or a folder that all nodes share"
         except UserError as error:
             self.error = str(error)
 
