@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import torch
@@ -33,6 +34,7 @@ from hrm_lm.inference.generate import find_checkpoint, generate
 from hrm_lm.models import decoding
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions
+from hrm_lm.models.decoding import generate_ids
 from hrm_lm.predict.pipeline import Answerer, read
 from hrm_lm.predict.tasks import Job, Settings
 from hrm_lm.prepare.reading import find_files
@@ -108,7 +110,7 @@ def places(rounds: int) -> None:
             for waste in taken:
                 decoding.WASTE = waste
                 began = time.process_time()
-                answers = decoding.generate_ids(model, tokenizer, prompts, EvalOptions(cycles=config.hrm.cycles))
+                answers = generate_ids(model, tokenizer, prompts, EvalOptions(cycles=config.hrm.cycles))
                 taken[waste].append(time.process_time() - began)
         decoding.WASTE = next(iter(taken))
         lengths = [len(answer) for answer in answers]
@@ -142,6 +144,8 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) -> None:
+    config = read_checkpoint(checkpoint).config.model
+    options = EvalOptions(cycles=config.hrm.cycles, batch_size=batch_size)
     texts = write_prompts(folder / "in.jsonl", prompts)
     output, mark = folder / "out", f"{MARK}={folder}"
     command = [sys.executable, "-m", "ray_jobs.predict", "--checkpoint", checkpoint, "--input", folder / "in.jsonl"]
@@ -168,10 +172,13 @@ def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) 
         time.sleep(0.2)
     print(f"driver killed after {time.perf_counter() - began:.0f} s and {answered():,} records", flush=True)
 
+    model, tokenizer, _ = load_model(checkpoint)
     second, killed = start(), False
-    samples: dict[tuple[int, ...], list[tuple[float, float, int, int]]] = {}  # by the two actors
+    samples: dict[tuple[int, ...], list[np.ndarray]] = {}  # by the two actors
     while second.poll() is None:
-        time.sleep(0.5)
+        cpu = time.process_time()
+        beside = generate_ids(model, tokenizer, [tokenizer.encode(text) for text in texts[:512]], options)
+        cpu = time.process_time() - cpu
         results, pids = done(), tuple(sorted(actors(mark)))
         count = sum(result["records"] for result in results.values())
         if pids and not killed and count > prompts // 2:
@@ -180,21 +187,23 @@ def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) 
             print(f"actor killed after {count:,} records", flush=True)
         elif len(pids) == 2:
             tokens = sum(result["tokens"] for result in results.values())
-            samples.setdefault(pids, []).append((time.perf_counter(), cpu_seconds(list(pids)), tokens, len(results)))
+            sample = [len(results), time.perf_counter(), tokens, cpu_seconds(list(pids)), sum(map(len, beside)), cpu]
+            samples.setdefault(pids, []).append(np.array(sample))
     said, _ = second.communicate()
     print(said.strip(), flush=True)
     for some in samples.values():
-        some = [sample for sample in some if sample[3] >= some[0][3] + 20]  # both have their models by then
+        some = [sample for sample in some if sample[0] >= some[0][0] + 20]  # both have their models by then
         if len(some) > 10:
-            (t0, cpu0, tokens0, _), (t1, cpu1, tokens1, _) = some[0], some[-1]
+            _, seconds, tokens, cpu, *_ = some[-1] - some[0]
+            *_, tokens_beside, cpu_beside = sum(some)
+            workers, alone = tokens / cpu, tokens_beside / cpu_beside
             print(
-                f"{t1 - t0:.0f} s with two workers: {(tokens1 - tokens0) / (t1 - t0) / 2:,.0f} tokens/s each, "
-                f"{(tokens1 - tokens0) / (cpu1 - cpu0):,.0f} per CPU second"
+                f"{seconds:.0f} s with two workers: {tokens / seconds / 2:,.0f} tokens/s each, {workers:,.0f} per CPU second; "
+                f"generate beside them {alone:,.0f}: {workers / alone:.0%}"
             )
     print(f"{time.perf_counter() - began:.0f} s in all")
     found = [json.loads(line) for file in sorted(output.glob("part-*")) for line in file.read_text().splitlines()]
     assert [record["id"] for record in found] == list(range(prompts)), "a record is missing, or there twice"
-    model, tokenizer, _ = load_model(checkpoint)
     expected = generate(model, tokenizer, texts)
     same = sum(record["response"] == answer for record, answer in zip(found, expected))
     print(f"each of {prompts:,} records is there once; {same:,} answers are those of generate")
@@ -205,13 +214,13 @@ def main() -> None:
     add_checkpoint_flags(parser)
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
     with tempfile.TemporaryDirectory(prefix="predict_") as folder:
         places(min(args.rounds, 3))
-        rates(checkpoint, Path(folder), min(args.prompts, 8192), args.batch_size, args.rounds)
+        rates(checkpoint, Path(folder), min(args.prompts, 32_768), args.batch_size, args.rounds)
         through_kills(checkpoint[1], Path(folder), args.prompts, args.batch_size)
 
 
