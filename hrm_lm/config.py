@@ -146,6 +146,17 @@ class OptimConfig(Section):
     """Where the learning rate's decay ends, as a share of `lr`."""
 
 
+class LoRAConfig(Section):
+    """Fine-tuning of a few parameters (LoRA, `hrm_lm.models.lora`). It needs `train.init_from`."""
+
+    rank: Count = 0
+    """Rank of the change of each matrix. With 0 the whole model is trained."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    """The change counts alpha / rank."""
+    targets: Literal["attention", "mlp", "all"] = "all"
+    """Which matrices of the blocks are changed."""
+
+
 class TrainConfig(Section):
     """How long and on which batches a run trains, and how often it validates."""
 
@@ -190,6 +201,13 @@ class TrainConfig(Section):
     """Steps between checkpoints that come without a validation. With 0 checkpoints come with validations only."""
     log_every: Positive = 10
     """Steps between lines of the log."""
+    sample_answers: Count = 4
+    """How many held-out prompts, always the same, each validation also answers for the run's report and TensorBoard. Answers
+    are at most 64 tokens long. Trials of a sweep answer none."""
+    loggers: list[Literal["mlflow", "wandb"]] = []
+    """Where a run's config, numbers and result go besides its folder: `[mlflow]`, `[wandb]` or both, to the servers that these
+    libraries' own environment variables name (`MLFLOW_TRACKING_URI`, `WANDB_MODE`). They need `hrm-lm[mlflow]` and
+    `hrm-lm[wandb]`. Trials of a sweep log nothing there."""
     profile: bool = False
     """Whether some steps soon after the start are profiled on the first worker. `profile/` in the run's folder then has
     a table of where a step's time goes, and the trace that it is made of. Trials of a sweep are not profiled."""
@@ -214,6 +232,18 @@ class TrainConfig(Section):
     """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None
     """Checkpoint, folder or URI, whose weights a new run starts from."""
+    lora: LoRAConfig = LoRAConfig()
+    """Fine-tuning of a few parameters."""
+
+    @model_validator(mode="after")
+    def _lora_changes_weights(self):
+        if self.lora.rank and self.init_from is None:
+            raise ValueError(
+                f"train.lora.rank ({self.lora.rank}) needs train.init_from, the checkpoint that it changes"
+            )
+        if self.lora.rank and self.mixed_precision == "fp8":
+            raise ValueError("train.lora does not go with train.mixed_precision fp8; use bf16 or none")
+        return self
 
     @model_validator(mode="after")
     def _scaler_skips(self):
@@ -267,24 +297,27 @@ class MixtureMember(Section):
     """How often the dataset is drawn from. Its share of the training samples is its weight over the sum of all
     weights."""
     prompt_field: str | None = None
-    """Field of a JSON line that holds the prompt. When it is left out, it is `data.prompt_field`."""
+    """Field of a record that holds the prompt. When it is left out, it is `data.prompt_field`."""
     response_field: str | None = None
-    """Field of a JSON line that holds the response. When it is left out, it is `data.response_field`."""
+    """Field of a record that holds the response. When it is left out, it is `data.response_field`."""
 
 
 class DataConfig(Section):
     """What a run trains on."""
 
     dataset: str | None = None
-    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, a .jsonl file, a folder with train.jsonl,
-    a prepared dataset (folder or URI), or `module:function`, which is code of your own."""
+    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, `hf:<name or folder>[,option=value...]`, a
+    .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`, which is code of your
+    own."""
     mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixtureMember] = {}
     """Several datasets at once, instead of `dataset`. You name each of them, and its own scores bear that name
     (`val_loss/<name>`)."""
     prompt_field: str = "prompt"
-    """Field of a JSON line that holds the prompt."""
+    """Field of a record (a JSON line, a row of `hf:`) that holds the prompt: `question`, `data.question`, or a template such
+    as `{question} Context: {context}`. Where the field holds a list of messages, the record is a conversation."""
     response_field: str = "response"
-    """Field of a JSON line that holds the response."""
+    """Field of a record that holds the response, or a template. A record that lacks `prompt` or `response` may have a
+    conversation in `messages`, unless other fields are named."""
     tokenizer: str | None = None
     """What text is read with: `bytes`, or a tokenizer.json of a checkpoint, of a prepared dataset or of Hugging Face.
     When it is left out, the vocabulary is the characters of the dataset; `reasoning_gym` takes bytes; a mixture takes
@@ -440,6 +473,8 @@ class Config(Section):
     def _muon_precision(self):
         if self.optim.name == "muon" and self.train.mixed_precision == "fp16":
             raise ValueError("train.mixed_precision: fp16 does not go with optim.name muon; use bf16 or none")
+        if self.optim.name == "muon" and self.train.lora.rank:
+            raise ValueError("train.lora: optim.name muon takes whole matrices, and LoRA trains factors; use adamw")
         return self
 
     @model_validator(mode="after")

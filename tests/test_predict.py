@@ -252,7 +252,7 @@ def test_a_record_that_cannot_be_answered_is_kept_and_says_why(predict, command,
     assert errors == [
         None, "not JSON: {broken", "no field 'prompt'", "field 'prompt' is int, not text", "the prompt is empty",
         "the prompt has an unknown character: character 'x' of 'x' is not in the tokenizer's vocabulary",
-        "the prompt has too many tokens: 17 tokens; this model takes 16", "not Unicode text: '\\ud800'",
+        "the prompt has too many tokens: 17 tokens; this model takes 16", "not Unicode text, but half a character",
         "not an object: [1]", "not UTF-8 text: \ufffd", None,
     ]  # fmt: skip
     assert [record["response"] is None for record in found] == [error is not None for error in errors]
@@ -268,6 +268,36 @@ def test_a_record_that_cannot_be_answered_is_kept_and_says_why(predict, command,
     assert code == 2 and f"{tmp_path}/in.jsonl:2: not JSON ({{broken)" in err
     code, _, err = command(main, *arguments[:-1], tmp_path / "other", "--prompt_field", "question")
     assert code == 2 and "no record could be answered: no field 'question' 8 (" in err
+
+
+def test_of_a_conversation_the_last_question_is_answered(predict, tmp_path):
+    question = {"role": "user", "content": "1+1"}
+    some = [
+        {"prompt": "1+1"}, {"messages": [question]}, {"messages": [question, {"role": "assistant", "content": "9"}]},
+        {"messages": []}, {"messages": [question, {"role": "assistant", "content": "9"}, question]}, {"prompt": [question]},
+    ]  # fmt: skip
+    write(tmp_path / "in.jsonl", some)
+    for flags in ((), ("--format", "parquet")):
+        if flags:
+            some = [record for record in some if "messages" in record]  # no column holds both kinds of prompt
+            write(tmp_path / "in.jsonl", some)
+        found = predict(*flags, output=f"out{len(flags)}")
+        answered = [record["response"] for record in found if record["response_error"] is None]
+        assert len(answered) == len(some) - 2 and len(set(answered)) == 1
+        errors = [record["response_error"] for record in found if record["response_error"]]
+        assert "at least one message" in errors[0] and "character 'u' of 'user: 1+1" in errors[1]
+
+
+def test_a_dataset_of_the_hubs_library_is_read(predict, checkpoint, command, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    some = questions(30)
+    datasets.Dataset.from_list(some).save_to_disk(tmp_path / "saved")
+    for form in ("jsonl", "parquet"):
+        flags = ["--input", f"hf:{tmp_path / 'saved'}", "--output", tmp_path / form, "--checkpoint", checkpoint]
+        code, _, err = command(main, *flags, "--batch_size", 4, *(["--format", "jsonl"] if form == "jsonl" else []))
+        assert code == 0, err
+        assert [{"id": r["id"], "prompt": r["prompt"]} for r in read(tmp_path / form)] == some
+    assert pq.read_schema(tmp_path / "parquet/part-000000.parquet").field("id").type == pa.int64()
 
 
 def test_several_answers_come_likeliest_first_and_are_drawn_by_number(predict, tmp_path):

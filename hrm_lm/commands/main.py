@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
     "predict": ("hrm_lm.commands.predict", "answer the records of files, over all of a cluster"),
     "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on held-out samples"),
+    "report": ("hrm_lm.commands.report", "make a page on a run, or on several side by side"),
     "export": ("hrm_lm.commands.export", "turn a checkpoint into a Transformers folder"),
     "import": ("hrm_lm.commands.import_", "turn a Transformers folder into a checkpoint"),
     "reference": ("hrm_lm.commands.reference", "print the reference of all config fields, in Markdown"),

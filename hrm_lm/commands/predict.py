@@ -15,12 +15,13 @@ from hrm_lm.commands.flags import (
     check_positive,
     sampling_of,
 )
+from hrm_lm.data.records import parse_mapping
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, without_secrets
 from hrm_lm.inference.generate import chosen_cycles, find_checkpoint
 from hrm_lm.predict.pipeline import predict
 from hrm_lm.predict.tasks import Job, Settings
-from hrm_lm.prepare.reading import find_files, parse_mapping
+from hrm_lm.prepare.reading import find_files
 from hrm_lm.prepare.report import describe
 from hrm_lm.training.checkpoint import read_checkpoint
 
@@ -31,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Answer the records of JSONL, Parquet and CSV files. The output has the records in their order, each with "
         "all its fields and its answer. A killed command, given again, goes on.",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or URIs")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, folders, URIs or hf: datasets"
+    )
     parser.add_argument("--output", required=True, metavar="PATH", help="folder or URI, new or begun by this command")
     add_checkpoint_flags(parser)
     parser.add_argument(
         "--prompt_field",
         default="prompt",
-        help="the prompt's field (question, data.question), or a template of the prompt ('{question} Context: {context}') "
-        "(default: prompt)",
+        help="the prompt's field (question, data.question), or a template of the prompt ('{question} Context: {context}'); "
+        "a list of messages there is a conversation (default: prompt, else the conversation in messages)",
     )
     parser.add_argument(
         "--response_field",
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if not files:
         raise UserError("--input: records are read from JSONL, Parquet and CSV, and there is no such file")
-    has_other = any(file.format != "parquet" for file, _ in files)
+    has_other = any(file.format not in ("parquet", "hub") for file, _ in files)
 
     checkpoint_fs, path = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
     checkpoint = read_checkpoint(path, checkpoint_fs)

@@ -8,8 +8,8 @@ cannot be cut. It hands lines on as they are, which is quick beside answering th
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -22,11 +22,14 @@ from hrm_lm.prepare.reading import (
     Piece,
     Problem,
     open_file,
+    opened_table,
     parse_line,
     raise_if_storage,
     read_batches,
     read_csv,
     read_lines,
+    read_parquet,
+    read_table,
 )
 
 STEPS = 16
@@ -94,42 +97,49 @@ def read_rows(files: list[Piece], as_records: bool) -> Iterator[tuple[tuple[int,
     as_records: whether rows of Parquet are wanted as records. Within compressed files and tables it is not known how much
     was read.
     """
-    read: dict[str, Callable[[Piece], Iterator[tuple[int, Row]]]] = {
-        "jsonl": read_json_lines, "csv": read_csv_rows, "parquet": partial(read_table, as_records),
-    }  # fmt: skip
     before = 0
     for number, file in enumerate(files):
         share = 0
-        for position, row in read[file.format](file) if file.num_bytes else []:
-            if isinstance(row, str) and not file.compression:
-                share += len(row) + 1
+        for position, row in numbered(read_file(file, as_records)) if file.num_bytes else []:
+            if isinstance(row, str):
+                if not row or row.isspace():
+                    continue
+                share += 0 if file.compression else len(row) + 1
             yield (number, position), row, before + share
         before += file.num_bytes
 
 
-def read_json_lines(file: Piece) -> Iterator[tuple[int, Row]]:
-    for item in read_lines(file):
+def read_file(file: Piece, as_records: bool) -> Iterator[tuple[int, Row] | Problem | End]:
+    """Lines of JSONL as they are, blank ones too."""
+    if file.format == "jsonl":
+        return read_lines(file)
+    if file.format == "csv":
+        return read_csv(file)
+    if file.format == "hub":
+        return read_table(file, all_columns)
+    return read_parquet(file, all_columns) if as_records else batch_rows(file)
+
+
+def all_columns(schema: pa.Schema) -> list[str]:
+    return schema.names
+
+
+def batch_rows(file: Piece) -> Iterator[tuple[int, Row] | Problem]:
+    for item in read_batches(file, all_columns):
         if isinstance(item, Problem):
-            yield item.position, item
-        elif not isinstance(item, End) and item[1] and not item[1].isspace():
             yield item
+        else:
+            first, batch = item
+            yield from ((first + i, BatchRow(batch, i)) for i in range(len(batch)))
 
 
-def read_csv_rows(file: Piece) -> Iterator[tuple[int, Row]]:
-    for item in read_csv(file, []):
-        if not isinstance(item, End):
-            yield (item.position, item) if isinstance(item, Problem) else item
-
-
-def read_table(as_records: bool, file: Piece) -> Iterator[tuple[int, Row]]:
-    for item in read_batches(file):
+def numbered(items: Iterable[tuple[int, Row] | Problem | End]) -> Iterator[tuple[int, Row]]:
+    """Places and rows. A problem is a row, or as many as were lost."""
+    for item in items:
         if isinstance(item, Problem):
-            yield item.position, item
-            continue
-        first, batch = item
-        yield from enumerate(
-            batch.to_pylist() if as_records else map(partial(BatchRow, batch), range(len(batch))), first
-        )
+            yield from ((item.position + i, item) for i in range(item.lost))
+        elif not isinstance(item, End):
+            yield item
 
 
 def record_of(row: Any) -> dict[str, Any] | Problem:
@@ -156,40 +166,49 @@ def as_table(rows: list[Row], schema: pa.Schema) -> tuple[bytes, dict[int, Probl
             continue
         records = [record_of(row) for row in some]
         problems |= {number: record for number, record in zip(numbers, records) if isinstance(record, Problem)}
-        tables.append(pa.Table.from_pylist([{} if isinstance(r, Problem) else r for r in records], schema))
+        with refusing("a record"):
+            tables.append(pa.Table.from_pylist([{} if isinstance(r, Problem) else r for r in records], schema))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_table(pa.concat_tables(tables, promote_options="permissive"))
     return sink.getvalue().to_pybytes(), problems
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        fault = " ".join(str(error).split())
+        raise UserError(f"--format parquet: {what}: {fault}\n--format jsonl takes all records") from None
+
+
 def parquet_schema(files: list[Piece]) -> pa.Schema:
-    """The columns of a table that holds all records. JSONL and CSV are read for that; Parquet says it.
+    """The columns of a table that holds all records. JSONL and CSV are read for that; tables say it.
 
     Raises UserError where a field has values that no column holds together.
     """
     schema = pa.schema([])
     for file in files:
-        try:
-            for some in [parquet_columns(file)] if file.format == "parquet" else record_columns(file):
-                schema = pa.unify_schemas([schema, some], promote_options="permissive")
+        with refusing(file.path):
+            for columns in file_columns(file):
+                schema = pa.unify_schemas([schema, columns], promote_options="permissive")
             pq.write_table(schema.empty_table(), pa.BufferOutputStream())  # an object without fields cannot be written
-        except (pa.ArrowException, OverflowError) as error:
-            fault = " ".join(str(error).split())
-            raise UserError(f"--format parquet: {file.path}: {fault}\n--format jsonl takes all records") from None
     return schema
 
 
-def parquet_columns(file: Piece) -> pa.Schema:
-    try:
-        with open_file(file) as stream:
-            return pq.ParquetFile(stream).schema_arrow.remove_metadata()  # it tells libraries of these columns alone
-    except UNREADABLE as error:
-        raise_if_storage(error, file)
-        return pa.schema([])  # whoever reads the file finds what is wrong with it
-
-
-def record_columns(file: Piece) -> Iterator[pa.Schema]:
-    records = (record_of(row) for _, row, _ in read_rows([file], as_records=True))
-    while some := [record for record in itertools.islice(records, 1024) if not isinstance(record, Problem)]:
-        yield pa.schema(list(pa.array(some).type))
+def file_columns(file: Piece) -> Iterator[pa.Schema]:
+    if file.format == "hub":
+        yield opened_table(file.path).features.arrow_schema
+        return
+    if file.format == "parquet":
+        try:
+            with open_file(file) as stream:
+                yield pq.ParquetFile(stream).schema_arrow.remove_metadata()  # it tells libraries of these columns alone
+        except UNREADABLE as error:  # whoever reads the file finds what is wrong with it
+            raise_if_storage(error, file)
+        return
+    rows = (row for _, row, _ in read_rows([file], as_records=True))
+    while some := list(itertools.islice(rows, 1024)):
+        records = [record for row in some if not isinstance(record := record_of(row), Problem)]
+        yield pa.schema(list(pa.array(records, pa.struct([]) if not records else None).type))

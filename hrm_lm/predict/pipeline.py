@@ -23,7 +23,7 @@ from hrm_lm.cluster.output import PLAN
 from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.data.prepared.format import write_file
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import local_copy, shown, without_secrets
+from hrm_lm.filesystem import local_copy, shown
 from hrm_lm.predict.chunks import parquet_schema, read_chunks
 from hrm_lm.predict.tasks import REPORT, Job, answer_chunk
 from hrm_lm.prepare.report import describe
@@ -195,7 +195,7 @@ def write_report(job: Job, results: list[dict[str, Any]], fingerprint: str) -> N
         "files": len(results),
         "problems": problems,
         "settings": asdict(job.settings),
-        "checkpoint": without_secrets(job.checkpoint),
+        "checkpoint": shown(job.checkpoint_fs, job.checkpoint),
         "plan": fingerprint,
     }
     write_file(job.fs, f"{job.output}/{REPORT}", json.dumps(report, indent=1).encode())

@@ -15,14 +15,16 @@ import torch
 
 from hrm_lm.cluster.output import Output
 from hrm_lm.config import Cycles
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.prepared.format import write_file
+from hrm_lm.data.records import DEFAULTS, MESSAGES, Fields, Missing
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import shown
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.predict.chunks import Chunk, record_of
-from hrm_lm.prepare.reading import Missing, Piece, Problem, fill_template, parse_mapping
+from hrm_lm.prepare.reading import Piece, Problem
 from hrm_lm.prepare.tasks import EXAMPLES
 
 REPORT = "_report.json"
@@ -70,6 +72,10 @@ class Job(Output):
     schema: pa.Schema | None = None
     """Of the records, where the output is Parquet."""
 
+    def fields(self, tokenizer: Tokenizer | None = None) -> Fields:
+        """Where a record has its prompt. Raises UserError where `prompt_field` is not a template."""
+        return Fields.of(self.settings.prompt_field, DEFAULTS[1], Chat.of(tokenizer), "--")
+
     def place(self, chunk: Chunk, i: int) -> str:
         file, position = chunk.places[i]
         return f"{shown(self.files[file].fs, self.files[file].path)}:{position}"
@@ -89,7 +95,7 @@ def answer_chunk(job: Job, model: LanguageModel, tokenizer: Tokenizer, chunk: Ch
     began = perf_counter()
     settings = job.settings
     records, problems = read_records(job, chunk)
-    encoded = encode(settings.prompt_field, tokenizer, model.config.max_prompt_len, records, problems)
+    encoded = encode(job.fields(tokenizer), tokenizer, model.config.max_prompt_len, records, problems)
     if job.strict and problems:
         i = min(problems)
         text = f" ({problems[i].text})" if problems[i].text else ""
@@ -147,8 +153,8 @@ def read_records(job: Job, chunk: Chunk) -> tuple[list[dict[str, Any]], dict[int
     """The records, as far as prompts are made of them, and why some cannot be read; these are empty."""
     if isinstance(chunk.rows, bytes):
         table = pa.ipc.open_stream(chunk.rows).read_all()
-        template = parse_mapping("--prompt_field", job.settings.prompt_field)
-        named = {name for _, path in template if path for name in path[:2]} & set(table.column_names)
+        named = {name for _, path in job.fields().prompt if path for name in path[:2]} & set(table.column_names)
+        named |= {MESSAGES} & set(table.column_names)
         return table.select(sorted(named)).to_pylist() if named else [{}] * len(table), dict(chunk.problems)
     found = [record_of(row) for row in chunk.rows]
     problems = {i: record for i, record in enumerate(found) if isinstance(record, Problem)}
@@ -156,23 +162,18 @@ def read_records(job: Job, chunk: Chunk) -> tuple[list[dict[str, Any]], dict[int
 
 
 def encode(
-    prompt_field: str, tokenizer: Tokenizer, longest: int, records: list[dict[str, Any]], problems: dict[int, Problem]
+    fields: Fields, tokenizer: Tokenizer, longest: int, records: list[dict[str, Any]], problems: dict[int, Problem]
 ) -> dict[int, list[int]]:
     """The prompts' tokens by the records' numbers. problems: gets the records that have no prompt for this model."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores have actors of their own
-    template = parse_mapping("--prompt_field", prompt_field)
     encoded = {}
     for i, record in enumerate(records):
         if i in problems:
             continue
         try:
-            prompt = fill_template(template, record)
-            prompt.encode()
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer.encode(fields.prompt_of(record))
         except Missing as missing:
-            problems[i] = Problem(str(missing), 0)
-        except UnicodeEncodeError as error:  # JSON can say "\ud800"
-            problems[i] = Problem("not Unicode text", 0, ascii(error.object)[:80])
+            problems[i] = Problem(missing.reason, 0, missing.detail)
         except UserError as error:
             problems[i] = Problem("the prompt has an unknown character", 0, str(error))
         else:
