@@ -77,7 +77,7 @@ def test_the_list_of_commands_needs_no_heavy_import():
 @pytest.mark.parametrize(
     "module",
     ["hrm_lm.training.train", "hrm_lm.inference.generate", "hrm_lm.inference.evaluate", "hrm_lm.interop.export",
-     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune", "ray_jobs.evaluate"],
+     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune", "ray_jobs.evaluate", "ray_jobs.predict"],
 )  # fmt: skip
 def test_the_python_m_forms_still_run(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])

@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": ("hrm_lm.commands.tune", "search a config's fields with Ray Tune"),
     "prepare": ("hrm_lm.commands.prepare", "tokenize a corpus into a dataset for the trainer"),
     "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
+    "predict": ("hrm_lm.commands.predict", "answer the records of files, over all of a cluster"),
     "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on tasks, with a page of pictures and answers"),
     "lm_eval": ("hrm_lm.commands.lm_eval", "run lm-evaluation-harness on a checkpoint"),
     "report": ("hrm_lm.commands.report", "make a page on a run, or on several side by side"),

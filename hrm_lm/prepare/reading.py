@@ -381,14 +381,16 @@ def read_jsonl(piece: Piece) -> Iterator[tuple[int, Any] | Problem | End]:
     for item in read_lines(piece):
         if isinstance(item, (Problem, End)):
             yield item
-            continue
-        number, line = item
-        if not line or line.isspace():
-            continue
-        try:
-            yield number, parse_json(line)
-        except ValueError:
-            yield Problem("not JSON", number, line[:80])
+        elif item[1] and not item[1].isspace():
+            yield parse_line(*item)
+
+
+def parse_line(number: int, line: str) -> tuple[int, Any] | Problem:
+    """The record of a line of JSONL, with the line's number."""
+    try:
+        return number, parse_json(line)
+    except ValueError:
+        return Problem("not JSON", number, line[:80])
 
 
 def read_csv(piece: Piece) -> Iterator[tuple[int, Any] | Problem | End]:
@@ -431,6 +433,18 @@ def read_parquet(
     piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]
 ) -> Iterator[tuple[int, Any] | Problem]:
     """columns_of: the columns to read; raises Missing where one of them lacks."""
+    for item in read_batches(piece, columns_of):
+        if isinstance(item, Problem):
+            yield item
+        else:
+            for row, record in enumerate(records_of(item[1]), start=item[0]):
+                yield record._replace(position=row) if isinstance(record, Problem) else (row, record)
+
+
+def read_batches(
+    piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]
+) -> Iterator[tuple[int, pyarrow.RecordBatch] | Problem]:
+    """Rows together, with the number of the first of them."""
     row = 0
     try:
         with open_file(piece) as stream:
@@ -443,15 +457,14 @@ def read_parquet(
                 yield from no_row(missing, row, sum(file.metadata.row_group(i).num_rows for i in groups))
                 return
             for batch in file.iter_batches(1024, row_groups=groups, columns=columns):
-                for record in records_of(batch):
-                    row += 1
-                    yield record._replace(position=row) if isinstance(record, Problem) else (row, record)
+                yield row + 1, batch
+                row += len(batch)
     except UNREADABLE as error:
         raise_if_storage(error, piece)
         yield Problem("unreadable from here on", row + 1, one_line(error))
 
 
-def records_of(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | Problem]:
+def records_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[dict[str, Any] | Problem]:
     """Each row. A Problem takes the place of a row that Python has no values for."""
     try:
         yield from batch.to_pylist()

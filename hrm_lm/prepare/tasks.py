@@ -15,17 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.fs
 
+from hrm_lm.cluster.output import Output
 from hrm_lm.data.chat import Chat
-from hrm_lm.data.prepared.format import write_file
+from hrm_lm.data.prepared.format import META, write_file
 from hrm_lm.data.prepared.writer import ShardWriter
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, read_bytes, retrying, shown, storage_error
-from hrm_lm.parsing import one_line, parse_json
+from hrm_lm.filesystem import outlasting, shown
 from hrm_lm.prepare.reading import Mapping, Pair, Piece, Problem, read_piece
 
-WORK = ".prepare"
-"""The folder in the output that holds what the steps leave, until all is done."""
 GROUPS = 256
 """Ranges of hashes, by their first byte."""
 ENCODED_TOGETHER = 256
@@ -81,8 +79,10 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Output):
     """What a task needs to know."""
+
+    WORK, RESULT, HOLDS = ".prepare", META, "a dataset"
 
     settings: Settings
     sources: list[Source]
@@ -97,36 +97,6 @@ class Job:
 
     def source(self, part: int) -> Source:
         return self.sources[self.parts[part][0].source]
-
-    @property
-    def folder(self) -> str:
-        return f"{self.output}/{WORK}"
-
-    def work(self, name: str) -> str:
-        return f"{self.folder}/{name}"
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object of the output. Raises FileNotFoundError, and UserError where it cannot be read or is damaged."""
-        path = f"{self.output}/{name}"
-        try:
-            read = parse_json(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
-            if not isinstance(read, dict):
-                raise ValueError("not an object")
-            return read
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise storage_error(f"{shown(self.fs, path)}: cannot be read", error) from None
-        except ValueError as error:
-            raise UserError(
-                f"{shown(self.fs, path)}: damaged: {one_line(error)}; delete what is there, or give another --output"
-            ) from None
-
-    def list(self) -> set[str]:
-        """The names in the work folder. Raises UserError where it cannot be read."""
-        folder = pyarrow.fs.FileSelector(self.folder)
-        what = f"{shown(self.fs, self.folder)}: cannot be read"
-        return {info.base_name for info in outlasting(what, lambda: self.fs.get_file_info(folder))}
 
 
 class Drops:
