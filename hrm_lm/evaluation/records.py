@@ -5,7 +5,6 @@ file of such tasks by name, whose data the command line names.
 """
 
 import csv
-import json
 import string
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from hrm_lm.config import Count, Positive, Section, explain, read_yaml
 from hrm_lm.data.records import Missing, fill_template, parse_mapping
 from hrm_lm.errors import UserError
 from hrm_lm.evaluation.verdicts import Expected, alternatives
-from hrm_lm.filesystem import one_line, without_secrets
+from hrm_lm.filesystem import without_secrets
+from hrm_lm.parsing import one_line, parse_json
 from hrm_lm.prepare.reading import (
     UNREADABLE,
     End,
@@ -266,7 +266,7 @@ def read_piece(piece: Piece) -> Iterator[tuple[int, Any]]:
                 rows = pq.read_table(file).to_pylist()
         except UNREADABLE as error:
             raise_if_storage(error, piece)
-            raise UserError(f"{piece.path}: cannot be read: {one_line(error)[:200]}") from None
+            raise UserError(f"{piece.path}: cannot be read: {one_line(error)}") from None
         yield from enumerate(rows, start=1)
     elif piece.format == "csv":
         rows = csv.DictReader(
@@ -278,9 +278,9 @@ def read_piece(piece: Piece) -> Iterator[tuple[int, Any]]:
         for number, line in lines(piece):
             if line and not line.isspace():
                 try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError):
-                    raise UserError(f"{piece.path}:{number}: not JSON") from None
+                    yield number, parse_json(line)
+                except ValueError as error:
+                    raise UserError(f"{piece.path}:{number}: not JSON: {one_line(error)}") from None
     else:
         raise UserError(f"{FLAG} {piece.path}: records come from JSONL, Parquet and CSV, not from {piece.format}")
 

@@ -19,8 +19,8 @@ from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.evaluation.scoring import Scores, Slice, score
-from hrm_lm.filesystem import one_line
 from hrm_lm.models.contract import LanguageModel
+from hrm_lm.parsing import one_line
 
 ALL = 0
 """Instead of a number of workers: as many as the cluster has room for."""

@@ -15,6 +15,7 @@ from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve, without_secrets
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
+from hrm_lm.parsing import is_text
 
 
 def generate(
@@ -30,6 +31,8 @@ def generate(
     unknown characters.
     """
     options = options or EvalOptions(cycles=model.config.hrm.cycles)
+    if broken := [prompt for prompt in prompts if not is_text(prompt.replace("\0", ""))]:
+        raise UserError(f"prompt {broken[0][:60]!r} has half a character")
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= model.config.max_prompt_len:
