@@ -1,5 +1,6 @@
 """What a run does when workers fail; without Ray's processes."""
 
+import logging
 from types import SimpleNamespace
 
 import pyarrow.fs
@@ -15,9 +16,11 @@ from ray.train import (
     ScalingConfig,
     WorkerGroupError,
 )
+from ray.train.v2._internal.callbacks import backend_setup
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.logging import LoggingManager
 
 from hrm_lm.cluster.failures import FailurePolicy, TrainController, write_list
 from hrm_lm.cluster.ray_private import check_storage
@@ -85,12 +88,18 @@ def test_the_list_of_checkpoints_outlasts_storage_that_is_away_and_a_kill_leaves
 
 
 def test_a_run_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits, monkeypatch, capsys):
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # asks Ray for its worker's id
+    shutdown = logging.getLogger(backend_setup.__name__)
+
+    def configure(_):  # Ray Train's, which resets levels too, asks Ray for its worker's id
+        shutdown.setLevel(logging.NOTSET)
+
+    monkeypatch.setattr(LoggingManager, "configure_controller_logger", configure)
     monkeypatch.setattr(TrainController, "_start", lambda self: None)  # what follows needs Ray's processes
     config = RunConfig(name="r", storage_path=str(tmp_path), storage_filesystem=Remote(fails=each_fails_once()))
     run = TrainRunContext(config, {}, ScalingConfig(), BackendConfig(), DataConfig())
     TrainController(train_run_context=run, train_fn_ref=None, scaling_policy=None, failure_policy=None)
     assert len(waits) >= 4 and f"{tmp_path}/r: cannot be read or written: AWS" in capsys.readouterr().err
+    assert not shutdown.isEnabledFor(logging.WARNING), "a traceback after each worker's death"
 
 
 def test_a_worker_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits):

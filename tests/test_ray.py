@@ -106,7 +106,7 @@ def build(config, seed):
 """
 
 
-def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, monkeypatch, capfd):
+def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, monkeypatch):
     (in_folder / "pid_data.py").write_text(PID_DATA)
     monkeypatch.syspath_prepend(in_folder)
     options = {"train__val_every": 20, "train__steps": 240, "train__log_every": 20}
@@ -122,8 +122,6 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
     assert int((in_folder / "worker.pid").read_text()) != first, "the run was over before the kill"
     (result,) = results
     assert result["status"] == "finished" and result["step"] == 240
-    told = capfd.readouterr().err
-    assert "attempt 2 starts" in told and "Traceback" not in told
     assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
 
 
