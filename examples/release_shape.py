@@ -45,6 +45,7 @@ def main() -> None:
             "model.d_model": args.width,
             "model.n_heads": max(args.width // 128, 1),
             "model.vocab_size": VOCAB_SIZE,
+            "train.ema_decay": 0.0,
         },
     )
     torch.manual_seed(0)
