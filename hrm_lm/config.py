@@ -146,6 +146,17 @@ class OptimConfig(Section):
     """Where the learning rate's decay ends, as a share of `lr`."""
 
 
+class LoRAConfig(Section):
+    """Fine-tuning of a few parameters (LoRA, `hrm_lm.models.lora`). It needs `train.init_from`."""
+
+    rank: Count = 0
+    """Rank of the change of each matrix. With 0 the whole model is trained."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    """The change counts alpha / rank."""
+    targets: Literal["attention", "mlp", "all"] = "all"
+    """Which matrices of the blocks are changed."""
+
+
 class TrainConfig(Section):
     """How long and on which batches a run trains, and how often it validates."""
 
@@ -214,6 +225,18 @@ class TrainConfig(Section):
     """Seed of the weights, of the order of samples and of dropout."""
     init_from: str | None = None
     """Checkpoint, folder or URI, whose weights a new run starts from."""
+    lora: LoRAConfig = LoRAConfig()
+    """Fine-tuning of a few parameters."""
+
+    @model_validator(mode="after")
+    def _lora_changes_weights(self):
+        if self.lora.rank and self.init_from is None:
+            raise ValueError(
+                f"train.lora.rank ({self.lora.rank}) needs train.init_from, the checkpoint that it changes"
+            )
+        if self.lora.rank and self.mixed_precision == "fp8":
+            raise ValueError("train.lora does not go with train.mixed_precision fp8; use bf16 or none")
+        return self
 
     @model_validator(mode="after")
     def _scaler_skips(self):
@@ -440,6 +463,8 @@ class Config(Section):
     def _muon_precision(self):
         if self.optim.name == "muon" and self.train.mixed_precision == "fp16":
             raise ValueError("train.mixed_precision: fp16 does not go with optim.name muon; use bf16 or none")
+        if self.optim.name == "muon" and self.train.lora.rank:
+            raise ValueError("train.lora: optim.name muon takes whole matrices, and LoRA trains factors; use adamw")
         return self
 
     @model_validator(mode="after")

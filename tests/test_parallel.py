@@ -167,7 +167,7 @@ def runs(tmp_path_factory):
     train_locally(small_config(**RECIPE), root / "one_then_two", stop_at=6)
     both = {
         "hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED,
-        "muon": MUON,
+        "muon": MUON, "lora": RECIPE | {"train__init_from": str(root / "one_then_two/step_000006"), "train__lora__rank": 2},
     }  # fmt: skip
     two = [
         (name, trained, small_config(**fields, **TWO, ray__parallel=parallel), root / name)
@@ -231,7 +231,7 @@ def column(reports, name):
     return [metrics[name] for metrics in reports]
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "recipe", "muon"])
+@pytest.mark.parametrize("kind", ["hybrid", "recipe", "muon", "lora"])
 def test_fsdp_has_the_curve_of_ddp(runs, kind):
     ddp, fsdp = (runs[0][f"{kind}_{parallel}"] for parallel in ("ddp", "fsdp"))
     assert len(ddp) == 6
@@ -303,7 +303,7 @@ def test_one_workers_checkpoint_resumes_on_two(runs):
         assert column(rest, name) == pytest.approx(column(runs[0]["recipe_ddp"], name)[3:], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "recipe"])
+@pytest.mark.parametrize("kind", ["hybrid", "recipe", "lora"])
 def test_a_sharded_checkpoint_generates_and_evaluates_on_one_machine(runs, kind):
     model, tokenizer, checkpoint = load_model(max((runs[1] / f"{kind}_fsdp").glob("step_*")))
     splits = load_dataset(checkpoint.config.data, checkpoint.config.model, 0)

@@ -43,6 +43,7 @@ from hrm_lm.errors import DamagedCheckpoint, UserError
 from hrm_lm.filesystem import one_line, read_bytes, retrying, shown, storage_error, without_keys
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
+from hrm_lm.models.lora import add_lora, is_factor, merge_lora
 from hrm_lm.training.checkpoint_files import (
     check_bytes,
     check_file,
@@ -63,7 +64,14 @@ FORMAT_VERSION = 1
 FIXED = (
     *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window", "train.packing"),
     *("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers"),
-    *("model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.bridge.type", "model.bridge.prefix_len"),
+    *(
+        "train.lora.",
+        "model.expansion",
+        "model.hrm.h_layers",
+        "model.hrm.l_layers",
+        "model.bridge.type",
+        "model.bridge.prefix_len",
+    ),
 )
 
 
@@ -385,12 +393,31 @@ def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 def load_weights(checkpoint: Checkpoint, model: LanguageModel) -> None:
     """Fills `model` for use, with averaged weights where there are any.
 
-    Raises UserError where the two do not fit, and where a file is not what was written.
+    What LoRA changed is merged into its matrices. Factors that `model` itself has stay as they are. Raises UserError where
+    the two do not fit, and where a file is not what was written.
     """
     check_contents(checkpoint)
-    _fill(model.state_dict(), checkpoint.path / "model")
+    own = {name: tensor for name, tensor in model.state_dict().items() if not is_factor(name)}
+    if checkpoint.config.train.lora.rank:
+        _copy(own, _merged_model(checkpoint).state_dict(), checkpoint.path / "model")
+        return
+    _fill(own, checkpoint.path / "model")
     if checkpoint.config.train.ema_decay:
-        _fill(dict(model.named_parameters()), checkpoint.path / "average")
+        parameters = {name: p for name, p in model.named_parameters() if not is_factor(name)}
+        _fill(parameters, checkpoint.path / "average")
+
+
+def _merged_model(checkpoint: Checkpoint) -> LanguageModel:
+    """The model of a checkpoint that LoRA has trained."""
+    config = checkpoint.config
+    model = build_model(config.model, model_vocab_size(config.model, checkpoint.tokenizer))
+    add_lora(model, config.train.lora)
+    _fill(model.state_dict(), checkpoint.path / "model")
+    if config.train.ema_decay:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _fill(trained, checkpoint.path / "average")
+    merge_lora(model)
+    return model
 
 
 def load_state(checkpoint: Checkpoint, state: "TrainState") -> None:
@@ -447,15 +474,7 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
     """
     if not path.is_dir():
         file = path.with_suffix(".safetensors")
-        saved = _read_tensors(file)
-        _check_fit(own, {name: tensor.shape for name, tensor in saved.items()}, file)
-        for name, tensor in own.items():
-            value = saved[name].to(tensor.device)
-            if _is_sharded(tensor):
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.copy_(value)
+        _copy(own, _read_tensors(file), file)
         return
     import torch.distributed.checkpoint as dcp
 
@@ -468,6 +487,19 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
             dcp.load(own, storage_reader=reader, no_dist=True)  # each worker reads what it needs
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: torn or foreign: {error}") from None
+
+
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], saved: dict[str, Tensor], source: Path) -> None:
+    """Copies whole tensors into `own`, sharded or not. Raises UserError where names or shapes differ."""
+    _check_fit(own, {name: tensor.shape for name, tensor in saved.items()}, source)
+    for name, tensor in own.items():
+        value = saved[name].to(tensor.device)
+        if _is_sharded(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(value)
 
 
 def _check_fit(own: dict[str, Tensor], saved: dict[str, torch.Size], source: Path) -> None:

@@ -50,7 +50,8 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     if state.device.type == "cuda" and state.step < config.train.steps and (told := does_not_fit(state, splits)):
         return {"status": "failed", "step": state.step, "error": told}
 
-    peak = matrix_peak(state.device, config.train.mixed_precision)
+    # With LoRA a step has fewer FLOPs than are counted: matrices that stay as they are take no gradient.
+    peak = None if config.train.lora.rank else matrix_peak(state.device, config.train.mixed_precision)
     stats = Stats(state, progress.watched)
     log = MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
     guard = Guard(state, stats, progress, log.tell)

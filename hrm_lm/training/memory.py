@@ -82,10 +82,10 @@ def kept_bytes(model: nn.Module, config: Config) -> dict[str, int]:
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.numel() * p.element_size() for p in parameters)
 
-    weights = size(model.parameters())
+    trained = size(p for p in model.parameters() if p.requires_grad)
     spared = size(hidden_matrices(model)) if config.optim.name == "muon" else 0
-    kept = {"weights": weights, "gradients": weights, "optimizer": 2 * weights - spared}
-    return kept | ({"average": weights} if config.train.ema_decay else {})
+    kept = {"weights": size(model.parameters()), "gradients": trained, "optimizer": 2 * trained - spared}
+    return kept | ({"average": trained} if config.train.ema_decay else {})
 
 
 def does_not_fit(state: TrainState, splits: Splits) -> str | None:
@@ -130,13 +130,14 @@ def _tried(
     """Takes such a batch forward and backward, as the step of most cycles would. Returns the error where memory
     runs out.
     """
-    config, parameters = state.config, list(state.model.parameters())
+    config = state.config
     # Sharded weights are gathered and gradients reduced, as ever. Replicas do not communicate: a worker that runs out
     # of memory leaves no other worker waiting.
     model = state.parallel if is_sharded(state.model) else state.model
     hooks = []
     if isinstance(state.parallel, DistributedDataParallel):  # it has room for the gradients already
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in parameters]
+        trained = [p for p in state.model.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
     cycles, backprop_steps = most_cycles(config)
     with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):
         try:

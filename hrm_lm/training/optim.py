@@ -23,8 +23,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
     """The optimizer that `config.name` says, without weight decay on embeddings, norms, gates and other vectors."""
     on_gpu = device.type == "cuda"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, ScaledEmbedding)}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
+    others = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.name == "adam_atan2":
         return AdamAtan2(groups, lr=config.lr, betas=config.betas, capturable=on_gpu)
@@ -263,14 +264,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters: average = lerp(weights, average, decay) after every step.
+    """Exponential moving average of the parameters that are trained: average = lerp(weights, average, decay) after every step.
 
     It starts from the initial weights, as HRM-Text's does, so 1 / (1 - decay) steps should be few beside the run's.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

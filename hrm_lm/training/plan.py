@@ -18,6 +18,7 @@ from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.encoder_decoder import HRMEncoderDecoder
 from hrm_lm.models.hrm import carries_gradient
 from hrm_lm.models.layers import LOGITS_AT_ONCE, Block
+from hrm_lm.models.lora import add_lora
 from hrm_lm.training.flops import matrix_peak, training_flops
 from hrm_lm.training.memory import batch_of, kept_bytes, largest_lengths, most_cycles
 from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_step
@@ -42,6 +43,7 @@ def plan(config: Config, device: torch.device) -> str:
         vocab_size = model_vocab_size(config.model, SimpleTokenizer(""))  # refuses what has no room for special tokens
     with torch.device("meta"):
         model = build_model(config.model, vocab_size)
+        add_lora(model, train.lora)
     count, prompt, labels = lengths_of(config)
     tokens = count * (prompt + labels - (config.model.architecture == "prefix_lm"))  # of a micro-batch
     flops = mean_flops(model, config, tokens, count * labels, count)
@@ -61,7 +63,7 @@ def plan(config: Config, device: torch.device) -> str:
         + ("" if config.model.vocab_size else " (model.vocab_size is not set, and no data are read)"),
         "a step": f"{count * parts * workers:,} samples of {prompt:,} + {labels:,} tokens in {parts * workers} "
         f"micro-batch{'es' * (parts * workers > 1)}{of_workers}",
-        "FLOPs": f"{flops / tokens:.3g} a token, {flops * parts * workers:.3g} a step",
+        "FLOPs": f"{'at most ' * bool(train.lora.rank)}{flops / tokens:.3g} a token, {flops * parts * workers:.3g} a step",
         **{name: size(n / shares) + (f" a worker, {size(n)} in all" if sharded else "") for name, n in kept.items()},
         "activations": f"about {size(activations)} a worker, of the largest micro-batch"
         + (" and of gathered weights" if sharded else ""),
@@ -153,7 +155,7 @@ def measured(config: Config, vocab_size: int, device: torch.device, flops: float
         return {
             "time": f"not measured: the largest batch does not fit one GPU: {str(error).partition(' If reserved')[0]}"
         }
-    rate, peak = tokens / seconds, matrix_peak(device, train.mixed_precision)
+    rate, peak = tokens / seconds, None if train.lora.rank else matrix_peak(device, train.mixed_precision)
     hours = train.steps * seconds / 3600
     where, mfu = "CPU", ""
     if device.type == "cuda":

@@ -22,6 +22,7 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
 from hrm_lm.models.float8 import recast, use_float8
 from hrm_lm.models.layers import Block
+from hrm_lm.models.lora import add_lora
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
 from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
@@ -139,6 +140,7 @@ def build_state(
     device = device or torch.device("cpu")
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, vocab_size).to(device)
+    add_lora(model, config.train.lora)
     if config.train.mixed_precision == "fp8":
         use_float8(model, device)
     if config.train.compile:
