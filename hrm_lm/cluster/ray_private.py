@@ -36,6 +36,13 @@ def agent_on_any_port() -> Iterator[None]:
         RayParams.__init__ = usual
 
 
+def started_by_this_process() -> bool:
+    """Whether `ray.init` has started a Ray here, and has not joined a cluster."""
+    from ray._private import worker
+
+    return worker._global_node is not None and worker._global_node.is_head()
+
+
 def quiet_logging():
     """Ray Train's LoggingConfig that shows warnings only: this class has no public place to import it from."""
     from ray.train.v2.api.config import LoggingConfig

@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": ("hrm_lm.commands.tune", "search a config's fields with Ray Tune"),
     "prepare": ("hrm_lm.commands.prepare", "tokenize a corpus into a dataset for the trainer"),
     "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
+    "serve": ("hrm_lm.commands.serve", "answer requests over HTTP, with a page to try it on"),
     "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on held-out samples"),
     "export": ("hrm_lm.commands.export", "turn a checkpoint into a Transformers folder"),
     "import": ("hrm_lm.commands.import_", "turn a Transformers folder into a checkpoint"),

