@@ -8,19 +8,20 @@ import hmac
 import json
 import re
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 from ipaddress import ip_address
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hrm_lm.serving.metrics import Metrics
 from hrm_lm.serving.protocol import Chat, Completion, Model, Refused, parse
 from hrm_lm.serving.responses import Writer
 from hrm_lm.serving.worker import Work, Worker
@@ -33,19 +34,6 @@ OPEN = ("/", "/health")
 """Paths that need no key."""
 
 
-class Metrics(Protocol):
-    """What is counted."""
-
-    def request(self, path: str, code: int) -> None:
-        """A request has ended. path: a path of ours, or `other`."""
-
-    def answers(self, work: Work) -> None:
-        """Answers have come, or as much of them as will."""
-
-    async def text(self) -> str:
-        """All replicas' metrics in Prometheus' format."""
-
-
 @dataclass(frozen=True)
 class Service:
     """What the routes work with."""
@@ -53,6 +41,8 @@ class Service:
     model: Model
     worker: Worker
     metrics: Metrics
+    everyones: Callable[[], Awaitable[str]]
+    """The metrics of all replicas, as text."""
     timeout: float
     """Seconds that an answer may take, waiting included."""
     key: bytes | None = None
@@ -96,23 +86,23 @@ class Stream(Response):
         self.service, self.work, self.writer = service, work, writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = False
+        began = done = False
         try:
-            while not began or self.work.unfinished:
+            while not done:
                 try:
                     await self.service.change(self.work)
-                    events = [*map(dumps, self.writer.news())] + [b"[DONE]"] * (not self.work.unfinished)
+                    done = not self.work.unfinished
+                    events = [*map(dumps, self.writer.news())] + [b"[DONE]"] * done
                 except Refused as refused:
                     if not began:
                         raise
-                    events = [dumps(refused.body())]
-                    self.service.worker.cancel(self.work)
+                    done, events = True, [dumps(refused.body())]
                 if not began:
                     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     began = True
                 lines = b"".join(b"data: %b\n\n" % event for event in events)
-                await send({"type": "http.response.body", "body": lines, "more_body": bool(self.work.unfinished)})
+                await send({"type": "http.response.body", "body": lines, "more_body": not done})
         finally:
             self.service.end(self.work)
 
@@ -226,7 +216,7 @@ def build_app(service: Service) -> ASGIApp:
         return json_response({"status": "ok"})
 
     async def metrics(request: Request) -> Response:
-        return PlainTextResponse(await service.metrics.text())
+        return PlainTextResponse(await service.everyones())
 
     async def models(request: Request) -> Response:
         return json_response({"object": "list", "data": [service.model.describe()]})
@@ -242,16 +232,12 @@ def build_app(service: Service) -> ASGIApp:
     async def chat(request: Request) -> Response:
         return await service.answer(request, Chat)
 
-    async def refused(request: Request, error: Exception) -> Response:
-        return error_response(error)
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        return error_response(error if isinstance(error, Refused) else Refused(500, "an error of the server"))
 
-    async def http_error(request: Request, error: Exception) -> Response:
-        return error_response(Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-
-    async def bug(request: Request, error: Exception) -> Response:
-        return error_response(Refused(500, "an error of the server"))
-
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", page),
             Route("/health", health),
@@ -261,6 +247,6 @@ def build_app(service: Service) -> ASGIApp:
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, service=service)],
-        exception_handlers={Refused: refused, HTTPException: http_error, Exception: bug},
+        exception_handlers=dict.fromkeys([Refused, HTTPException, Exception], failed),
     )
+    return Guard(app, service)

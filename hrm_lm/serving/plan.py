@@ -60,7 +60,7 @@ class Plan:
             target_ongoing_requests=self.settings.slots,
             upscale_delay_s=10,
         )
-        return Replica.options(
+        return Replica.options(  # type: ignore[attr-defined]  # Serve made it a Deployment
             **{"num_replicas": self.least} if self.least == self.most else {"autoscaling_config": scaling},
             ray_actor_options=self.resources(),
             max_ongoing_requests=2 * taken,

@@ -4,14 +4,16 @@ them and Serve's proxies.
 
 import asyncio
 import sys
+from contextlib import suppress
 
 import torch
 from ray import serve
 
+from hrm_lm.cluster.ray_private import publish, published
 from hrm_lm.filesystem import local_copy
 from hrm_lm.inference.engine import Engine
 from hrm_lm.serving.app import Service, build_app
-from hrm_lm.serving.metrics import RayMetrics
+from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.plan import Settings
 from hrm_lm.serving.protocol import Model
 from hrm_lm.serving.worker import Worker
@@ -19,12 +21,14 @@ from hrm_lm.training.checkpoint import load_model
 
 SWITCH_S = 5e-4
 """How long the engine's thread may keep Python to itself while a request waits."""
+BOARD, PUBLISH_S = "hrm_lm_metrics", 1.0
+"""Where replicas put their metrics for one another, and how often."""
 
 
 @serve.deployment
 @serve.ingress()
 class Replica:
-    async def __init__(self, settings: Settings):
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with local_copy(settings.checkpoint, settings.fs) as folder:
             model, tokenizer, _ = load_model(folder, device)
@@ -33,10 +37,25 @@ class Replica:
         self.worker = Worker(engine, asyncio.get_running_loop(), settings.max_queue)
         served = Model(settings.name, model, tokenizer, settings.cycles)
         await self.worker.warm_up(served)
-        self.service = Service(served, self.worker, RayMetrics(self.worker), settings.timeout, settings.key)
+        self.id = serve.get_replica_context().replica_id.unique_id
+        self.metrics = Metrics(self.worker, self.id)
+        self.service = Service(
+            served, self.worker, self.metrics, self.everyones_metrics, settings.timeout, settings.key
+        )
+        self.publishing = asyncio.create_task(self.publish())
 
     def __serve_build_asgi_app__(self):
         return build_app(self.service)
 
     def check_health(self) -> None:
         self.worker.check()
+
+    async def publish(self) -> None:
+        while True:
+            with suppress(Exception):  # the next time may do better
+                await asyncio.to_thread(publish, BOARD, self.id, self.metrics.text())
+            await asyncio.sleep(PUBLISH_S)
+
+    async def everyones_metrics(self) -> str:
+        await asyncio.to_thread(publish, BOARD, self.id, self.metrics.text())
+        return merged(await asyncio.to_thread(published, BOARD, 10 * PUBLISH_S))

@@ -95,7 +95,7 @@ class Writer:
                 likeliest = [self._token(*pair) for pair in token.likeliest]
                 content.append(self._token(token.id, token.logprob) | {"top_logprobs": likeliest})
             return {"content": content, "refusal": None}
-        tops = [dict(token.likeliest) | {token.id: token.logprob} for token, _ in tokens]
+        tops: list[dict[int, Any]] = [{**dict(token.likeliest), token.id: token.logprob} for token, _ in tokens]
         return {
             "tokens": [self._text(token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],

@@ -1,6 +1,7 @@
 """From a command to a server that answers, until it is told to end."""
 
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if own:
             check_port(host, port)
         elif found := [*(status := serve.status()).applications, *status.proxies]:

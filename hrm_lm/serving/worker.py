@@ -67,11 +67,6 @@ class Worker:
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def running(self) -> int:
-        """Answers that run, as far as the event loop's thread may know."""
-        return min(self.unfinished, self.engine.running)
-
     def submit(self, requests: Sequence[Request], streams: bool) -> Work:
         """Raises Refused where too much waits already."""
         if self.unfinished + len(requests) > self.most:
