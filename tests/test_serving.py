@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import shutil
+import subprocess
 import threading
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from urllib.request import urlopen
 
 import openai
 import pytest
 import torch
 import uvicorn
 from conftest import small_config, wait_until
+from websockets.sync.client import connect
 
 from hrm_lm.config import Cycles
 from hrm_lm.data.chat import render
@@ -478,3 +482,117 @@ def test_the_metrics_of_several_replicas_stand_together_by_name():
         *("# HELP a_total x", "# TYPE a_total counter", 'a_total{replica="1"} 1.0', 'a_total{replica="2"} 1.0'),
         *("# HELP b y", "b 2", "b 2"),
     ]
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page:
+    """A page in a headless Chromium, which is told what to do over Chromium's own protocol."""
+
+    def __init__(self, socket):
+        self.socket = socket
+
+    def tell(self, method: str, **parameters):
+        self.socket.send(json.dumps({"id": 1, "method": method, "params": parameters}))
+        while "id" not in (answer := json.loads(self.socket.recv())):
+            pass  # an event
+        return answer["result"]
+
+    def open(self, url: str):
+        self.tell("Page.navigate", url="about:blank")  # else a change of what follows `#` alone loads nothing
+        self.tell("Page.navigate", url=url)
+
+    def run(self, script: str):
+        result = self.tell("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def text(self, selector: str) -> str:
+        return self.run(f"document.querySelector('{selector}')?.textContent ?? ''")
+
+    def ask(self, prompt: str):
+        self.run("document.querySelector('textarea').select()")
+        self.tell("Input.insertText", text=prompt)
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "modifiers": 2}  # with Ctrl
+        self.tell("Input.dispatchKeyEvent", type="keyDown", **key)
+        self.tell("Input.dispatchKeyEvent", type="keyUp", **key)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    folder = tmp_path_factory.mktemp("chromium")
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={folder}",
+    ]
+    process = subprocess.Popen([CHROMIUM, *options], stderr=subprocess.DEVNULL)
+    try:
+        file = folder / "DevToolsActivePort"
+        port = wait_until(lambda: file.exists() and file.read_text().partition("\n")[0])
+
+        def pages():
+            with urlopen(f"http://127.0.0.1:{port}/json") as response:
+                return [target for target in json.load(response) if target["type"] == "page"]
+
+        with connect(wait_until(pages)[0]["webSocketDebuggerUrl"]) as socket:
+            yield Page(socket)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_the_page_shows_an_answer_as_it_comes(server, page):
+    page.open(f"http://127.0.0.1:{server.port}/")
+    wait_until(lambda: page.text("h1") == "small")
+    server.engine.holds = True
+    page.ask(PROMPT)
+    begin = wait_until(lambda: page.text(".answer"))
+    assert page.text("button") == "Stop" and len(begin) == 1
+    server.engine.gate.set()
+    wait_until(lambda: page.text("button") == "Ask")
+    whole = server.complete().choices[0].text
+    assert page.text(".answer") == whole and whole.startswith(begin)
+    assert page.text(".question") == PROMPT and page.text("small").startswith("2 cycles · 20 tokens · ")
+    assert "tokens/s" in page.text("small")
+
+    page.run("document.querySelector('[value=high]').click()")
+    page.ask(PROMPT)
+    wait_until(lambda: page.text("small").startswith("4 cycles"))
+    assert page.text(".answer") == server.chat(PROMPT, reasoning_effort="high").choices[0].message.content
+
+
+@pytest.mark.slow
+def test_the_page_stops_and_shows_errors(server, page):
+    page.open(f"http://127.0.0.1:{server.port}/")
+    wait_until(lambda: page.text("h1") == "small")
+    page.ask("Ä")
+    assert "not in the tokenizer" in wait_until(lambda: page.text(".error"))
+    server.engine.holds = True
+    page.ask(PROMPT)
+    wait_until(lambda: page.text(".answer"))
+    page.run("document.querySelector('button').click()")
+    wait_until(lambda: page.text(".error") == "stopped")
+    assert page.text("button") == "Ask"
+    server.engine.gate.set()
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_the_key_and_takes_it_from_its_address(page):
+    with running(key="secret word") as server:
+        page.open(f"http://127.0.0.1:{server.port}/")
+        wait_until(lambda: page.run("!document.querySelector('#key').hidden"))
+        assert "API key" in page.text("#limits")
+        page.open(f"http://127.0.0.1:{server.port}/#key=secret%20word")
+        wait_until(lambda: page.text("h1") == "small")
+        assert page.run("location.hash") == "" and page.run("document.querySelector('#key').hidden")
+        page.ask(PROMPT)
+        wait_until(lambda: "tokens/s" in page.text("small"))

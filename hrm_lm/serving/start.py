@@ -82,6 +82,11 @@ def direct_ingress() -> Iterator[Callable[[], None]]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # What a replica that died has not begun to answer is asked again, of another one or once it is back: the same
+        # question may be answered twice.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "8",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
