@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import signal
@@ -32,7 +33,10 @@ def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
 
     Raises UserError where the port is taken or the cluster serves something already, RunFailed where no replica starts.
     """
-    with direct_ingress() as undo, started_ray():
+    if "RAY_ADDRESS" not in os.environ:  # on another machine the port may be free
+        check_port(host, port)
+    timeout = plan.settings.timeout + 10  # for requests that no replica has taken
+    with direct_ingress(timeout) as undo, started_ray():
         own = started_by_this_process()
         if not own:
             undo()  # the cluster's processes were started without it
@@ -40,9 +44,7 @@ def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
         from ray.serve.schema import LoggingConfig
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if own:
-            check_port(host, port)
-        elif found := [*(status := serve.status()).applications, *status.proxies]:
+        if not own and (found := [*(status := serve.status()).applications, *status.proxies]):
             raise UserError(
                 f"this cluster serves already ({found[0]}), and has one port for all: end that with `serve shutdown`, "
                 "or take another cluster"
@@ -51,7 +53,8 @@ def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
         # Loopback reaches its own node alone, so that proxies on other nodes would serve nobody.
         location = "HeadOnly" if is_loopback(host) else "EveryNode"
         try:
-            serve.start(location, http_options={"host": host, "port": port}, logging_config=quiet)
+            options = {"host": host, "port": port, "request_timeout_s": timeout}
+            serve.start(location, http_options=options, logging_config=quiet)
             serve.run(plan.application(), name=APPLICATION, route_prefix="/", logging_config=quiet)
             if own:
                 wait_until_answered(host, port)
@@ -65,11 +68,11 @@ def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
 
 
 @contextmanager
-def direct_ingress() -> Iterator[Callable[[], None]]:
+def direct_ingress(timeout: float) -> Iterator[Callable[[], None]]:
     """A Ray that is started meanwhile has HAProxy before its replicas, where there is HAProxy: Serve's own proxy, which is
     written in Python, takes three times the CPU time of a small model's answer. Yields what undoes it.
 
-    What the environment says goes before.
+    timeout: seconds that a request may take. What the environment says goes before.
     """
     folder = tempfile.mkdtemp(prefix="hrm_lm_")  # for this user alone: HAProxy's socket takes anybody's orders
     files = {
@@ -87,6 +90,8 @@ def direct_ingress() -> Iterator[Callable[[], None]]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "8",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),
+        # When replicas come and go, another HAProxy takes over. The one before ends its requests, for so long.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(timeout)),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),

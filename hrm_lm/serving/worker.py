@@ -90,7 +90,7 @@ class Worker:
         for h in sorted({model.cycles.h, *model.efforts.values()}):
             cycles = Cycles(h, model.cycles.l)
             request = Request(
-                prompt=[model.tokenizer.eos_id], cycles=cycles, max_new_tokens=model.limits.max_response_len
+                prompt=[model.tokenizer.eos_id], cycles=cycles, max_new_tokens=min(2, model.limits.max_response_len)
             )
             work = self.submit([request], streams=False)
             await work.changed.wait()
