@@ -67,6 +67,9 @@ def plan_parser() -> argparse.ArgumentParser:
         help="copies of the model; with a range, as load asks (default: 1)",
     )
     parser.add_argument(
+        "--cpus_per_replica", type=int, default=1, metavar="N", help="its threads, too (default: %(default)s)"
+    )
+    parser.add_argument(
         "--gpus_per_replica",
         type=float,
         metavar="N",
@@ -98,7 +101,13 @@ def plan_parser() -> argparse.ArgumentParser:
 
 def plan_of(args: argparse.Namespace, key: str | None) -> Plan:
     check_cycles(args)
-    for name, least in (("slots", 1), ("max_queue", 0), ("timeout", 0.001), ("gpus_per_replica", 0)):
+    for name, least in (
+        ("slots", 1),
+        ("max_queue", 0),
+        ("cpus_per_replica", 1),
+        ("timeout", 0.001),
+        ("gpus_per_replica", 0),
+    ):
         value = getattr(args, name)
         if value is not None and not least <= value < float("inf"):
             raise UserError(f"--{name} must be at least {least}, not {value}")
@@ -119,7 +128,7 @@ def plan_of(args: argparse.Namespace, key: str | None) -> Plan:
         mixed_precision=args.mixed_precision,
         key=digest(key) if key else None,
     )
-    return Plan(settings, least, most, args.gpus_per_replica)
+    return Plan(settings, least, most, args.cpus_per_replica, args.gpus_per_replica)
 
 
 def name_of(path: str) -> str:

@@ -42,6 +42,8 @@ class Plan:
     settings: Settings
     least: int
     most: int
+    cpus: int
+    """Of each replica; PyTorch takes as many threads. A small model only waits for a second one."""
     gpus: float | None
     """Of each replica. None: one where the cluster has GPUs."""
 
@@ -70,8 +72,7 @@ class Plan:
         ).bind(self.settings)
 
     def resources(self) -> dict[str, float]:
-        """Of each replica: a GPU, or an equal share of the CPUs where there is none."""
+        """Of each replica."""
         nodes, grown = cluster_nodes()
         gpus = float(any(node.get("GPU", 0) for node in nodes + grown)) if self.gpus is None else self.gpus
-        counts = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
-        return {"num_cpus": 1 if gpus else max(min(sum(counts) // self.most, *counts), 1), "num_gpus": gpus}
+        return {"num_cpus": self.cpus, "num_gpus": gpus}
