@@ -21,7 +21,7 @@ from hrm_lm.data.chat import render
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.inference.engine import Engine
 from hrm_lm.models.build import build_model
-from hrm_lm.serving.app import MOST_BYTES, Service, build_app, digest
+from hrm_lm.serving.app import MOST_BYTES, App, digest
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.protocol import Model
 from hrm_lm.serving.worker import Worker
@@ -77,9 +77,8 @@ class Server:
                 return merged([metrics.text()])
 
             served = Model("small", self.model, TOKENIZER, self.model.config.hrm.cycles)
-            self.service = Service(served, worker, metrics, everyones, timeout, digest(key) if key else None)
-            app = build_app(self.service)
-            self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+            self.app = App(served, worker, metrics, everyones, timeout, digest(key) if key else None)
+            self.uvicorn = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="critical"))
             task = asyncio.create_task(self.uvicorn.serve())
             while not self.uvicorn.started:
                 await asyncio.sleep(0.001)
@@ -356,7 +355,7 @@ def test_more_than_may_wait_is_refused_and_the_rest_is_answered():
     with running(slots=1, max_queue=1) as server:
         server.engine.gate.clear()
         taken = [in_thread(server.complete) for _ in range(2)]
-        wait_until(lambda: server.service.worker.unfinished == 2)
+        wait_until(lambda: server.app.worker.unfinished == 2)
         with pytest.raises(openai.RateLimitError, match="2 answers run or wait") as refusal:
             server.complete()
         assert refusal.value.response.headers["Retry-After"] == "1"
@@ -373,7 +372,7 @@ def test_an_answer_that_takes_too_long_is_given_up_and_makes_room(stream):
         with pytest.raises(openai.APIStatusError, match="more than 0.2 s") as refusal:
             server.complete(stream=stream)
         assert refusal.value.status_code == 504
-        assert server.service.worker.unfinished == 0
+        assert server.app.worker.unfinished == 0
         server.engine.gate.set()
         wait_until(lambda: not server.engine.running and not server.engine.waiting)
 
@@ -383,14 +382,14 @@ def test_a_stream_that_takes_too_long_ends_with_an_error():
         server.engine.holds = True
         chunks = iter(server.complete(stream=True))
         assert next(chunks).choices[0].text
-        ((work, _),) = server.service.worker._owners.values()
+        ((work, _),) = server.app.worker._owners.values()
         work.began -= 60
         server.engine.holds = True
         server.engine.gate.set()
         assert next(chunks).choices[0].text
         with pytest.raises(openai.APIError, match="more than 60 s"):
             next(chunks)
-        assert server.service.worker.unfinished == 0
+        wait_until(lambda: server.app.worker.unfinished == 0)
 
 
 def test_a_step_that_fails_fails_its_requests_and_no_others():
@@ -589,7 +588,7 @@ def test_the_page_stops_and_shows_errors(server, page):
 def test_the_page_asks_for_the_key_and_takes_it_from_its_address(page):
     with running(key="secret word") as server:
         page.open(f"http://127.0.0.1:{server.port}/")
-        wait_until(lambda: page.run("!document.querySelector('#key').hidden"))
+        wait_until(lambda: page.run("document.querySelector('#key')?.hidden === false"))
         assert "API key" in page.text("#limits")
         page.open(f"http://127.0.0.1:{server.port}/#key=secret%20word")
         wait_until(lambda: page.text("h1") == "small")

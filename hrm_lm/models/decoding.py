@@ -70,7 +70,9 @@ def generate_ids(
                 ids, lens = padded([prompts[i] for i in chosen], tokenizer.pad_id, device)
                 new = slice(len(running), len(running) + len(chosen))
                 running += chosen
-                growing.begin(new, [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else [])
+                growing.begin(
+                    new, [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else []
+                )
                 logits = model.prefill(ids, lens, tokenizer.bos_id, decoding)
             else:
                 new = slice(0, len(running))

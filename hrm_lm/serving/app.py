@@ -1,5 +1,7 @@
 """The routes: OpenAI's endpoints, a page to try them on, health and metrics. Whatever goes wrong is told in the form of
 OpenAI's errors.
+
+This is ASGI without a framework: for a small model, the layers of one would take more time than the answer.
 """
 
 import asyncio
@@ -8,18 +10,15 @@ import hmac
 import json
 import re
 import time
+import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from importlib import resources
 from ipaddress import ip_address
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hrm_lm.serving.metrics import Metrics
 from hrm_lm.serving.protocol import Chat, Completion, Model, Refused, parse
@@ -32,21 +31,122 @@ READ_APART = 1 << 16
 """Bodies of more bytes are parsed in a thread, so that others do not wait for that."""
 OPEN = ("/", "/health")
 """Paths that need no key."""
+PAGE = (resources.files("hrm_lm.serving") / "page.html").read_text(encoding="utf-8")
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
-@dataclass(frozen=True)
-class Service:
-    """What the routes work with."""
+class App:
+    """The ASGI application of a replica.
 
-    model: Model
-    worker: Worker
-    metrics: Metrics
-    everyones: Callable[[], Awaitable[str]]
-    """The metrics of all replicas, as text."""
-    timeout: float
-    """Seconds that an answer may take, waiting included."""
-    key: bytes | None = None
-    """`digest` of the key that clients must show. None: whoever comes in over loopback may ask."""
+    everyones: gives the metrics of all replicas as text. timeout: seconds that an answer may take, waiting included.
+    key: `digest` of the key that clients must show; None where whoever comes over loopback may ask.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        worker: Worker,
+        metrics: Metrics,
+        everyones: Callable[[], Awaitable[str]],
+        timeout: float,
+        key: bytes | None = None,
+    ):
+        self.model, self.worker, self.metrics, self.everyones = model, worker, metrics, everyones
+        self.timeout, self.key = timeout, key
+        self.routes = {
+            "/": ("GET", self.page),
+            "/health": ("GET", self.health),
+            "/metrics": ("GET", self.metrics_text),
+            "/v1/models": ("GET", self.models),
+            f"/v1/models/{model.name}": ("GET", self.one_model),
+            "/v1/completions": ("POST", self.completions),
+            "/v1/chat/completions": ("POST", self.chat),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await lifespan(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        status = 499  # the client went away before it got another
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            response = await self.respond(Request(scope, receive), path)
+            await response(scope, receive, noting)
+        except Refused as refused:
+            await error_response(refused)(scope, receive, noting)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            traceback.print_exc()
+            if status == 499:
+                await error_response(Refused(500, "an error of the server"))(scope, receive, noting)
+        finally:
+            self.metrics.request(path if path in self.routes else "other", status)
+
+    async def respond(self, request: Request, path: str) -> Response:
+        if not (self.key and path in OPEN):
+            self.check_client(request)
+        if path not in self.routes:
+            if path.startswith("/v1/models/"):
+                raise Refused(404, f"this server has the model {self.model.name!r} alone", "model", "model_not_found")
+            raise Refused(404, f"there is no {path}")
+        method, route = self.routes[path]
+        if request.method != method and (request.method, method) != ("HEAD", "GET"):
+            raise Refused(405, f"{path} takes {method}, not {request.method}")
+        return await route(request)
+
+    def check_client(self, request: Request) -> None:
+        """Raises Refused for whom this server is not."""
+        headers = request.headers
+        if self.key:
+            kind, _, shown = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(digest(shown.strip()), self.key):
+                raise Refused(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+            return
+        # A browser must not let other sites' pages in: neither by a name of theirs that leads here (DNS rebinding), nor by
+        # a request that they may send without reading its answer.
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not is_loopback(host) or (origin and origin.partition("://")[2] != host):
+            message = "without HRM_LM_API_KEY this server answers this machine alone, and no other site's page"
+            raise Refused(403, message)
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+    async def health(self, request: Request) -> Response:
+        try:
+            self.worker.check()
+        except RuntimeError as error:
+            raise Refused(503, str(error)) from None
+        return json_response({"status": "ok"})
+
+    async def metrics_text(self, request: Request) -> Response:
+        return PlainTextResponse(await self.everyones())
+
+    async def models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self.model.describe()]})
+
+    async def one_model(self, request: Request) -> Response:
+        return json_response(self.model.describe())
+
+    async def completions(self, request: Request) -> Response:
+        return await self.answer(request, Completion)
+
+    async def chat(self, request: Request) -> Response:
+        return await self.answer(request, Chat)
 
     async def answer(self, request: Request, kind: type[Completion] | type[Chat]) -> Response:
         body = await read_body(request)
@@ -82,15 +182,15 @@ class Service:
 class Stream(Response):
     """Chunks as server-sent events. Nothing is sent before the first token, so that until then an error has its status."""
 
-    def __init__(self, service: Service, work: Work, writer: Writer):
-        self.service, self.work, self.writer = service, work, writer
+    def __init__(self, app: App, work: Work, writer: Writer):
+        self.app, self.work, self.writer = app, work, writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = done = False
         try:
             while not done:
                 try:
-                    await self.service.change(self.work)
+                    await self.app.change(self.work)
                     done = not self.work.unfinished
                     events = [*map(dumps, self.writer.news())] + [b"[DONE]"] * done
                 except Refused as refused:
@@ -104,52 +204,7 @@ class Stream(Response):
                 lines = b"".join(b"data: %b\n\n" % event for event in events)
                 await send({"type": "http.response.body", "body": lines, "more_body": not done})
         finally:
-            self.service.end(self.work)
-
-
-class Guard:
-    """Lets in whom the service is for, and counts requests."""
-
-    def __init__(self, app: ASGIApp, service: Service):
-        self.app, self.service = app, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 499  # the client went away before it got another
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            if refused := self._refusal(Request(scope)):
-                await error_response(refused)(scope, receive, noting)
-            else:
-                await self.app(scope, receive, noting)
-        finally:
-            path = scope["path"]
-            self.service.metrics.request(path if path in PATHS else "other", status)
-
-    def _refusal(self, request: Request) -> Refused | None:
-        headers, key = request.headers, self.service.key
-        if request.url.path in OPEN and key:
-            return None
-        if key:
-            kind, _, shown = headers.get("authorization", "").partition(" ")
-            if kind.lower() == "bearer" and hmac.compare_digest(digest(shown.strip()), key):
-                return None
-            return Refused(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
-        # Without a key, a browser must not let other sites' pages in: neither by a name of theirs that leads here (DNS
-        # rebinding), nor by a request that they may send without reading its answer.
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not is_loopback(host) or (origin and origin.partition("://")[2] != host):
-            message = "without HRM_LM_API_KEY this server answers this machine alone, and no other site's page"
-            return Refused(403, message)
-        return None
+            self.app.end(self.work)
 
 
 def digest(key: str) -> bytes:
@@ -181,6 +236,15 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
+async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+    """The protocol's begin and end, at which there is nothing to do."""
+    while scope["type"] == "lifespan":
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
+
+
 def dumps(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -191,62 +255,3 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 def error_response(refused: Refused) -> Response:
     return json_response(refused.body(), refused.status, {"Retry-After": "1"} if refused.status in (429, 503) else None)
-
-
-PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
-PAGE = (resources.files("hrm_lm.serving") / "page.html").read_text(encoding="utf-8")
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-def build_app(service: Service) -> ASGIApp:
-    async def page(request: Request) -> Response:
-        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
-
-    async def health(request: Request) -> Response:
-        try:
-            service.worker.check()
-        except RuntimeError as error:
-            raise Refused(503, str(error)) from None
-        return json_response({"status": "ok"})
-
-    async def metrics(request: Request) -> Response:
-        return PlainTextResponse(await service.everyones())
-
-    async def models(request: Request) -> Response:
-        return json_response({"object": "list", "data": [service.model.describe()]})
-
-    async def model(request: Request) -> Response:
-        if request.path_params["name"] != service.model.name:
-            raise Refused(404, f"this server has {service.model.name!r}", "model", "model_not_found")
-        return json_response(service.model.describe())
-
-    async def completions(request: Request) -> Response:
-        return await service.answer(request, Completion)
-
-    async def chat(request: Request) -> Response:
-        return await service.answer(request, Chat)
-
-    async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            error = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        return error_response(error if isinstance(error, Refused) else Refused(500, "an error of the server"))
-
-    app = Starlette(
-        routes=[
-            Route("/", page),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", model),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-        ],
-        exception_handlers=dict.fromkeys([Refused, HTTPException, Exception], failed),
-    )
-    return Guard(app, service)

@@ -32,7 +32,7 @@ class Settings:
     timeout: float
     mixed_precision: Precision
     key: bytes | None
-    """See `hrm_lm.serving.app.Service`."""
+    """See `hrm_lm.serving.app.App`."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ray import serve
 from hrm_lm.cluster.ray_private import publish, published
 from hrm_lm.filesystem import local_copy
 from hrm_lm.inference.engine import Engine
-from hrm_lm.serving.app import Service, build_app
+from hrm_lm.serving.app import App
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.plan import Settings
 from hrm_lm.serving.protocol import Model
@@ -39,13 +39,13 @@ class Replica:
         await self.worker.warm_up(served)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(self.worker, self.id)
-        self.service = Service(
+        self.asgi = App(
             served, self.worker, self.metrics, self.everyones_metrics, settings.timeout, settings.key
         )
         self.publishing = asyncio.create_task(self.publish())
 
     def __serve_build_asgi_app__(self):
-        return build_app(self.service)
+        return self.asgi
 
     def check_health(self) -> None:
         self.worker.check()
