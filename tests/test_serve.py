@@ -16,9 +16,11 @@ import torch
 from conftest import kill_processes_with, processes_with, small_config, wait_until
 
 from hrm_lm.cluster.start import free_port
-from hrm_lm.commands.serve import main
+from hrm_lm.commands.serve import main, name_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.models.build import build_model
+from hrm_lm.serving import start
+from hrm_lm.serving.app import digest
 from hrm_lm.training.checkpoint import Progress, save_model
 
 TOKENIZER = SimpleTokenizer("abcdefghijklmnopqrstuvwxyz0123456789 .,!?:\n")
@@ -38,6 +40,76 @@ def checkpoint(tmp_path_factory) -> Path:
     folder.mkdir(parents=True)
     save_model(folder, model, config, TOKENIZER, Progress())
     return folder
+
+
+# --- the command, before Ray -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch, command, checkpoint):
+    """`planned(*flags)` is what would be served, and what the user would be told."""
+    served = []
+    monkeypatch.setattr(start, "serve_until_stopped", lambda plan, host, port, told: served.append((plan, told)))
+
+    def run(*flags):
+        assert command(main, "--checkpoint", checkpoint, *flags) == (0, "", "")
+        return served.pop()
+
+    return run
+
+
+def test_without_a_key_only_this_machine_is_served_and_others_get_a_key_that_is_made(planned, monkeypatch):
+    monkeypatch.delenv("HRM_LM_API_KEY", raising=False)
+    plan, told = planned()
+    assert plan.settings.key is None and told == "'endless' answers on http://127.0.0.1:8000, until Ctrl-C"
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
+        plan, told = planned("--host", host)
+        key = told.rpartition("#key=")[2]
+        assert plan.settings.key == digest(key) and len(key) >= 32 and told.count(key) == 2
+    monkeypatch.setenv("HRM_LM_API_KEY", "mine")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        plan, told = planned("--host", host)
+        assert plan.settings.key == digest("mine") and "mine" not in told
+
+
+def test_flags_say_what_is_served(planned):
+    plan, _ = planned("--replicas", "1:4", "--slots", 8, "--h_cycles", 3, "--gpus_per_replica", 0.5)
+    assert (plan.least, plan.most, plan.cpus, plan.gpus) == (1, 4, 1, 0.5)
+    assert (plan.settings.slots, plan.settings.cycles, plan.settings.name) == (8, (3, 2), "endless")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--replicas", "4:1"], "--replicas must be a number, or a range such as 1:4, not 4:1"),
+        (["--replicas", "0"], "--replicas must be"),
+        (["--slots", "0"], "--slots must be at least 1, not 0"),
+        (["--timeout", "nan"], "--timeout must be at least 0.001, not nan"),
+        (["--port", "70000"], "--port must be 1 to 65535"),
+        (["--h_cycles", "0"], "--h_cycles must be at least 1"),
+        (["--checkpoint", "nowhere"], "nowhere: no such checkpoint folder"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_ray_starts(command, checkpoint, flags, message):
+    code, out, err = command(main, "--checkpoint", checkpoint, *flags)
+    assert code == 2 and message in err and not out
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/runs/sums/checkpoint_00001500", "sums"),
+        ("bucket/runs/sums/checkpoint_00001500_again/", "sums"),
+        ("/sweeps/wide/best_checkpoint", "wide"),
+        ("/models/imported", "imported"),
+        ("checkpoint_1", "checkpoint_1"),
+    ],
+)
+def test_a_model_is_called_after_its_run(path, name):
+    assert name_of(path) == name
+
+
+# --- the server --------------------------------------------------------------------------------------------------
 
 
 class Server:

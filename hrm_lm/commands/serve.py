@@ -49,8 +49,12 @@ def application(args: Mapping[str, Any]) -> "Application":
     key = os.environ.get(KEY)
     if not key:
         raise UserError(f"{KEY} must be set where this application is built, on the head")
-    flags = [word for name, value in args.items() for word in (f"--{name}", str(value))]
-    return plan_of(plan_parser().parse_args(flags), key).application()
+    return plan_of(parse_args(args), key).application()
+
+
+def parse_args(args: Mapping[str, Any]) -> argparse.Namespace:
+    """Flags as a mapping."""
+    return plan_parser().parse_args([word for name, value in args.items() for word in (f"--{name}", str(value))])
 
 
 def plan_parser() -> argparse.ArgumentParser:

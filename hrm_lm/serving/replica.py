@@ -3,7 +3,6 @@ them and Serve's proxies.
 """
 
 import asyncio
-import sys
 from contextlib import suppress
 
 import torch
@@ -19,8 +18,6 @@ from hrm_lm.serving.protocol import Model
 from hrm_lm.serving.worker import Worker
 from hrm_lm.training.checkpoint import load_model
 
-SWITCH_S = 5e-4
-"""How long the engine's thread may keep Python to itself while a request waits."""
 BOARD, PUBLISH_S = "hrm_lm_metrics", 1.0
 """Where replicas put their metrics for one another, and how often."""
 
@@ -32,16 +29,13 @@ class Replica:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with local_copy(settings.checkpoint, settings.fs) as folder:
             model, tokenizer, _ = load_model(folder, device)
-        sys.setswitchinterval(SWITCH_S)
         engine = Engine(model, tokenizer, settings.slots, settings.mixed_precision)
         self.worker = Worker(engine, asyncio.get_running_loop(), settings.max_queue)
         served = Model(settings.name, model, tokenizer, settings.cycles)
         await self.worker.warm_up(served)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(self.worker, self.id)
-        self.asgi = App(
-            served, self.worker, self.metrics, self.everyones_metrics, settings.timeout, settings.key
-        )
+        self.asgi = App(served, self.worker, self.metrics, self.everyones_metrics, settings.timeout, settings.key)
         self.publishing = asyncio.create_task(self.publish())
 
     def __serve_build_asgi_app__(self):
