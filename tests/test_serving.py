@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from urllib.request import urlopen
 
@@ -249,6 +250,13 @@ def test_reasoning_effort_chooses_the_cycles(architecture):
                 server.complete(extra_body={"h_cycles": wrong})
         with pytest.raises(openai.BadRequestError, match="exclude each other"):
             server.chat(PROMPT, reasoning_effort="low", extra_body={"h_cycles": 1})
+
+
+def test_efforts_stay_within_the_counts_of_training():
+    model = Model("small", build(), TOKENIZER, Cycles(2, 2))
+    assert model.efforts == {"low": 1, "medium": 2, "high": 4}
+    assert replace(model, sampled=(1, 3)).efforts == {"low": 1, "medium": 2, "high": 3}
+    assert replace(model, cycles=Cycles(1, 2)).efforts == {"low": 1, "medium": 1, "high": 2}
 
 
 def test_a_model_without_a_core_refuses_cycles():

@@ -4,10 +4,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from hrm_lm.serving.worker import Work, Worker
 
+disable_created_metrics()  # a line for each metric that says when it was made
 SECONDS = [0.001 * 2**i for i in range(18)]
 """Bounds of the histograms' buckets, up to two minutes."""
 

@@ -111,6 +111,8 @@ class Model:
     tokenizer: Tokenizer
     cycles: Cycles
     """Those of a request that says nothing of them."""
+    sampled: tuple[int, int] | None = None
+    """The least and the most H-cycles that training took, where it did not take one count alone."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -121,7 +123,8 @@ class Model:
     def efforts(self) -> dict[str, int]:
         """H-cycles by `reasoning_effort`; empty for a model without a core."""
         h = self.cycles.h
-        return {"low": -(-h // 2), "medium": h, "high": 2 * h} if h else {}
+        low, high = self.sampled or (-(-h // 2), 2 * h)
+        return {"low": low, "medium": h, "high": high} if h else {}
 
     def describe(self) -> dict[str, Any]:
         limits = {"max_prompt_tokens": self.limits.max_prompt_len, "max_tokens": self.limits.max_response_len}
@@ -255,7 +258,9 @@ def _cycles(asked: Asked, model: Model) -> Cycles:
         return Cycles(model.efforts[asked.reasoning_effort], model.cycles.l)
     # Each count has caches of its own in a model that recurs for every token.
     counts = (
-        sorted(set(model.efforts.values())) if model.model.recurs_per_token else range(1, model.efforts["high"] + 1)
+        sorted(set(model.efforts.values()))
+        if model.model.recurs_per_token
+        else range(1, max(model.efforts.values()) + 1)
     )
     if asked.h_cycles not in counts:
         raise Refused(400, f"h_cycles is {asked.h_cycles}; this model takes {', '.join(map(str, counts))}", "h_cycles")

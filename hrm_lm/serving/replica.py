@@ -28,10 +28,10 @@ class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with local_copy(settings.checkpoint, settings.fs) as folder:
-            model, tokenizer, _ = load_model(folder, device)
+            model, tokenizer, checkpoint = load_model(folder, device)
         engine = Engine(model, tokenizer, settings.slots, settings.mixed_precision)
         self.worker = Worker(engine, asyncio.get_running_loop(), settings.max_queue)
-        served = Model(settings.name, model, tokenizer, settings.cycles)
+        served = Model(settings.name, model, tokenizer, settings.cycles, checkpoint.config.train.sample_h_cycles)
         await self.worker.warm_up(served)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(self.worker, self.id)
