@@ -15,6 +15,7 @@ from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import chosen_cycles, find_checkpoint
 from hrm_lm.serving.app import digest, is_loopback
 from hrm_lm.serving.plan import Plan, Settings
+from hrm_lm.serving.start import serve_until_stopped
 from hrm_lm.training.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = None if key or is_loopback(args.host) else secrets.token_urlsafe(24)
     plan = plan_of(args, key or made)
 
-    from hrm_lm.serving.start import serve_until_stopped
-
     url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"
     told = f"{plan.settings.name!r} answers on {url}, until Ctrl-C"
     if made:
@@ -49,7 +48,11 @@ def application(args: Mapping[str, Any]) -> "Application":
     key = os.environ.get(KEY)
     if not key:
         raise UserError(f"{KEY} must be set where this application is built, on the head")
-    return plan_of(parse_args(args), key).application()
+    plan = plan_of(parse_args(args), key)
+
+    from hrm_lm.serving.replica import application
+
+    return application(plan)
 
 
 def parse_args(args: Mapping[str, Any]) -> argparse.Namespace:

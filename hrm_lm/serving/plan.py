@@ -1,18 +1,14 @@
-"""What is to be served, and by how many replicas with which resources. Ray Serve is imported late: it reads its
-environment variables when it is.
-"""
+"""What is to be served, and by how many replicas with which resources."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pyarrow.fs
 
-from hrm_lm.cluster.capacity import cluster_nodes
+from hrm_lm.cluster.capacity import cluster_nodes, workers_that_fit
+from hrm_lm.cluster.start import say
 from hrm_lm.config import Cycles
+from hrm_lm.errors import UserError
 from hrm_lm.models.contract import Precision
-
-if TYPE_CHECKING:
-    from ray.serve import Application
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,32 +43,18 @@ class Plan:
     gpus: float | None
     """Of each replica. None: one where the cluster has GPUs."""
 
-    def application(self) -> "Application":
-        """To be called where Ray runs."""
-        from ray.serve.config import AutoscalingConfig, BackpressureConfig
-
-        from hrm_lm.serving.replica import Replica
-
-        # Another replica comes when answers wait for places. Each replica refuses what is too much by itself, in the form
-        # of OpenAI's errors; Serve's own limits are for the time in which no replica is there.
-        taken = self.settings.slots + self.settings.max_queue
-        scaling = AutoscalingConfig(
-            min_replicas=self.least,
-            max_replicas=self.most,
-            target_ongoing_requests=self.settings.slots,
-            upscale_delay_s=10,
-        )
-        return Replica.options(  # type: ignore[attr-defined]  # Serve made it a Deployment
-            **{"num_replicas": self.least} if self.least == self.most else {"autoscaling_config": scaling},
-            ray_actor_options=self.resources(),
-            max_ongoing_requests=2 * taken,
-            max_queued_requests=taken,
-            backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-            health_check_period_s=5,
-        ).bind(self.settings)
-
     def resources(self) -> dict[str, float]:
-        """Of each replica."""
+        """Of each replica. To be called where Ray runs."""
         nodes, grown = cluster_nodes()
         gpus = float(any(node.get("GPU", 0) for node in nodes + grown)) if self.gpus is None else self.gpus
-        return {"num_cpus": self.cpus, "num_gpus": gpus}
+        return {"CPU": self.cpus} | ({"GPU": gpus} if gpus else {})
+
+    def check_room(self, may_grow: bool) -> None:
+        """Raises UserError where the cluster has no room for the replicas and cannot get it, as far as is known here."""
+        resources, nodes = self.resources(), cluster_nodes()
+        if workers_that_fit(resources, *nodes) >= self.least:
+            return
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+        if not may_grow:
+            raise UserError(f"--replicas {self.least}: this machine has no room for them, with {each} each")
+        say(f"waiting for nodes: the cluster has no room yet for {self.least} replica(s) with {each} each")

@@ -11,24 +11,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
 from urllib.request import urlopen
 
 from hrm_lm.cluster.ray_private import started_by_this_process
 from hrm_lm.cluster.start import free_port, say, started_ray
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.serving.app import is_loopback
-
-if TYPE_CHECKING:
-    from hrm_lm.serving.plan import Plan
+from hrm_lm.serving.plan import Plan
 
 APPLICATION = "hrm_lm"
 """Its name in Ray Serve."""
 LOOK_EVERY_S = 2.0
 
 
-def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
+def serve_until_stopped(plan: Plan, host: str, port: int, told: str) -> None:
     """Serves as planned until Ctrl-C or SIGTERM. told: what the user reads when requests are answered.
 
     Raises UserError where the port is taken or the cluster serves something already, RunFailed where no replica starts.
@@ -43,25 +40,30 @@ def serve_until_stopped(plan: "Plan", host: str, port: int, told: str) -> None:
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
+        from hrm_lm.serving.replica import application
+
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if not own and (found := [*(status := serve.status()).applications, *status.proxies]):
             raise UserError(
                 f"this cluster serves already ({found[0]}), and has one port for all: end that with `serve shutdown`, "
                 "or take another cluster"
             )
+        plan.check_room(may_grow=not own)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         # Loopback reaches its own node alone, so that proxies on other nodes would serve nobody.
         location = "HeadOnly" if is_loopback(host) else "EveryNode"
         try:
             options = {"host": host, "port": port, "request_timeout_s": timeout}
             serve.start(location, http_options=options, logging_config=quiet)
-            serve.run(plan.application(), name=APPLICATION, route_prefix="/", logging_config=quiet)
+            serve.run(application(plan), name=APPLICATION, route_prefix="/", logging_config=quiet)
             if own:
                 wait_until_answered(host, port)
             say(told)
             wait_for_the_end()
         except (RuntimeError, TimeoutError) as error:
             raise RunFailed(f"nothing is served: {failure() or error}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was served yet") from None
         finally:
             if not own:
                 serve.shutdown()
@@ -147,7 +149,9 @@ def wait_for_the_end() -> None:
         signal.signal(number, lambda *_: ended.set())
     state = "running"
     while not ended.wait(LOOK_EVERY_S):
-        before, state = state, serve.status().applications[APPLICATION].status.value.lower()
+        before = state
+        with suppress(Exception):  # of Serve's controller, which may start anew
+            state = serve.status().applications[APPLICATION].status.value.lower()
         if state != before:
             say(f"{APPLICATION}: {state}")
 
