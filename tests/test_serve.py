@@ -83,8 +83,8 @@ def test_flags_say_what_is_served(planned):
     [
         (["--replicas", "4:1"], "--replicas must be a number, or a range such as 1:4, not 4:1"),
         (["--replicas", "0"], "--replicas must be"),
-        (["--slots", "0"], "--slots must be at least 1, not 0"),
-        (["--timeout", "nan"], "--timeout must be at least 0.001, not nan"),
+        (["--slots", "0"], "--slots must be 1 to 65536, not 0"),
+        (["--timeout", "nan"], "--timeout must be 0.001 to 1e+06, not nan"),
         (["--port", "70000"], "--port must be 1 to 65535"),
         (["--h_cycles", "0"], "--h_cycles must be at least 1"),
         (["--checkpoint", "nowhere"], "nowhere: no such checkpoint folder"),

@@ -20,12 +20,14 @@ from websockets.sync.client import connect
 from hrm_lm.config import Cycles
 from hrm_lm.data.chat import render
 from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.errors import UserError
 from hrm_lm.inference.engine import Engine
 from hrm_lm.models.build import build_model
+from hrm_lm.serving import worker
 from hrm_lm.serving.app import MOST_BYTES, App, digest
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.protocol import Model
-from hrm_lm.serving.worker import Worker
+from hrm_lm.serving.worker import Worker, check_memory
 
 TOKENIZER = SimpleTokenizer("abcdefghijklmnopqrstuvwxyz0123456789 .,!?:\n")
 PROMPT = "what is it?"
@@ -418,6 +420,21 @@ def test_a_server_whose_steps_keep_failing_is_not_healthy():
                 server.complete()
         status, _, text = server.raw("GET", "/health")
         assert status == 503 and "last 3 steps failed" in text
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+def test_caches_that_will_not_fit_are_refused_before_they_are_taken(architecture, monkeypatch):
+    model = Model("small", build(model__architecture=architecture), TOKENIZER, Cycles(2, 2))
+    with running(model=model.model, slots=4) as server:
+        asyncio.run_coroutine_threadsafe(server.app.worker.warm_up(model), server.app.worker.loop).result()
+        lanes = [lane.decoding for lane in server.engine.lanes.values()]
+    assert len(lanes) == (3 if architecture == "prefix_lm" else 1)
+    caches = [cache for lane in lanes for cache in [c for some in lane.caches for c in some] + lane.memory]
+    taken = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+    monkeypatch.setattr(worker, "free_memory", lambda device: taken)
+    check_memory(model, 4, "none")
+    with pytest.raises(UserError, match=r"--slots 5: their caches take .* MiB, and .* are free; --slots 3 fits"):
+        check_memory(model, 5, "none")
 
 
 # --- who may ask -------------------------------------------------------------------------------------------------

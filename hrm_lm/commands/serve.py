@@ -108,16 +108,14 @@ def plan_parser() -> argparse.ArgumentParser:
 
 def plan_of(args: argparse.Namespace, key: str | None) -> Plan:
     check_cycles(args)
-    for name, least in (
-        ("slots", 1),
-        ("max_queue", 0),
-        ("cpus_per_replica", 1),
-        ("timeout", 0.001),
-        ("gpus_per_replica", 0),
-    ):
+    limits = {
+        "slots": (1, 1 << 16), "max_queue": (0, 1 << 20), "cpus_per_replica": (1, 1 << 10),
+        "gpus_per_replica": (0, 1 << 10), "timeout": (0.001, 1e6),
+    }  # fmt: skip
+    for name, (least, most) in limits.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
-            raise UserError(f"--{name} must be at least {least}, not {value}")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} must be {least} to {most:g}, not {value}")
     replicas = re.fullmatch(r"(\d+)(?::(\d+))?", args.replicas)
     least, most = (int(replicas[1]), int(replicas[2] or replicas[1])) if replicas else (0, 0)
     if not 1 <= least <= most:

@@ -18,7 +18,7 @@ from hrm_lm.serving.app import App
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.plan import Plan, Settings
 from hrm_lm.serving.protocol import Model
-from hrm_lm.serving.worker import Worker
+from hrm_lm.serving.worker import Worker, check_memory
 from hrm_lm.training.checkpoint import load_model
 
 BOARD, PUBLISH_S = "hrm_lm_metrics", 1.0
@@ -32,9 +32,10 @@ class Replica:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with local_copy(settings.checkpoint, settings.fs) as folder:
             model, tokenizer, checkpoint = load_model(folder, device)
+        served = Model(settings.name, model, tokenizer, settings.cycles, checkpoint.config.train.sample_h_cycles)
+        check_memory(served, settings.slots, settings.mixed_precision)
         engine = Engine(model, tokenizer, settings.slots, settings.mixed_precision)
         self.worker = Worker(engine, asyncio.get_running_loop(), settings.max_queue)
-        served = Model(settings.name, model, tokenizer, settings.cycles, checkpoint.config.train.sample_h_cycles)
         await self.worker.warm_up(served)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(self.worker, self.id)

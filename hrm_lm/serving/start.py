@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -157,10 +158,10 @@ def wait_for_the_end() -> None:
 
 
 def failure() -> str:
-    """Why replicas do not start, in a line: the last of a traceback."""
+    """Why replicas do not start: the last line of a traceback."""
     from ray import serve
 
     application = serve.status().applications.get(APPLICATION)
     messages = [each.message for each in application.deployments.values()] if application else []
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+    return re.sub(r"^([a-z_]+\.)+[A-Za-z]+: ", "", lines[-1].strip()) if lines else ""

@@ -5,17 +5,25 @@ tells are values that nothing changes any more, so neither side waits for a lock
 """
 
 import asyncio
+import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import NamedTuple
 
+import torch
+
 from hrm_lm.config import Cycles
+from hrm_lm.errors import UserError
 from hrm_lm.inference.engine import Answer, Engine, Request
+from hrm_lm.models.contract import Precision, autocast
 from hrm_lm.serving.protocol import Model, Refused
+from hrm_lm.training.plan import size
 
 STUCK_S = 300.0
 """A step that takes so long will not end."""
@@ -187,3 +195,36 @@ class Worker:
         self._owners.clear()
         self.engine.clear()
         self.loop.call_soon_threadsafe(self._hear_failure, works, failure)
+
+
+@torch.inference_mode()
+def check_memory(served: Model, slots: int, mixed_precision: Precision) -> None:
+    """Raises UserError where the caches of all slots will not fit. They are taken for the greatest lengths, and where the
+    model recurs for every token for each count of cycles that `reasoning_effort` chooses.
+    """
+    model, limits, each = served.model, served.limits, 0
+    device = next(model.parameters()).device
+    counts = set(served.efforts.values()) if model.recurs_per_token else set()
+    for h in counts | {served.cycles.h}:
+        decoding = model.open(1, limits.max_prompt_len, limits.max_response_len, Cycles(h, served.cycles.l))
+        prompt = torch.tensor([[served.tokenizer.eos_id]], device=device)
+        with autocast(device, mixed_precision):
+            model.prefill(prompt, [1], served.tokenizer.bos_id, decoding)
+        caches = [cache for some in decoding.caches for cache in some] + decoding.memory
+        each += sum(kept.nbytes for cache in caches for kept in (cache.k, cache.v))
+    free = free_memory(device)
+    if slots * each > free:
+        raise UserError(
+            f"--slots {slots}: their caches take {size(slots * each)}, and {size(free)} of memory are free; "
+            f"--slots {max(int(0.8 * free / each), 1)} fits"
+        )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a device, or the machine, can still give; infinity where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * float(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return math.inf
