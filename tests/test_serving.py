@@ -180,7 +180,7 @@ def test_a_seed_repeats_an_answer_and_without_one_answers_differ(server):
         return server.complete(temperature=temperature, **options).choices[0].text
 
     assert answer(seed=1) == answer(seed=1) != answer(seed=2)
-    assert answer() != answer()
+    assert answer(seed=-1) == answer(seed=-1) and answer() != answer()
     likeliest = server.complete().choices[0].text
     assert likeliest == answer(extra_body={"top_k": 1}) == answer(top_p=0) == answer(temperature=1e-5)
 

@@ -212,9 +212,8 @@ def _job(asked: Completion | Chat, model: Model, most: int) -> Job:
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     if len(stop) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in stop):
         raise Refused(400, f"stop takes up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters", "stop")
-    temperature, seed = asked.temperature or 0.0, asked.seed
-    if seed is None:
-        seed = random.getrandbits(63)
+    temperature = asked.temperature or 0.0
+    seed = random.getrandbits(63) if asked.seed is None else asked.seed % 2**63
     # The answers to a prompt differ from one another. They do not depend on the prompts beside it.
     seeds = [seed, *(random.Random(f"{seed} {i}").getrandbits(63) for i in range(1, n))]
     each = partial(
