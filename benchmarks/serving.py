@@ -105,9 +105,9 @@ class Client:
                 body = await self.reader.readexactly(int(length[1]))
             else:
                 body = b""
-                while size := int(await self.reader.readline(), 16):
+                while size := int((await self.reader.readuntil(b"\r\n")), 16):
                     body += (await self.reader.readexactly(size + 2))[:-2]
-                await self.reader.readline()
+                await self.reader.readexactly(2)
             if b"connection: close" in head:
                 self.close()
             return int(head.split()[1]), body
