@@ -273,7 +273,7 @@ def test_a_model_without_a_core_refuses_cycles():
 def test_models_are_listed_with_their_limits(server):
     (model,) = server.client.models.list()
     assert (model.id, model.max_prompt_tokens, model.max_tokens) == ("small", 60, 20)
-    assert model.reasoning_efforts == {"low": 1, "medium": 2, "high": 4}
+    assert model.reasoning_efforts == {"low": 1, "medium": 2, "high": 4} and model.trained_h_cycles == [2, 2]
     assert server.client.models.retrieve("small") == model
     with pytest.raises(openai.NotFoundError):
         server.client.models.retrieve("large")

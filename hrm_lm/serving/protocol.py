@@ -129,7 +129,8 @@ class Model:
     def describe(self) -> dict[str, Any]:
         limits = {"max_prompt_tokens": self.limits.max_prompt_len, "max_tokens": self.limits.max_response_len}
         own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "hrm_lm"}
-        return own | limits | {"reasoning_efforts": self.efforts}
+        trained = list(self.sampled or [self.limits.hrm.h_cycles] * 2)
+        return own | limits | {"reasoning_efforts": self.efforts, "trained_h_cycles": trained}
 
 
 @dataclass(frozen=True)
