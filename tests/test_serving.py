@@ -412,6 +412,21 @@ def test_a_step_that_fails_fails_its_requests_and_no_others():
         assert server.raw("GET", "/health")[0] == 200
 
 
+def test_a_request_that_the_engine_does_not_take_fails_alone():
+    with running() as server:
+        server.engine.gate.clear()
+        others = in_thread(server.complete)
+        wait_until(lambda: server.app.worker.unfinished == 1)
+        add = server.engine.add
+        server.engine.add = lambda request: add(replace(request, max_new_tokens=0))
+        fails = in_thread(server.complete)
+        wait_until(lambda: server.app.worker.unfinished == 2)
+        server.engine.gate.set()
+        assert isinstance(wait_until(lambda: fails)[0], openai.InternalServerError)
+        server.engine.add = add
+        assert wait_until(lambda: others)[0].choices[0].text == server.complete().choices[0].text
+
+
 def test_a_server_whose_steps_keep_failing_is_not_healthy():
     with running() as server:
         server.engine.failures = 3

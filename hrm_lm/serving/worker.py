@@ -164,10 +164,15 @@ class Worker:
             return True
 
     def _add(self, work: Work) -> None:
-        for row, request in enumerate(work.requests):
-            answer = self.engine.add(request)
-            work.answers.append(answer)
-            self._owners[answer] = work, row
+        try:
+            for row, request in enumerate(work.requests):
+                answer = self.engine.add(request)
+                work.answers.append(answer)
+                self._owners[answer] = work, row
+        except Exception as failure:  # what `protocol` has let through fails alone
+            traceback.print_exc()
+            self._cancel(work)
+            self.loop.call_soon_threadsafe(self._hear_failure, {work}, failure)
 
     def _cancel(self, work: Work) -> None:
         for answer in work.answers:
