@@ -194,10 +194,12 @@ def _job(asked: Completion | Chat, model: Model, most: int) -> Job:
             raise Refused(400, "best_of is not supported", "best_of", "unsupported_parameter")
         if asked.echo and logprobs is not None:
             raise Refused(400, "echo is not supported with logprobs", "echo", "unsupported_parameter")
+    given: list[Any] = [asked.messages] if isinstance(asked, Chat) else _several(asked.prompt)
+    if len(given) * n > most:
+        message = f"{len(given) * n} answers are asked for; this server gives up to {most} at a time"
+        raise Refused(400, message, "n" if n > 1 else source)
     try:
-        prompts = (
-            [tokenizer.encode(render(tokenizer, asked.messages))] if isinstance(asked, Chat) else _ids(asked, tokenizer)
-        )
+        prompts = [_ids(tokenizer, render(tokenizer, each) if isinstance(asked, Chat) else each) for each in given]
     except (UserError, UnicodeEncodeError) as error:
         raise Refused(400, str(error), source) from None
     for ids in prompts:
@@ -207,9 +209,6 @@ def _job(asked: Completion | Chat, model: Model, most: int) -> Job:
     if new is not None and new > limits.max_response_len:
         message = f"{new_name} is {new}; this model gives up to {limits.max_response_len} tokens"
         raise Refused(400, message, new_name, "context_length_exceeded")
-    if len(prompts) * n > most:
-        message = f"{len(prompts) * n} answers are asked for; this server gives up to {most} at a time"
-        raise Refused(400, message, "n" if n > 1 else source)
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     if len(stop) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in stop):
         raise Refused(400, f"stop takes up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters", "stop")
@@ -227,23 +226,25 @@ def _job(asked: Completion | Chat, model: Model, most: int) -> Job:
         stop=tuple(stop),
         logprobs=logprobs,
     )
-    echoes = (
-        [tokenizer.decode(ids) for ids in prompts for _ in seeds]
-        if isinstance(asked, Completion) and asked.echo
-        else []
-    )
-    return Job(asked, [each(prompt=ids, seed=seed) for ids in prompts for seed in seeds], echoes)
+    echoes = isinstance(asked, Completion) and asked.echo
+    echoed = [tokenizer.decode(ids) for ids in prompts for _ in seeds] if echoes else []
+    return Job(asked, [each(prompt=ids, seed=seed) for ids in prompts for seed in seeds], echoed)
 
 
-def _ids(asked: Completion, tokenizer: Tokenizer) -> list[list[int]]:
-    prompt = asked.prompt
-    several: Any = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
-    ids = [tokenizer.encode(each) if isinstance(each, str) else each for each in several]
-    if not ids:
+def _several(prompt: Any) -> list[Any]:
+    """The prompts of a completion, each a text or token ids."""
+    several = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+    if not several:
         raise Refused(400, "prompt is empty", "prompt")
-    if not all(0 <= token < tokenizer.vocab_size for each in ids for token in each):
+    return several
+
+
+def _ids(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if not all(0 <= token < tokenizer.vocab_size for token in prompt):
         raise Refused(400, f"token ids are 0 to {tokenizer.vocab_size - 1}", "prompt")
-    return ids
+    return prompt
 
 
 def _cycles(asked: Asked, model: Model) -> Cycles:
@@ -257,11 +258,8 @@ def _cycles(asked: Asked, model: Model) -> Cycles:
     if asked.reasoning_effort:
         return Cycles(model.efforts[asked.reasoning_effort], model.cycles.l)
     # Each count has caches of its own in a model that recurs for every token.
-    counts = (
-        sorted(set(model.efforts.values()))
-        if model.model.recurs_per_token
-        else range(1, max(model.efforts.values()) + 1)
-    )
+    chosen = sorted(set(model.efforts.values()))
+    counts = chosen if model.model.recurs_per_token else list(range(1, chosen[-1] + 1))
     if asked.h_cycles not in counts:
         raise Refused(400, f"h_cycles is {asked.h_cycles}; this model takes {', '.join(map(str, counts))}", "h_cycles")
     return Cycles(asked.h_cycles or 0, model.cycles.l)
