@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from hrm_lm.data import chat
 from hrm_lm.serving.metrics import Metrics
 from hrm_lm.serving.protocol import Chat, Completion, Model, Refused, parse
 from hrm_lm.serving.responses import Writer
@@ -28,7 +29,8 @@ from hrm_lm.serving.worker import Work, Worker
 MOST_BYTES = 4 << 20
 """Of a request's body."""
 READ_APART = 1 << 16
-"""Bodies of more bytes are parsed in a thread, so that others do not wait for that."""
+"""Bodies of more bytes are parsed in a thread, so that others do not wait for that, and so are conversations that a
+tokenizer's template writes, in a process of its own."""
 OPEN = ("/", "/health")
 """Paths that need no key."""
 PAGE = (resources.files("hrm_lm.serving") / "page.html").read_text(encoding="utf-8")
@@ -59,6 +61,7 @@ class App:
     ):
         self.model, self.worker, self.metrics, self.everyones = model, worker, metrics, everyones
         self.timeout, self.key = timeout, key
+        self.has_template = chat.Chat.of(model.tokenizer).template != chat.PLAIN
         self.routes = {
             "/": ("GET", self.page),
             "/health": ("GET", self.health),
@@ -150,8 +153,9 @@ class App:
 
     async def answer(self, request: Request, kind: type[Completion] | type[Chat]) -> Response:
         body = await read_body(request)
+        apart = len(body) > READ_APART or (kind is Chat and self.has_template)
         arguments = body, kind, self.model, self.worker.most
-        job = parse(*arguments) if len(body) < READ_APART else await asyncio.to_thread(parse, *arguments)
+        job = await asyncio.to_thread(parse, *arguments) if apart else parse(*arguments)
         work = self.worker.submit(job.requests, streams=bool(job.asked.stream))
         writer = Writer(job, work, self.model.name, self.model.tokenizer)
         if job.asked.stream:
