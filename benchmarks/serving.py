@@ -79,7 +79,8 @@ class Server:
         """Memory that the processes hold for themselves."""
 
         def own(process: Path) -> float:
-            return int(re.search(r"RssAnon:\s+(\d+)", (process / "status").read_text())[1]) / 1024
+            kib = re.search(r"RssAnon:\s+(\d+)", (process / "status").read_text())  # not of one that has just ended
+            return int(kib[1]) / 1024 if kib else 0
 
         return {name: sum(map(own, some)) for name, some in self.processes().items()}
 

@@ -88,6 +88,7 @@ def direct_ingress(timeout: float) -> Iterator[Callable[[], None]]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # of each request once more, for which another process grows
         # What a replica that died has not begun to answer is asked again, of another one or once it is back: the same
         # question may be answered twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
