@@ -1,13 +1,14 @@
 """Conversations: what becomes of their messages, and what a stranger's chat template cannot do."""
 
 import json
+import os
 import random
 import threading
 
 import pytest
 
 from hrm_lm.data import chat_template
-from hrm_lm.data.chat import ROLES, Chat, Malformed, render
+from hrm_lm.data.chat import ROLES, Chat, Malformed, _process, render
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, resolve_tokenizer, same_tokens
 from hrm_lm.errors import UserError
 
@@ -131,8 +132,8 @@ def test_every_answer_is_a_sample_whose_prompt_is_what_the_conversation_so_far_r
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "or parts of type text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "or parts of type text"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "or parts of type text"),
-        ([{"role": "user", "content": "half \ud83d"}], "half a character"),
-        ([{"role": "user", "content": "x", "name": "half \ud83d"}], "half a character"),
+        ([{"role": "user", "content": "half \ud83d"}], "not Unicode text, but half a character"),
+        ([{"role": "user", "content": "x", "name": "half \ud83d"}], "not Unicode text, but half a character"),
     ],
 )
 def test_what_is_no_conversation_is_told_in_a_line(wrong, message):
@@ -144,6 +145,13 @@ def test_what_is_no_conversation_is_told_in_a_line(wrong, message):
         assert "\n" not in str(raised.value)
 
 
+def test_a_conversation_whose_prompts_would_fill_the_memory_is_refused():
+    some = messages(*["x" * 1000] * 2000)
+    with pytest.raises(Malformed, match="too long for a prompt of each answer: it has 1000 answers"):
+        Chat().samples(some)
+    assert len(Chat().samples(some[:200])) == 100
+
+
 # --- a stranger's template ---------------------------------------------------------------------------------------
 
 NEVER_ENDING = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -153,7 +161,7 @@ NEVER_ENDING = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor 
     "template",
     [
         NEVER_ENDING,
-        "{{ 'a' * 10 ** 12 }}",
+        "{{ ('a' * 2 ** 30) | length }}",
         "{% set ns = namespace(x='aa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ [1] | batch(10 ** 10, 'x') | list }}",
@@ -166,9 +174,9 @@ def test_a_template_that_takes_time_or_memory_without_end_is_ended(monkeypatch, 
         copy.write_text(file.read().replace("CPU_SECONDS = 5", "CPU_SECONDS = 0"))
     monkeypatch.setattr(chat_template, "__file__", str(copy))
     tokenizer = with_template(template + " ")  # no process of another test has it
-    for _ in range(2):  # the next one gets a process of its own
-        with pytest.raises(UserError, match="took more than|refuses the messages: (MemoryError|RecursionError)"):
-            render(tokenizer, messages("q"))
+    with pytest.raises(UserError, match="took more than|refuses the messages: (MemoryError|RecursionError)"):
+        render(tokenizer, messages("q"))
+    assert render(with_template(CHATML), messages("q")), "the next conversation gets a process of its own"
 
 
 @pytest.mark.parametrize(
@@ -203,6 +211,16 @@ def test_what_a_template_refuses_is_told_with_its_own_words_and_the_next_convers
     with pytest.raises(UserError, match="the tokenizer's chat template refuses the messages: roles must alternate"):
         render(tokenizer, messages("a", "b", first="assistant"))
     assert render(tokenizer, messages("a", "b")) == "a|b|"
+
+
+def test_a_process_that_was_ended_is_made_anew(capfd):
+    tokenizer = with_template(CHATML + "{# of this test #}")
+    expected = render(tokenizer, messages("q"))
+    process, _ = _process(os.getpid(), json.dumps([tokenizer.chat_template, dict(Chat.of(tokenizer).tokens)]))
+    process.kill()
+    process.wait()
+    assert render(tokenizer, messages("q")) == expected
+    assert not capfd.readouterr().err
 
 
 def test_threads_that_render_at_once_get_each_its_own_text():

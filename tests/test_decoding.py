@@ -98,15 +98,20 @@ def test_the_host_looks_seldom_and_late_and_answers_are_the_same(kind, monkeypat
     monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", 8)
     assert answers(model, eos_id, batch_size=5) == cut(endless, eos_id)
     longest = max(map(len, cut(endless, eos_id)))
-    assert len(steps) == min(-(-(longest + 1) // 8) * 8, 40) - 1
+    assert len(steps) == min(-(-(longest + 1) // 8) * 8 + 8, 40) - 1
+    assert answers(model, eos_id, batch_size=2) == cut(endless, eos_id)
     monkeypatch.setattr(decoding, "pick", lambda logits, *_: logits.new_full(logits.shape[:1], eos_id).long())
     steps.clear()
     assert answers(model, eos_id, batch_size=5) == [[]] * 5
-    assert len(steps) == 7
+    assert len(steps) == 15
 
 
 @MODELS
-def test_others_take_the_places_of_samples_that_have_ended_and_answers_are_the_same(kind, monkeypatch):
+@pytest.mark.parametrize("look_every", [1, 4])
+def test_others_take_the_places_of_samples_that_have_ended_and_answers_are_the_same(kind, look_every, monkeypatch):
+    if look_every > 1:  # as on CUDA
+        monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", look_every)
+        monkeypatch.setattr(decoding, "step_rows", lambda samples, rows, device: rows)
     model = build(**kind)
     endless = answers(model, batch_size=1)
     for eos_id in {endless[0][0], endless[1][4], endless[2][20], endless[3][1]}:
@@ -118,7 +123,8 @@ def test_others_take_the_places_of_samples_that_have_ended_and_answers_are_the_s
             assert answers(model, eos_id, batch_size=2, scores=scores[1]) == expected
         assert scores[1] == pytest.approx(scores[0], abs=1e-4)
         lengths = [min(len(answer) + 1, 40) for answer in expected]
-        assert len(steps) <= sum(lengths) / 2 + max(lengths) / 2 + 2 * len(lengths), "half of the rows are not idle"
+        idle = 2 * look_every * len(lengths)  # until the host sees that a sample has ended
+        assert len(steps) <= sum(lengths) / 2 + max(lengths) / 2 + idle, "rows are not idle until their batch ends"
 
 
 @MODELS
@@ -162,6 +168,8 @@ def test_tokens_are_drawn_as_often_as_is_likely_and_no_others(top_k, top_p):
     drawn = decoding.pick(logits.expand(10_000, -1), 0.7, top_k, top_p, even).bincount(minlength=12) / 10_000
     torch.testing.assert_close(drawn, expected, atol=3e-4, rtol=0)
     assert ((drawn > 0) == (expected > 0)).all()
+    tiny = decoding.pick(logits.expand(10_000, -1), 1e-42, top_k, top_p, even)
+    assert (tiny == logits.argmax()).all()
     highest = torch.tensor([1 - 2**-24])
     assert expected[decoding.pick(logits, 0.7, top_k, top_p, highest)] > 0
 

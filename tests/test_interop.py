@@ -6,12 +6,14 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, small_config, train_locally, without_checksums
+from safetensors.torch import load_file, save_file
 
 from hrm_lm.commands.export import main as export
 from hrm_lm.commands.generate import main as generate_main
 from hrm_lm.commands.import_ import main as import_
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.config import load_config
+from hrm_lm.data.chat import render
 from hrm_lm.data.collate import join
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, resolve_tokenizer, same_tokens
@@ -314,3 +316,57 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_text(tmp_path, tokenizer):
             theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True)
             == text
         )
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}|{% endfor %}{{ eos_token }}"])
+def test_an_exported_tokenizer_writes_conversations_as_ours_does_and_keeps_that_on_the_way_back(tmp_path, template):
+    hf_tokenizer(ByteTokenizer()).save_pretrained(tmp_path / "first")
+    (tmp_path / "first/chat_template.jinja").unlink()
+    ours = resolve_tokenizer(str(tmp_path / "first"))
+    assert ours.chat_template is None
+    ours.chat_template = template
+    hf_tokenizer(ours).save_pretrained(tmp_path / "second")
+    theirs, back = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "second"),
+        resolve_tokenizer(str(tmp_path / "second")),
+    )
+    contents = ["2 + 2", "4", "and 3?"]
+    for n in (1, 3):
+        asked = [{"role": role, "content": text} for role, text in zip(["user", "assistant", "user"][:n], contents)]
+        expected = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert render(ours, asked) == render(back, asked) == expected
+
+
+def test_a_model_that_is_not_whole_is_refused_and_not_filled_up_with_random_weights(tmp_path, command, export_to):
+    folder = export_to(random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"]))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.L_module.layers.0.mlp.down_proj.weight"
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, folder / "model.safetensors")
+    run = lambda: command(import_, "--input", folder, "--output", tmp_path / "back")  # noqa: E731
+    code, _, err = run()
+    assert code == 2 and f"not a whole model: {name} is missing" in err and not (tmp_path / "back").exists()
+
+    save_file(weights | {name: weights[name].T.contiguous()}, folder / "model.safetensors")
+    code, _, err = run()
+    assert code == 2 and "cannot be loaded" in err and not (tmp_path / "back").exists()
+
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10_000_000}))
+    code, _, err = run()  # before memory is taken for it
+    assert code == 2 and "has no safetensors files for the" in err
+
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
+    code, _, err = run()
+    assert code == 2 and "holds an adapter to another model" in err
+
+
+def test_what_a_config_names_beside_the_model_is_left_out(tmp_path, command, export_to):
+    folder = export_to(random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"]))
+    config = json.loads((folder / "config.json").read_text())
+    names = {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel", "__class__": "x",
+             "quantization_config": {"quant_method": "bitsandbytes"}, "auto_map": {"AutoConfig": "code.Config"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | names))
+    code, _, err = command(import_, "--input", folder, "--output", tmp_path / "back")
+    assert code == 0, err

@@ -1,4 +1,4 @@
-"""A run from the driver's side: check everything, start Ray, fit, leave `result.json`.
+"""A run from the driver's side: check everything, start Ray, fit, leave `result.json` and `report.html`.
 
 What a user can get wrong is refused here, before Ray starts where that is possible.
 """
@@ -9,11 +9,11 @@ import os
 import sys
 import threading
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrm_lm.cluster import run_folder
 from hrm_lm.cluster.capacity import plan_workers
+from hrm_lm.cluster.loggers import check_loggers, followed
 from hrm_lm.cluster.ray_private import quiet_logging
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
@@ -39,6 +39,7 @@ def run(config: Config, resume: str = "auto") -> dict[str, Any]:
     location = run_folder.outliving(location, "--save_dir") if location else run_folder.default_storage()
     folder = RunFolder(location, name)
     checked_dataset(config)
+    check_loggers(config)
     if config.train.mixed_precision == "fp16" and config.ray.use_gpu is False:
         raise UserError("train.mixed_precision: fp16 needs a CUDA GPU; use bf16 or none on CPU")
     if config.train.init_from:
@@ -55,8 +56,11 @@ def run(config: Config, resume: str = "auto") -> dict[str, Any]:
         scaling = plan_workers(config)
         with folder.lock():
             folder.write("config.yaml", config.to_yaml())
-            result = fit(config, folder, scaling)
-            folder.write("result.json", json.dumps(result, indent=2) + "\n")
+            folder.remove("result.json")  # an earlier command's
+            with followed(config, folder) as ended:
+                result = fit(config, folder, scaling)
+                folder.write("result.json", json.dumps(result, indent=2) + "\n")
+                ended |= result
     if result["status"] in ("diverged", "failed"):
         raise RunFailed(result["error"])
     return result
@@ -69,7 +73,7 @@ def checked_dataset(config: Config) -> Splits:
     except UserError as error:
         named = [config.data.dataset, *(part.dataset for part in config.data.mixture.values())]
         files = [name for name in named if name and ":" not in name and name not in BUILT_IN]
-        missing = [name for name in files if not Path(name).exists()]
+        missing = [name for name in files if not os.path.exists(name)]
         if not (run_folder.in_ray_job() and missing):
             raise
         raise UserError(
@@ -103,7 +107,6 @@ def last_whole(folder: RunFolder) -> Checkpoint:
     kept, last = folder.checkpoints()
     earlier = sorted((metrics["step"], path) for path, metrics in kept if path != last)
     for path in [last, *(path for _, path in reversed(earlier))]:
-        assert path is not None  # the caller has seen that there are checkpoints
         try:
             return read_checkpoint(path, folder.fs, for_resume=True)
         except DamagedCheckpoint as error:
@@ -194,7 +197,6 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     if not folder.has_checkpoints():
         return {"step": 0}
     kept, last = folder.checkpoints()
-    assert last is not None
     metrics = next(metrics for path, metrics in kept if path == last)
     seconds = metrics["seconds"]
     summary = {"step": metrics["step"]}

@@ -8,18 +8,20 @@ import logging
 import math
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.fs
+from pydantic import ConfigDict, TypeAdapter
 
 from hrm_lm.cluster.lock import locked
 from hrm_lm.cluster.ray_private import SNAPSHOT
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, read_text, resolve, without_secrets
+from hrm_lm.filesystem import outlasting, read_text, resolve, without_secrets, write_text
+from hrm_lm.parsing import is_text, one_line, short
 
 JOB_STORAGE = Path("~/hrm_lm_runs").expanduser()
 
@@ -32,13 +34,18 @@ def default_storage() -> str:
     return str(JOB_STORAGE if in_ray_job() else Path("runs").absolute())
 
 
+def run_locations(save_dir: str | None) -> list[str]:
+    """Where to look for a run that is named. A job's runs live in a place of their own, so both places are looked at."""
+    return [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
+
+
 def outliving(location: str, flag: str) -> str:
     """Where to write what the user wants in `location`, so that it is there when a submitted job is over.
 
     A relative folder would be in the job's temporary copy of the working directory. It goes under the default storage
     instead, and the user is told. flag: the command's flag that gave it.
     """
-    if not in_ray_job() or "://" in location or Path(location).expanduser().is_absolute():
+    if not in_ray_job() or "://" in location or os.path.isabs(os.path.expanduser(location)):
         return location
     path = os.path.normpath(JOB_STORAGE / location)
     say(f"{flag} {location} would vanish with this job's temporary working directory; writing to {path}")
@@ -56,6 +63,10 @@ def without_placeholder(metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics | {"val_loss": math.nan} if metrics["val_loss"] == NO_VAL_LOSS else metrics
 
 
+METRICS = TypeAdapter(dict[str, float], config=ConfigDict(strict=True))
+"""What a run reports with a checkpoint; `step` is an int."""
+
+
 class RunFolder:
     """A run's folder in storage. `location`: the storage's folder or URI.
 
@@ -63,8 +74,8 @@ class RunFolder:
     """
 
     def __init__(self, location: str, name: str):
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"ray.run_name: {name!r} cannot name a folder")
+        if not name or "/" in name or name.startswith(".") or not is_text(name):
+            raise UserError(f"ray.run_name: {short(name)} cannot name a folder")
         self.name = name
         self.fs, self.storage = resolve(location)
         self.path = f"{self.storage}/{name}"
@@ -89,17 +100,22 @@ class RunFolder:
         return outlasting(f"{self.uri}/{file}: cannot be read", partial(read_text, self.fs, f"{self.path}/{file}"))
 
     def write(self, file: str, text: str) -> None:
+        outlasting(f"{self.uri}: cannot be written", partial(write_text, self.fs, f"{self.path}/{file}", text))
+
+    def remove(self, file: str) -> None:
+        """A file that is not there is no error."""
+
         def attempt() -> None:
-            self.fs.create_dir(self.path, recursive=True)
-            with self.fs.open_output_stream(f"{self.path}/{file}", compression=None) as stream:
-                stream.write(text.encode())
+            with suppress(FileNotFoundError):
+                self.fs.delete_file(f"{self.path}/{file}")
 
         outlasting(f"{self.uri}: cannot be written", attempt)
 
-    def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
+    def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str]:
         """The kept checkpoints with their metrics, best `val_loss` first, and the last checkpoint; as paths in `fs`.
 
-        A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others.
+        A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others. Raises
+        UserError where the list is damaged.
         """
         from ray.train import Result
 
@@ -108,16 +124,32 @@ class RunFolder:
             result = outlasting(
                 f"{self.uri}: cannot be read", partial(Result.from_path, self.path, storage_filesystem=self.fs)
             )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {error}") from None
-        kept = [(checkpoint.path, without_placeholder(metrics)) for checkpoint, metrics in result.best_checkpoints]
+        except UserError:
+            raise
+        except Exception as error:  # Ray promises none of its own for a damaged list
+            what = one_line(error) or type(error).__name__
+            raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {what}") from None
+        found = [(checkpoint.path, metrics) for checkpoint, metrics in result.best_checkpoints]
+        try:
+            for path, metrics in found:
+                if missing := {"step", "val_loss", "seconds", "tokens"} - METRICS.validate_python(metrics).keys():
+                    raise ValueError(f"{min(missing)} of {os.path.basename(path)} is missing")
+                if type(metrics["step"]) is not int:
+                    raise ValueError(f"the step of {os.path.basename(path)} is {metrics['step']}")
+                if path != f"{self.path}/{os.path.basename(path)}" or os.path.basename(path).startswith("."):
+                    raise ValueError(f"{short(path)} is not in the run's folder")
+            if not result.checkpoint or result.checkpoint.path not in dict(found):
+                raise ValueError("its last checkpoint is missing")
+        except ValueError as error:
+            raise UserError(f"{self.uri}: its list of checkpoints is damaged: {one_line(error)}") from None
+        kept = [(path, without_placeholder(metrics)) for path, metrics in found]
 
         def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float, int]:
             # Two of the same step: the first was damaged, and the one of the longer name was saved in its place.
             val_loss, step = item[1]["val_loss"], item[1]["step"]
             return (True, -step, -len(item[0])) if math.isnan(val_loss) else (False, val_loss, -len(item[0]))
 
-        return sorted(kept, key=rank), result.checkpoint.path if result.checkpoint else None
+        return sorted(kept, key=rank), result.checkpoint.path
 
     def lock(self, kind: Literal["run", "sweep"] = "run") -> AbstractContextManager[None]:
         """Keeps a second command of this name away (`hrm_lm.cluster.lock`). kind: what the name is of."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hrm_lm.config import Config, Section
+from hrm_lm.config import Config, is_section
 from hrm_lm.tuning.space import TuneSection
 
 HEAD = """# Configuration reference
@@ -70,10 +70,6 @@ def fields_of(section: type[BaseModel], path: str) -> Iterator[tuple[str, FieldI
             yield from fields_of(get_args(kind)[1], f"{path}.{name}.<name>")
 
 
-def is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
 def type_name(kind: Any, limits: Sequence[Any] = ()) -> str:
     """A type as a reader of YAML sees it: its choices, or its kind with its limits."""
     origin, inner = get_origin(kind), get_args(kind)
@@ -83,6 +79,8 @@ def type_name(kind: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join(f"`{choice}`" for choice in inner)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(member) for member in inner)
+    if origin is list:
+        return f"list of {type_name(inner[0])}"
     if origin is tuple:
         return f"[{', '.join(type_name(member) for member in inner)}]"
     if origin is dict:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ PLAIN = """\
 {% if add_generation_prompt %}assistant:{% endif %}
 {% endif %}"""
 """A lone question stands as it is, as in a dataset of prompts and responses. A longer conversation is written with roles."""
+
+MOST_TEXT = 1 << 28
+"""Characters that the prompts of a conversation may have together, at most: each repeats those before it."""
 
 Message = dict[str, Any]
 
@@ -72,6 +76,10 @@ class Chat(NamedTuple):
         answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
         if not answers:
             raise Malformed("the messages have no assistant's answer to another message")
+        if len(answers) * sum(len(message["content"]) for message in messages) > MOST_TEXT:
+            raise Malformed(
+                "the conversation is too long for a prompt of each answer", f"it has {len(answers)} answers"
+            )
         prompts = self.prompts([messages[:i] for i in answers])
         return [(prompt, messages[i]["content"]) for prompt, i in zip(prompts, answers, strict=True)]
 
@@ -100,9 +108,8 @@ def _message(message: Any) -> Message:
         raise Malformed(f"a message's role must be one of {', '.join(ROLES)}", f"it is {str(role)[:60]!r}")
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        content = (
-            "".join(map(str, texts)) if len(texts) == len(content) and all(isinstance(t, str) for t in texts) else None
-        )
+        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        content = "".join(map(str, texts)) if is_text else None
     if not isinstance(content, str):
         raise Malformed("a message's content must be a text, or parts of type text", str(message.get("content"))[:60])
     # Columns of Arrow have every field in every row.
@@ -114,7 +121,7 @@ def whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Malformed("a message has half a character (a lone surrogate)") from None
+        raise Malformed("not Unicode text, but half a character") from None
     return text
 
 
@@ -125,22 +132,36 @@ def _plain():
 
 def _rendered(start: str, conversations: Sequence[list[Message]]) -> list[str]:
     """start: the template and its tokens, as the process takes them."""
-    process, lock = _process(os.getpid(), start)
-    assert process.stdin and process.stdout
-    with lock:
-        try:
-            print(json.dumps(conversations, default=str), file=process.stdin, flush=True)
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+    line = None
+    while line is None:
+        process, lock = _process(os.getpid(), start)
+        with lock:
+            if process.poll() is None:
+                line = _asked(process, json.dumps(conversations, default=str))
+        if not line:  # this conversation, or another thread's, has ended it
+            _process.cache_clear()
     if not line:
-        _process.cache_clear()
         limits = f"{chat_template.CPU_SECONDS} s or {chat_template.MEMORY >> 20} MiB"
         raise Malformed(f"the tokenizer's chat template took more than {limits}")
     answer = json.loads(line)
     if "error" in answer:
         raise Malformed("the tokenizer's chat template refuses the messages", " ".join(answer["error"].split())[:200])
     return answer["texts"]
+
+
+def _asked(process: subprocess.Popen, line: str) -> str:
+    """The line that answers; nothing where the process has ended."""
+    assert process.stdin and process.stdout
+    try:
+        print(line, file=process.stdin, flush=True)
+        if answer := process.stdout.readline():
+            return answer
+    except BrokenPipeError:
+        pass
+    process.kill()
+    with suppress(BrokenPipeError):
+        process.communicate()  # which closes all
+    return ""
 
 
 @lru_cache(maxsize=8)

@@ -77,26 +77,29 @@ def fill(template: jinja2.Template, tokens: dict[str, str], messages: list[dict[
     return template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **tokens)
 
 
+def limit(kind: int, value: int) -> None:
+    _, most = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if most == resource.RLIM_INFINITY else min(value, most), most))
+
+
 def serve() -> None:
     """Reads the template and its tokens, then a line with a list of conversations at a time. Answers each with a line."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, MEMORY)
     source, tokens = json.loads(sys.stdin.readline())
     template = None
     while line := sys.stdin.readline():
         conversations = json.loads(line)
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(usage.ru_utime + usage.ru_stime) + 1 + CPU_SECONDS * len(conversations)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY)
-        )  # beyond it, the kernel ends this process
+        # Beyond these seconds the kernel ends this process.
+        limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + 1 + CPU_SECONDS * len(conversations))
         try:
             template = template or compiled(source)
             answer: dict[str, Any] = {"texts": [fill(template, tokens, messages) for messages in conversations]}
+        except jinja2.TemplateError as error:
+            answer = {"error": str(error)}
         except Exception as error:  # a template may raise whatever Python's operators raise
-            answer = {
-                "error": f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-            }
+            answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
 
 

@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hrm_lm.config import DataConfig
 from hrm_lm.data.order import Seed
@@ -25,6 +24,7 @@ from hrm_lm.data.splits import Limits, Prompt, Sample, Split, Splits
 from hrm_lm.data.text import text_splits
 from hrm_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.parsing import one_line, parse_yaml
 
 SEED_SIZE = 4096
 """Questions of a seed: some tasks plan so many at once, some take long to set up."""
@@ -70,8 +70,8 @@ class ReasoningGymTask:
         if self.name in UNSEEDED:
             raise UserError(f"{self.shown}: its questions are others every time, so none can be held out")
         try:
-            options = {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in assignments)}
-        except yaml.YAMLError:
+            options = {key: parse_yaml(value) for key, _, value in (a.partition("=") for a in assignments)}
+        except ValueError:
             raise UserError(f"{self.shown}: a value of {','.join(assignments)} is not valid YAML") from None
         known = DATASETS[self.name][1].__dataclass_fields__.keys() - {"seed", "size"}  # those are ours
         for option in options.keys() - known:
@@ -81,11 +81,14 @@ class ReasoningGymTask:
         )
         try:
             self.create(0)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"{self.shown}: {error or 'an option has an impossible value'}") from None
+        except Exception as error:  # a task may stumble over its options in any way
+            raise UserError(f"{self.shown}: {one_line(error) or 'an option has an impossible value'}") from None
 
     def entry(self, block: int, i: int) -> dict[str, Any]:
-        return self.create(block)[i]
+        try:
+            return self.create(block)[i]
+        except Exception as error:
+            raise UserError(f"{self.shown}: makes no question of these options: {one_line(error)}") from None
 
     def score(self, answer: str, entry: dict[str, Any]) -> float:
         """The verdict of the task's own verifier, from 0 to 1; where that would be unsafe, whether it is the answer."""
@@ -95,6 +98,18 @@ class ReasoningGymTask:
             return float(self.create(0).score_answer(answer, entry))
         except Exception:  # a verifier may stumble over what an untrained model writes
             return 0.0
+
+    @staticmethod
+    def facets(entry: dict[str, Any]) -> dict[str, Any]:
+        """What makes the question easy or hard, as far as the task tells it of a single question: `difficulty` names
+        the options that do, and mostly has their ranges.
+        """
+        metadata = entry["metadata"]
+        values = {
+            name: metadata.get(name, metadata.get(f"num_{name}", value))
+            for name, value in metadata.get("difficulty", {}).items()
+        }
+        return {name: value for name, value in values.items() if isinstance(value, int | float | str)}
 
 
 class EndlessSplit(Split):
@@ -185,4 +200,4 @@ def build_reasoning_gym_dataset(config: DataConfig, seed: int) -> Splits:
         score=lambda i, answer: task.score(answer, held_out[i]),
     )
     train = EndlessSplit(task, splits.tokenizer, frozenset(splits.val.prompts()))
-    return Splits(train, splits.val, splits.tokenizer)
+    return Splits(train, splits.val, splits.tokenizer, facets=lambda i: task.facets(held_out[i]))

@@ -251,14 +251,14 @@ class Engine:
     def _extend(self, answers: list[Answer], logits: Tensor) -> None:
         """Gives each answer its next token. logits: (B, V)."""
         ids = logits.argmax(-1)
-        alike: dict[tuple[float, int | None, float], list[int]] = {}
+        alike: dict[tuple[float, int | None, float], dict[int, float]] = {}
         for row, answer in enumerate(answers):
             if answer.draws is not None:
-                asked = answer.request
-                alike.setdefault((asked.temperature, asked.top_k, asked.top_p), []).append(row)
-        for how, rows in alike.items():
-            uniforms = torch.tensor([answers[row].draws[len(answers[row].tokens)] for row in rows])
-            ids[rows] = pick(logits[rows], *how, uniforms.to(self.device))
+                how = (answer.request.temperature, answer.request.top_k, answer.request.top_p)
+                alike.setdefault(how, {})[row] = float(answer.draws[len(answer.tokens)])
+        for how, uniforms in alike.items():
+            rows = list(uniforms)
+            ids[rows] = pick(logits[rows], *how, torch.tensor(list(uniforms.values())).to(self.device))
         tokens = [Token(token) for token in ids.tolist()]
         asked = [row for row, answer in enumerate(answers) if answer.request.logprobs is not None]
         if asked:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pyarrow.fs
 
-from hrm_lm.cluster.run_folder import JOB_STORAGE, RunFolder, default_storage, newest_run
+from hrm_lm.cluster.run_folder import RunFolder, newest_run, run_locations
 from hrm_lm.config import Cycles, HRMConfig
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve, without_secrets
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
+from hrm_lm.parsing import is_text
 
 
 def generate(
@@ -30,6 +31,8 @@ def generate(
     unknown characters.
     """
     options = options or EvalOptions(cycles=model.config.hrm.cycles)
+    if broken := [prompt for prompt in prompts if not is_text(prompt.replace("\0", ""))]:
+        raise UserError(f"prompt {broken[0][:60]!r} has half a character")
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= model.config.max_prompt_len:
@@ -57,8 +60,7 @@ def find_checkpoint(
     """
     if checkpoint:
         return resolve(checkpoint)
-    # A job's runs live in a place of their own. Both places are looked at.
-    locations = [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
+    locations = run_locations(save_dir)
     if run_name:
         runs = [RunFolder(location, run_name) for location in locations]
         run = next((run for run in runs if run.has_checkpoints() or run.exists("best_checkpoint")), None)

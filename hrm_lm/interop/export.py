@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from hrm_lm.config import ModelConfig
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
@@ -86,6 +87,7 @@ def hf_tokenizer(tokenizer: Tokenizer):
     return require_transformers().PreTrainedTokenizerFast(
         tokenizer_object=inner,
         **names,
+        chat_template=Chat.of(tokenizer).template,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
@@ -150,6 +152,10 @@ inputs["token_type_ids"] = inputs["attention_mask"]  # 1: the prompt's tokens se
 output = model.generate(**inputs)
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
+
+Log-likelihoods want the prompt marked, too. lm-evaluation-harness does not mark it: its `--model hf` reads the prompt causally
+and scores another model than this one. vLLM's log-likelihoods (`prompt_logprobs`) read the continuation as a part of the
+prompt. `hrm-lm lm_eval --model hrm_lm` scores a checkpoint as it was trained.
 
 ## Config of the run
 

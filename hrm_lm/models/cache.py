@@ -6,7 +6,7 @@ changes from token to token are tensors that keep their place in memory, written
 the step from a token to the next one can be captured as a CUDA graph, and the host only counts along.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -149,7 +149,7 @@ class KVCache:
 class Moves:
     """Where samples go when others end: the last samples that stay take the rows of those that end."""
 
-    def __init__(self, ended: Sequence[int], samples: int, device: torch.device):
+    def __init__(self, ended: Collection[int], samples: int, device: torch.device):
         self.left = samples - len(ended)
         """The samples that stay."""
         self.targets = [row for row in ended if row < self.left]
@@ -187,7 +187,7 @@ class Decoding:
         """What the shapes of a step follow, beside the number of its tokens."""
         return (self.cursor.keys, *(cache.cursor.keys for cache in self.memory[:1]))
 
-    def drop(self, rows: Sequence[int]) -> "Moves":
+    def drop(self, rows: Collection[int]) -> "Moves":
         """The samples of these rows end. Returns how the others move, so that the samples that are there are the first rows."""
         moves = Moves(rows, self.cursor.samples, self.cursor.device)
         kept = [cache for caches in self.caches for cache in caches] + self.memory

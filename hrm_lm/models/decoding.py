@@ -5,7 +5,7 @@ kernels takes longer than they do. Blocks that are compiled for training run unc
 too many shapes to compile for. The host does not wait for the device at every token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,9 +70,8 @@ def generate_ids(
                 ids, lens = padded([prompts[i] for i in chosen], tokenizer.pad_id, device)
                 new = slice(len(running), len(running) + len(chosen))
                 running += chosen
-                growing.begin(
-                    new, [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else []
-                )
+                drawn = [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else []
+                growing.begin(new, drawn)
                 logits = model.prefill(ids, lens, tokenizer.bos_id, decoding)
             else:
                 new = slice(0, len(running))
@@ -80,7 +79,7 @@ def generate_ids(
             tokens = pick(logits, temperature, top_k, top_p, growing.uniforms(new))
             growing.extend(new, tokens, logits if scores is not None else None)
             ended = growing.ended(in_step)
-            wasted += len(ended) * (1 if in_step else LOOK_EVERY[device.type])
+            wasted += len(ended)
             if len(ended) == len(running) or wasted >= WASTE * rows:
                 wasted = 0
                 finished.append(([running[row] for row in ended], *growing.of(ended)))
@@ -113,15 +112,20 @@ class Growing:
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.counted: list[int] = []
         """`count` of the rows that are in use, as the host knows it."""
-        self.steps = self.asked = 0
-        if device.type == "cuda":
-            self.answer, self.answered = torch.zeros(rows, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        self.known: set[int] = set()
+        """The rows whose samples have ended, as far as the host knows."""
+        self.steps, self.look_every = 0, LOOK_EVERY[device.type]
+        is_cuda = device.type == "cuda"
+        self.answer = torch.zeros(rows, dtype=torch.bool, pin_memory=is_cuda)
+        self.copied = torch.cuda.Event() if is_cuda else None
+        self.asked = 0
+        """The first rows, of which `answer` says what `done` was when the host asked."""
 
-    def begin(self, new: slice, draws: list[np.ndarray]) -> None:
-        """Samples come into these rows. draws: see `draws`, of each sample, unless the likeliest tokens are taken."""
+    def begin(self, new: slice, drawn: list[np.ndarray]) -> None:
+        """Samples come into these rows. drawn: what `draws` returns for each; nothing where the likeliest tokens are taken."""
         self.tokens[new], self.count[new], self.logprob[new], self.done[new] = self.eos_id, 0, 0.0, False
-        if draws:
-            self.draws[new, : self.most] = torch.from_numpy(np.stack(draws)).to(self.device, non_blocking=True)
+        if drawn:
+            self.draws[new, : self.most] = torch.from_numpy(np.stack(drawn)).to(self.device, non_blocking=True)
         self.counted += [0] * (new.stop - new.start)
 
     def uniforms(self, rows: slice) -> Tensor:
@@ -140,40 +144,40 @@ class Growing:
         count.add_(1).clamp_(max=self.most)
         self.counted[rows] = [counted + 1 for counted in self.counted[rows]]
 
-    def ended(self, in_step: bool) -> list[int]:
+    def ended(self, in_step: bool) -> set[int]:
         """The rows whose samples have ended, as far as the host knows.
 
-        On CUDA that is the answer to what it asked when it looked before: it has come by now, and the device has work
-        until the host has read it.
+        Where it looks seldom, it sees the answer to what it asked when it looked before. That has come by now, and the
+        device has work until the host has read it.
         """
         self.steps += 1
-        full = [row for row, counted in enumerate(self.counted) if counted >= self.most]
-        if in_step or not (full or self.steps % LOOK_EVERY[self.device.type] == 0):
-            return full
-        if self.device.type == "cuda":
-            self.answered.synchronize()
-            done = self.answer[: self.asked].tolist()
-            self._ask()
-        else:
-            done = self.done[: len(self.counted)].tolist()
-        return sorted({*full, *(row for row, is_done in enumerate(done) if is_done)})
+        self.known |= {row for row, counted in enumerate(self.counted) if counted >= self.most}
+        if not in_step and self.steps % self.look_every == 0:
+            seen = self.done[: len(self.counted)]
+            if self.look_every > 1:
+                if self.copied:
+                    self.copied.synchronize()
+                seen = self.answer[: self.asked].clone()
+                self.ask()
+            self.known |= {row for row, is_done in enumerate(seen.tolist()) if is_done}
+        return self.known
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         self.asked = len(self.counted)
         self.answer.copy_(self.done, non_blocking=True)
-        self.answered.record()
+        if self.copied:
+            self.copied.record()
 
-    def of(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Tokens (B, most) and the sums of their log-probabilities (B,)."""
-        index = torch.tensor(rows).to(self.device, non_blocking=True)
+        index = torch.tensor(list(rows)).to(self.device, non_blocking=True)
         return self.tokens[:, : self.most].index_select(0, index), self.logprob.index_select(0, index)
 
     def drop(self, moves: Moves) -> None:
         for kept in (self.tokens, self.draws, self.last, self.count, self.logprob, self.done):
             moves.make(kept)
-        self.counted = moves.of(self.counted)
-        if self.device.type == "cuda":
-            self._ask()
+        self.counted, self.known = moves.of(self.counted), set()
+        self.ask()
 
 
 def step_rows(samples: int, rows: int, device: torch.device) -> int:
@@ -223,7 +227,7 @@ def graphed(model: LanguageModel) -> Callable[[Tensor, Decoding], Tensor]:
 
 def draws(seed: int, number: int, count: int) -> np.ndarray:
     """Uniform numbers from 0 to 1 (not reached) for as many tokens: float32, a function of seed and number alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, number])).random(count, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, number])).random(count, dtype=np.float32)
 
 
 def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float, uniforms: Tensor) -> Tensor:
@@ -234,7 +238,7 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float, un
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # finite, however small the temperature
     if top_k or top_p < 1:
         likeliest, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
         probabilities = likeliest.softmax(-1)
@@ -244,4 +248,5 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float, un
     # In float64 no rounding reaches a token of probability 0.
     reached = logits.softmax(-1).double().cumsum(-1)
     wanted = uniforms.double() * reached[:, -1]
-    return torch.searchsorted(reached, wanted[:, None], right=True)[:, 0]
+    tokens = torch.searchsorted(reached, wanted[:, None], right=True)[:, 0]
+    return tokens.clamp_(max=logits.shape[-1] - 1)  # of a model that gives NaN

@@ -2,7 +2,7 @@
 
     survey      reads each part: the hashes of its pairs, the characters that occur, and what is wrong with it
     duplicates  looks at each range of hashes over all parts: a pair that occurred before is a duplicate
-    tokenize    reads each part again and writes its shard
+    tokenize    reads each part again and writes its shard, without what a source has over its cap
 
 A step makes a Ray Data row of each of its tasks. A task is a pure function of the input, and leaves a file in
 OUTPUT/.prepare when it is done. So a run that was killed does only the tasks that are left. meta.json makes the output
@@ -19,23 +19,23 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.fs
 
-from hrm_lm.cluster.lock import locked
-from hrm_lm.data.prepared.format import META, write_file
+from hrm_lm.data.chat import Chat
+from hrm_lm.data.prepared.format import write_file
 from hrm_lm.data.prepared.writer import write_meta
+from hrm_lm.data.records import Fields
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_secrets
-from hrm_lm.prepare.reading import Piece, find_files, parse_mapping, plan_parts
-from hrm_lm.prepare.report import describe, merge_drops
-from hrm_lm.prepare.tasks import WORK, Job, Settings, find_duplicates, survey, write_shard
+from hrm_lm.filesystem import outlasting, resolve, shown, without_keys
+from hrm_lm.prepare.reading import Piece, find_files, plan_parts
+from hrm_lm.prepare.recipe import Recipe, sources_of
+from hrm_lm.prepare.report import by_source, describe, merge_drops
+from hrm_lm.prepare.tasks import Job, Settings, Source, find_duplicates, last_kept, survey, write_shard
 from hrm_lm.prepare.tokenizer import corpus_tokenizer, fixed_tokenizer
 
 GROUPED_TOGETHER = 1 << 20
@@ -44,47 +44,61 @@ READ_TOGETHER = 64 << 20
 """Input that a task of the first step reads. A part of 16 MB takes 0.2 s, as long as Ray Data takes to start a task."""
 
 
-def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = False) -> dict[str, Any]:
-    """Prepares the files of `inputs` into the folder or URI `output`. Returns what report.json says.
+def prepare(
+    settings: Settings, inputs: list[str], output: str, strict: bool = False, recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """Prepares the files of `inputs`, or the sources of `recipe`, into the folder or URI `output`. Returns what report.json
+    says.
 
     strict: the first fault of the input is an error. After a kill, the same call finishes what is left.
     Raises UserError where the input, the output or the settings cannot be used.
     """
-    for flag in ("prompt_field", "response_field"):
-        parse_mapping(f"--{flag}", getattr(settings, flag))
+    Fields.of(settings.prompt_field, settings.response_field, Chat(), "--")
     fixed = fixed_tokenizer(settings)
-    files = find_files(inputs)
+    chat = Chat.of(fixed)
+    sources = sources_of(recipe, settings, chat) if recipe else [Source("", inputs, settings.mapping(chat))]
+    files = []
+    for number, source in enumerate(sources):
+        flag = f"sources.{source.name}.input" if recipe else "--input"
+        files += [(file._replace(source=number), mtime) for file, mtime in find_files(source.inputs, flag)]
     fs, path = resolve(output)
     sizes = [file.num_bytes for file, _ in files]
     shard_bytes = (
-        int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
+        max(int(settings.shard_mb * 2**20), 1)
+        if settings.shard_mb
+        else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
     )
     parts = plan_parts([file for file, _ in files], shard_bytes)
-    job = Job(settings, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
+    job = Job(settings, sources, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
 
     plan = {
         "settings": asdict(settings),
         "files": [[file.path, file.num_bytes, mtime] for file, mtime in files],
         "tokenizer": fixed and hashlib.sha256(fixed.to_json().encode()).hexdigest(),
     }
+    plan |= {"recipe": without_keys(recipe.model_dump())} if recipe else {}
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    if not finished(job, output, fingerprint):
-        with locked(fs, job.folder, f"--output {without_secrets(output)} is being written", "--output", "--output"):
-            if not finished(job, output, fingerprint):  # by the command that held the lock
+    if not job.finished(output, fingerprint):
+        with job.lock(output):
+            if not job.finished(output, fingerprint):  # by the command that held the lock
                 together = max(READ_TOGETHER // shard_bytes, 1)
-                write_dataset(job, files, fixed, fingerprint, together)
-    # It may have been left by a run that was killed here.
-    outlasting(f"--output {without_secrets(output)}: cannot be used", lambda: remove(job))
+                write_dataset(job, files, fixed, fingerprint, together, recipe)
+    job.remove_work(output)
     return job.read_json("report.json")
 
 
 def write_dataset(
-    job: Job, files: list[tuple[Piece, int]], fixed: Tokenizer | None, fingerprint: str, together: int
+    job: Job,
+    files: list[tuple[Piece, int]],
+    fixed: Tokenizer | None,
+    fingerprint: str,
+    together: int,
+    recipe: Recipe | None,
 ) -> None:
     """Runs the three steps and writes the dataset's description. Raises UserError as `prepare` does.
 
     files: the input with times of modification. fixed: the tokenizer that does not depend on the corpus.
-    fingerprint: what `finished` looks for. together: how many parts a task of Ray reads.
+    fingerprint: what `Output.finished` looks for. together: how many parts a task of Ray reads.
     """
     from hrm_lm.cluster.start import started_ray  # it needs PyTorch; the tasks, which import this file, do not
 
@@ -95,7 +109,9 @@ def write_dataset(
         groups = np.array([result["groups"] for result in surveyed])
         reasons = merge_drops(job, surveyed, surveyed)
         if not groups.sum():
-            raise UserError(f"--input: no usable pair in {len(files)} file(s): {describe(reasons) or 'they are empty'}")
+            raise UserError(
+                f"{'--sources' if recipe else '--input'}: no usable pair in {len(files)} file(s): {describe(reasons) or 'they are empty'}"
+            )
         num_val = sum(result["num_val"] for result in surveyed)
         if not 0 < num_val < groups.sum():
             raise UserError(
@@ -107,7 +123,10 @@ def write_dataset(
         found = run_step(job, "duplicates", "deduplicating", ranges, partial(find_duplicates, groups=groups))
         duplicates = {first: np.array(task["parts"]) for (first, _), task in zip(ranges, found) if any(task["parts"])}
         pairs = groups.sum(axis=1).tolist()
-        write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs)
+        last = {
+            source.name: last_kept(job, number, ranges, groups, duplicates) for number, source in enumerate(job.sources)
+        }
+        write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs, last=last)
         # Half as many parts a task as above: tokenizing takes longer, and cores wait while the last task runs.
         written = run_step(job, "shard", "tokenizing", range(len(parts)), write, max(together // 2, 1))
 
@@ -126,50 +145,13 @@ def write_dataset(
         **{split: sum(shard["samples"] for shard in closed) for split, closed in shards.items()},
         "dropped": merge_drops(job, surveyed, [*surveyed, *written]),
     }
+    more: dict[str, Any] = {}
+    if recipe:
+        report["sources"] = by_source(job, groups, duplicates, written)
+        more["recipe"] = without_keys(recipe.model_dump())
     write_file(fs, f"{path}/report.json", json.dumps(report, indent=1).encode())
     fields = {"prompt": settings.prompt_field, "response": settings.response_field}
-    write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint)
-
-
-def remove(job: Job) -> None:
-    """Removes the work folder; another try finds nothing more to remove."""
-    with suppress(FileNotFoundError):
-        job.fs.delete_dir(job.folder)
-
-
-def finished(job: Job, output: str, fingerprint: str) -> bool:
-    """Whether `output` holds the result already. Begins the work where `output` is empty.
-
-    fingerprint: of the input and the settings. Raises UserError where `output` holds anything else.
-    """
-    location = without_secrets(output)
-    what, folder = f"--output {location}: cannot be used", pyarrow.fs.FileSelector(job.output, allow_not_found=True)
-    try:
-        there = {info.base_name for info in retrying(what, lambda: job.fs.get_file_info(folder))}
-        if META in there:
-            same = False
-            with suppress(ValueError, AttributeError):  # the file is not one that this program wrote
-                same = job.read_json(META).get("plan") == fingerprint
-            if not same:
-                raise UserError(
-                    f"--output {location}: holds a dataset of other input or settings; give another --output"
-                )
-            return True
-        if WORK in there:
-            with suppress(FileNotFoundError):  # a run was killed before it wrote the plan
-                if job.read_json(f"{WORK}/plan.json")["plan"] != fingerprint:
-                    raise UserError(
-                        f"--output {location}: holds an unfinished dataset of other input or settings; finish that, delete it, "
-                        "or give another --output"
-                    )
-                return False
-        elif there:
-            raise UserError(f"--output {location}: is not empty; give another --output")
-        retrying(what, lambda: job.fs.create_dir(job.folder, recursive=True))
-        write_file(job.fs, job.work("plan.json"), json.dumps({"plan": fingerprint}).encode())
-    except OSError as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
-    return False
+    write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint, **more)
 
 
 def run_step(
@@ -188,7 +170,7 @@ def run_step(
     done = job.list()
     for i in range(len(items)):
         if f"{name}-{i:05d}.json" in done:
-            results[i] = job.read_json(f"{WORK}/{name}-{i:05d}.json")
+            results[i] = job.read_json(f"{job.WORK}/{name}-{i:05d}.json")
     rows = [{"i": i} for i in range(len(items)) if i not in results]
     print(f"{title}: {len(rows)} of {len(items)} task(s) to do", file=sys.stderr, flush=True)
     if rows:

@@ -15,7 +15,8 @@ from hrm_lm.data.tokenizer import (
     tokenizer_from_json,
 )  # fmt: skip
 from hrm_lm.errors import UserError
-from hrm_lm.prepare.tasks import WORK, Drops, Job, Settings, read_part
+from hrm_lm.prepare.recipe import special_texts
+from hrm_lm.prepare.tasks import Drops, Job, Settings, read_part
 
 TRAINING_CHARS = 1 << 26
 """Characters of text that `train_bpe` learns from, spread over the corpus."""
@@ -39,7 +40,7 @@ def fixed_tokenizer(settings: Settings) -> Tokenizer | None:
 def corpus_tokenizer(job: Job, surveyed: list[dict[str, Any]]) -> Tokenizer:
     """The tokenizer that is made of the corpus. After a kill, it is the tokenizer that the first run made."""
     with suppress(FileNotFoundError):
-        return tokenizer_from_json(json.dumps(job.read_json(f"{WORK}/{TOKENIZER}")))
+        return tokenizer_from_json(json.dumps(job.read_json(f"{job.WORK}/{TOKENIZER}")))
     tokenizer: Tokenizer
     if job.characters:
         tokenizer = SimpleTokenizer.from_texts(result["characters"] for result in surveyed)
@@ -76,7 +77,7 @@ def train_bpe(job: Job) -> Tokenizer:
     trained.pre_tokenizer, trained.decoder = byte_level, tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=job.settings.vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
+        special_tokens=["<pad>", "<bos>", "<eos>", *special_texts(job.sources)],
         initial_alphabet=byte_level.alphabet(),  # so that no text is unknown to it
         show_progress=False,
     )
