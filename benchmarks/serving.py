@@ -28,7 +28,7 @@ import uvloop
 
 from hrm_lm.cluster.start import free_port
 
-ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "hrm_lm.commands"]
 MARK = "HRM_LM_BENCHMARK"
 """A variable of the environment by which the server's processes are known."""
 SHOWN = ("ServeReplica", "haproxy -db", "HAProxyManager", "ProxyActor", "ServeController")
@@ -37,16 +37,7 @@ SHOWN = ("ServeReplica", "haproxy -db", "HAProxyManager", "ProxyActor", "ServeCo
 class Server:
     def __init__(self, checkpoint: str, *flags: str):
         self.port, self.id = free_port(), str(os.getpid())
-        command = [
-            sys.executable,
-            "-m",
-            "hrm_lm.commands",
-            "serve",
-            "--checkpoint",
-            checkpoint,
-            "--port",
-            str(self.port),
-        ]
+        command = [*COMMAND, "serve", "--checkpoint", checkpoint, "--port", str(self.port)]
         environment = os.environ | {MARK: self.id}
         self.process = subprocess.Popen([*command, *flags], env=environment, stderr=subprocess.PIPE, text=True)
         for line in self.process.stderr:
@@ -311,16 +302,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not args.checkpoint:
-            command = [
-                "train",
-                "--config",
-                str(ROOT / "configs/arithmetic.yaml"),
-                "--run_name",
-                "a",
-                "--save_dir",
-                folder,
-            ]
-            subprocess.run([sys.executable, "-m", "hrm_lm.commands", *command], check=True)
+            config = str(Path(__file__).parent.parent / "configs/arithmetic.yaml")
+            subprocess.run([*COMMAND, "train", "--config", config, "--run_name", "a", "--save_dir", folder], check=True)
             args.checkpoint = json.loads(Path(folder, "a/result.json").read_text())["best_checkpoint"]
         server = Server(args.checkpoint, "--replicas", args.replicas)
         try:

@@ -38,9 +38,8 @@ def build(**overrides):
     sizes = {"model__d_model": 64, "model__max_prompt_len": 60, "model__max_response_len": 20}
     model = build_model(small_config(**sizes, **overrides).model, TOKENIZER.vocab_size).eval()
     with torch.no_grad():
-        model.head.weight.normal_()[: TOKENIZER.SPECIAL] = (
-            0  # logits far apart: rounding changes no token; all have text
-        )
+        # Logits far apart: rounding changes no token. All tokens of an answer have text.
+        model.head.weight.normal_()[: TOKENIZER.SPECIAL] = 0
     return model
 
 
@@ -152,12 +151,8 @@ def in_thread(function, *arguments, **options):
 def test_a_completion_is_what_the_engine_answers(server):
     answer = server.complete()
     (choice,) = answer.choices
-    assert (answer.object, answer.model, choice.index, choice.finish_reason) == (
-        "text_completion",
-        "small",
-        0,
-        "length",
-    )
+    assert (answer.object, answer.model) == ("text_completion", "small")
+    assert (choice.index, choice.finish_reason) == (0, "length")
     assert len(choice.text) == 20 and choice.logprobs is None
     assert answer.usage.to_dict() == {"prompt_tokens": 11, "completion_tokens": 20, "total_tokens": 31}
     assert server.complete(max_tokens=5).choices[0].text == choice.text[:5]
@@ -460,13 +455,8 @@ def test_with_a_key_only_those_who_show_it_are_answered():
         assert server.complete().choices[0].text
         with pytest.raises(openai.AuthenticationError):
             server.client.with_options(api_key="other").models.list()
-        for wrong in (
-            {},
-            {"Authorization": "secret"},
-            {"Authorization": "Bearer secre"},
-            {"Authorization": "Bearer \xff"},
-        ):
-            assert server.raw("GET", "/v1/models", headers=wrong)[0] == 401
+        for wrong in ("", "secret", "Bearer secre", "Bearer \xff"):
+            assert server.raw("GET", "/v1/models", headers={"Authorization": wrong})[0] == 401
         for path, status in (("/v1/models", 401), ("/metrics", 401), ("/", 200), ("/health", 200)):
             assert server.raw("GET", path)[0] == status
         headers = {"Authorization": "Bearer secret", "Host": "example.com", "Origin": "https://example.org"}
@@ -563,16 +553,10 @@ class Page:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     if CHROMIUM is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium or Chrome")
     folder = tmp_path_factory.mktemp("chromium")
-    options = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--remote-debugging-port=0",
-        f"--user-data-dir={folder}",
-    ]
-    process = subprocess.Popen([CHROMIUM, *options], stderr=subprocess.DEVNULL)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
+    process = subprocess.Popen([CHROMIUM, *options, f"--user-data-dir={folder}"], stderr=subprocess.DEVNULL)
     try:
         file = folder / "DevToolsActivePort"
         port = wait_until(lambda: file.exists() and file.read_text().partition("\n")[0])

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from urllib.request import urlopen
+from http.client import HTTPConnection, HTTPException
 
 from hrm_lm.cluster.ray_private import started_by_this_process
 from hrm_lm.cluster.start import free_port, say, started_ray
@@ -132,14 +132,18 @@ def check_port(host: str, port: int) -> None:
 def wait_until_answered(host: str, port: int) -> None:
     """A replica that runs is known to the proxy a moment later."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{name}]:{port}/health" if ":" in name else f"http://{name}:{port}/health"
     for _ in range(240):
+        connection = HTTPConnection(name, port, timeout=5)  # not urllib, which would ask the environment's proxy
         try:
-            with urlopen(url, timeout=5):
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
                 return
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError(f"{url} does not answer")
+        except (OSError, HTTPException):
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.25)
+    raise TimeoutError(f"{host}:{port} does not answer")
 
 
 def wait_for_the_end() -> None:
