@@ -126,7 +126,7 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"--host {host} --port {port}: {os.strerror(error.errno or 0)}") from None
+            raise UserError(f"--host {host} --port {port}: {error.strerror}") from None
 
 
 def wait_until_answered(host: str, port: int) -> None:
