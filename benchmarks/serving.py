@@ -86,12 +86,13 @@ class Client:
     def __init__(self, port: int):
         self.port, self.reader, self.writer = port, None, None
 
-    async def ask(self, data: bytes) -> tuple[int, bytes]:
-        """Status and body of the response to an HTTP request. Raises OSError or IncompleteReadError."""
+    async def ask(self, *parts: bytes) -> tuple[int, bytes]:
+        """Status and body of the response to an HTTP request, sent in parts. Raises OSError or IncompleteReadError."""
         try:
             if self.writer is None:
                 self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
-            self.writer.write(data)
+            for part in parts:
+                self.writer.write(part)
             head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
             if length := re.search(rb"content-length: (\d+)", head):
                 body = await self.reader.readexactly(int(length[1]))
@@ -234,7 +235,8 @@ async def soak_for(server: Server, seconds: float) -> None:
             data, answer = question(server.model, stream=stream)
             began = time.monotonic()
             try:
-                status, body = await client.ask(data)
+                head, blank, body = data.partition(b"\r\n\r\n")  # apart, as most clients send them
+                status, body = await client.ask(head + blank, body)
                 if status == 200:
                     events = (
                         [json.loads(line[6:]) for line in body.split(b"\n\n")[:-2]] if stream else [json.loads(body)]

@@ -90,8 +90,9 @@ def direct_ingress(timeout: float) -> Iterator[Callable[[], None]]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # of each request once more, for which another process grows
         # What a replica that died has not begun to answer is asked again, of another one or once it is back: the same
-        # question may be answered twice.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        # question may be answered twice. HAProxy can only ask again what it had whole when it passed it on, so it waits for
+        # the body: clients send it after the head. Ray has no setting for that, but writes this value as it is.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\n    option http-buffer-request",
         "RAY_SERVE_HAPROXY_RETRIES": "8",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),
         # When replicas come and go, another HAProxy takes over. The one before ends its requests, for so long.
