@@ -85,15 +85,19 @@ class Client:
 
     def __init__(self, port: int):
         self.port, self.reader, self.writer = port, None, None
+        self.began = False
+        """Whether the last response began."""
 
     async def ask(self, *parts: bytes) -> tuple[int, bytes]:
         """Status and body of the response to an HTTP request, sent in parts. Raises OSError or IncompleteReadError."""
+        self.began = False
         try:
             if self.writer is None:
                 self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
             for part in parts:
                 self.writer.write(part)
             head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
+            self.began = True
             if length := re.search(rb"content-length: (\d+)", head):
                 body = await self.reader.readexactly(int(length[1]))
             else:
@@ -246,7 +250,7 @@ async def soak_for(server: Server, seconds: float) -> None:
                 else:
                     outcome = f"status {status}"
             except (OSError, asyncio.IncompleteReadError) as error:
-                outcome = type(error).__name__
+                outcome = "broken off" if client.began else type(error).__name__
             slowest = max(slowest, time.monotonic() - began)
             outcomes[kind][outcome] += 1
 
