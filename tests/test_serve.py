@@ -21,6 +21,7 @@ from hrm_lm.commands.serve import main, name_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.models.build import build_model
 from hrm_lm.serving.app import digest
+from hrm_lm.serving.start import direct_ingress
 from hrm_lm.training.checkpoint import Progress, save_model
 
 TOKENIZER = SimpleTokenizer("abcdefghijklmnopqrstuvwxyz0123456789 .,!?:\n")
@@ -107,6 +108,13 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(command, checkpoint,
 )
 def test_a_model_is_called_after_its_run(path, name):
     assert name_of(path) == name
+
+
+def test_an_haproxy_that_is_left_ends_with_the_command():
+    with direct_ingress(1):
+        folder = os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"]
+        left = subprocess.Popen([sys.executable, "-c", "input()", f"{folder}/haproxy.cfg"], stdin=subprocess.PIPE)
+    assert left.wait() == -signal.SIGKILL
 
 
 # --- the server --------------------------------------------------------------------------------------------------

@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a dataset of one's own is a module beside the command
-    module = importlib.import_module(COMMANDS[name][0])
-    return run_command(lambda: module.main(rest))
+    return run_command(lambda: importlib.import_module(COMMANDS[name][0]).main(rest))  # Ctrl-C may come meanwhile, too
 
 
 def usage() -> str:

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = f"{plan.settings.name!r} answers on {url}, until Ctrl-C"
     if made:
         told += f"\nits key, made for this time ({KEY} sets one): {made}\nthe page with the key: {url}/#key={made}"
-    serve_until_stopped(plan, args.host, args.port, told)
+    try:
+        serve_until_stopped(plan, args.host, args.port, told)
+    except KeyboardInterrupt:  # later ones end it in good order
+        raise KeyboardInterrupt("nothing was served yet") from None
     return 0
 
 

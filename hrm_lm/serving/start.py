@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 
 from hrm_lm.cluster.ray_private import started_by_this_process
 from hrm_lm.cluster.start import free_port, say, started_ray
@@ -38,6 +39,7 @@ def serve_until_stopped(plan: Plan, host: str, port: int, told: str) -> None:
         own = started_by_this_process()
         if not own:
             undo()  # the cluster's processes were started without it
+        import ray
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
@@ -63,11 +65,9 @@ def serve_until_stopped(plan: Plan, host: str, port: int, told: str) -> None:
             wait_for_the_end()
         except (RuntimeError, TimeoutError) as error:
             raise RunFailed(f"nothing is served: {failure() or error}") from None
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("nothing was served yet") from None
         finally:
-            if not own:
-                serve.shutdown()
+            # In good order after Ctrl-C, too: what Ray started for Serve would outlive it.
+            ray.shutdown() if own else serve.shutdown()
 
 
 @contextmanager
@@ -116,6 +116,11 @@ def direct_ingress(timeout: float) -> Iterator[Callable[[], None]]:
         yield undo
     finally:
         undo()
+        # HAProxy outlives what started it where that is killed, and keeps the port.
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if folder in (process / "cmdline").read_text(errors="replace"):
+                    os.kill(int(process.name), signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
