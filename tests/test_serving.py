@@ -411,7 +411,7 @@ def test_a_request_that_the_engine_does_not_take_fails_alone():
     with running() as server:
         server.engine.gate.clear()
         others = in_thread(server.complete)
-        wait_until(lambda: server.app.worker.unfinished == 1)
+        wait_until(lambda: server.engine.waiting)
         add = server.engine.add
         server.engine.add = lambda request: add(replace(request, max_new_tokens=0))
         fails = in_thread(server.complete)
