@@ -37,7 +37,7 @@ def table_html(columns: Sequence[str], rows: Iterable[tuple[Sequence[Any], str]]
             f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(short(c))}</td>'
             for c in cells
         )
-        body.append(f'<tr class="{row_kind}">{tds}</tr>')
+        body.append(f'<tr class="{html.escape(row_kind)}">{tds}</tr>')
     return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 

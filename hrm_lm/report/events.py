@@ -33,7 +33,8 @@ class EventFiles:
         """
         found = []
         for info in self.fs.get_file_info(pyarrow.fs.FileSelector(self.path, allow_not_found=True)):
-            if not info.base_name.startswith(FILES) or info.size <= (start := self.read.get(info.base_name, 0)):
+            start = self.read.get(info.base_name, 0)
+            if not info.is_file or not info.base_name.startswith(FILES) or info.size <= start:
                 continue
             with self.fs.open_input_file(info.path) as file:
                 file.seek(start)
@@ -118,7 +119,7 @@ def written(events: Iterable[Event]) -> Written:
                 run.curves.setdefault(name, {})[event.step] = number
             for name, value in texts(event).items():
                 if name == "environment" and run.attempts:
-                    run.attempts[-1] |= value
+                    run.attempts[-1] = value | run.attempts[-1]
                 else:
                     run.texts.setdefault(name, {})[event.step] = value
     return run
