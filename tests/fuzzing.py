@@ -542,9 +542,9 @@ def sandboxed(root: Path):
         for module in (run, start, sweep):
             patch.setattr(module, "started_ray", started_ray)
         patch.setattr("hrm_lm.filesystem.sleep", sleep)
-        patch.setitem(
-            plotly.io.templates._templates, "plotly_white", go.layout.Template()
-        )  # the look of figures, which takes longer than all else
+        # Pages without what is always the same in them and takes longest.
+        patch.setitem(plotly.io.templates._templates, "plotly_white", go.layout.Template())
+        patch.setattr("hrm_lm.pages.get_plotlyjs", str)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "hub")
         patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

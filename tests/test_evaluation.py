@@ -111,6 +111,13 @@ def test_every_answer_of_drops_files_counts():
     assert alternatives({"spans": ["two", "two"], "types": ["span", "span"]}) == [("two",)]
 
 
+@pytest.mark.parametrize(
+    "value", [{"number": ["4"]}, {"spans": 3}, {"spans": [True, None]}, {"date": "1990"}, {"number": {}}]
+)
+def test_what_is_malformed_in_drops_files_is_no_answer(value):
+    assert alternatives(value) == []
+
+
 # --- the suite -----------------------------------------------------------------------------------------------------------
 
 

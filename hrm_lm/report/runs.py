@@ -119,7 +119,10 @@ def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
             except FileNotFoundError:
                 return None
 
-        return outlasting(f"{name}/{file}: cannot be read", attempt)
+        try:
+            return outlasting(f"{name}/{file}: cannot be read", attempt)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}/{file}: torn or foreign: {one_line(error)}") from None
 
     config, of_trial = text("config.yaml"), text("params.json") is not None
     if of_trial:
