@@ -12,8 +12,9 @@ from plotly.offline import get_plotlyjs
 
 
 def page_html(title: str, sections: Iterable[str]) -> str:
-    """The page. sections: HTML, in their order."""
-    return PAGE.format(title=html.escape(title), plotly=get_plotlyjs(), body="\n".join(sections))
+    """The page. sections: HTML, in their order. Half characters, which JSON can say and no file can hold, are escaped."""
+    body = "\n".join(sections).encode(errors="backslashreplace").decode()
+    return PAGE.format(title=html.escape(title), plotly=get_plotlyjs(), body=body)
 
 
 def figure_html(figure: go.Figure) -> str:

@@ -67,6 +67,7 @@ def write_jsonl(path: Path, records) -> Path:
         ("boxed", "\\boxed{\\left(2,-1\\right)}", "\\boxed{(2, -1)}", 1), ("boxed", "\\boxed{(2,1)}", "\\boxed{(2,-1)}", 0),
         ("boxed", "\\boxed{\\sqrt2", "\\boxed{\\sqrt{2}}", 0), ("boxed", "\\boxed {7}", "\\boxed 7", 1), ("boxed", "\\boxed{10,000}", "\\boxed{10000}", 1),
         ("f1", "the 3 yards", "3 yards", 1), ("f1", "4 yards", "3 yards", 0), ("f1", "red blue", "red", 0.67), ("f1", "", "red", 0),
+        ("boxed", "9" * 5000, "9" * 5000, 1), ("boxed", "1/" + "9" * 5000, "9", 0),
     ],
 )  # fmt: skip
 def test_a_verdict_counts_what_its_benchmark_counts(metric, answer, expected, right):
@@ -235,6 +236,9 @@ def test_a_limit_spreads_over_a_file(tmp_path):
 
 def test_many_numbers_of_a_facet_become_ranges_and_values_have_a_readers_order():
     assert set(binned([3, 1, None, 3])) == {"3", "1", ""}
+    assert set(binned(["\ud800", "\0", "é"])) == {"'\\ud800'", "'\\x00'", "é"}, "which a file and a table can hold"
+    for odd in (float("nan"), float("inf"), 10**400):
+        assert str(odd) in binned([*range(20), odd])
     ranges = binned(list(range(1000)))
     assert (
         in_order(ranges)[0].startswith("0 to ") and len(set(ranges)) <= 7 and set(ranges[:10]) == {in_order(ranges)[0]}

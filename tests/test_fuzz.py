@@ -40,6 +40,7 @@ from fuzzing import (
     mutated_files,
     mutated_json,
     mutated_lines,
+    mutated_tree,
     mutated_yaml,
     redescribed,
     resealed,
@@ -150,7 +151,7 @@ TASKS = [
         "q": p, "a": f"#### {r}", "of": [r, "7"], "right": "B" if r == "7" else 0, "kind": "x" if len(p) > 3 else "cot", "difficulty": i,
         "spans": {"number": "", "date": {"day": "1"}, "spans": [r, "7"]}, "all": {"spans": [[r]], "number": [r], "date": [{}]},
     }
-    for i, (p, r) in enumerate(sums(12))
+    for i, (p, r) in enumerate(sums(16))
 ]  # fmt: skip
 SUITE = {
     "conditions": {"cot": "<c>"},
@@ -463,6 +464,9 @@ def a_task(rng: Rng, box: Sandbox, valid: Valid) -> None:
     task[0:0] = [f"shots_data=case/{name}"]
     if kind < 0.4:
         suite = mutated_yaml(rng, suite)
+    elif kind < 0.7:
+        place = rng.randrange(len(TASKS))
+        records = lines([*TASKS[:place], mutated_tree(rng, TASKS[place]), *TASKS[place + 1 :]])
     elif kind < 0.8:
         records = mutated_lines(rng, records)
     elif kind < 0.9:

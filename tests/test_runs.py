@@ -200,11 +200,12 @@ def test_what_a_run_cannot_have_written_is_foreign(tmp_path, result, name, text)
         read_run(HERE, str(tmp_path))
 
 
-def test_a_strangers_run_puts_no_markup_into_the_page(tmp_path):
+def test_a_strangers_run_puts_neither_markup_nor_half_characters_into_the_page(tmp_path):
     (tmp_path / "config.yaml").write_text("train: {steps: <canary>, <canary>: <canary>}\n")
-    (tmp_path / "result.json").write_text('{"status": "\\"><canary>"}')
+    (tmp_path / "result.json").write_text('{"status": "\\"><canary>", "error": "\\ud800"}')
     run = read_run(HERE, str(tmp_path))
-    assert "<canary>" not in run_page(run) + comparison_page([run, replace(run, name="<canary>")])
+    pages = run_page(run) + comparison_page([run, replace(run, name="<canary>")])
+    assert b"<canary>" not in pages.encode()
 
 
 def test_a_trial_of_a_sweep_has_a_page_from_what_tune_was_told(tmp_path):

@@ -7,6 +7,7 @@
 import re
 import string
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -106,10 +107,9 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
     text = re.sub(r"^[a-zA-Z]\\?=", "", text)
     text = re.sub(r"^(-?)\\frac{(-?[\d.]+)}{([\d.]+)}$", r"\1\2/\3", text)
-    if NUMBER.fullmatch(text):
-        return str(Fraction(text.replace(",", "")))
-    if RATIO.fullmatch(text):
-        return str(Fraction(text))
+    if NUMBER.fullmatch(text) or RATIO.fullmatch(text):
+        with suppress(ValueError):  # Python reads no number of more than 4,300 digits
+            return str(Fraction(text.replace(",", "")))
     return text
 
 
