@@ -341,14 +341,7 @@ def mutated_files(rng: random.Random, files: Files) -> Files:
         elif isinstance(data, bytes):
             try:
                 files[name] = BY_SUFFIX.get(Path(name).suffix, mutated_bytes)(rng, data)
-            except (
-                ValueError,
-                TypeError,
-                LookupError,
-                RecursionError,
-                struct.error,
-                yaml.YAMLError,
-            ):  # it is another file by now
+            except Exception:  # it is another file by now
                 files[name] = mutated_bytes(rng, data)
         if not files:
             return files

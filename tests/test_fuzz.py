@@ -451,17 +451,6 @@ class Worker:
 
 def a_task(rng: Rng, box: Sandbox, valid: Valid) -> None:
     kind, suite, records, name = rng.random(), dumped(SUITE), lines(TASKS), "r.jsonl"
-    task = [
-        "prompt=q",
-        "metric=number",
-        "facets=kind",
-        "answers=spans+all",
-        "limit=3",
-        "options=of",
-        "answer=right",
-        "shots=1",
-    ]
-    task[0:0] = [f"shots_data=case/{name}"]
     if kind < 0.4:
         suite = mutated_yaml(rng, suite)
     elif kind < 0.7:
@@ -472,11 +461,19 @@ def a_task(rng: Rng, box: Sandbox, valid: Valid) -> None:
     elif kind < 0.9:
         records, name = mutated_bytes(rng, b"q,a,right\n" + b"1+1,2,0\n" * 5), rng.choice(["r.csv", "r.tsv"])
     if rng.random() < 0.7:
-        data = ",".join(f"{task}=case/{name}" for task in "abcde")
-        tasks = f"case/s.yaml,{data},b_shots=case/{name}"
+        tasks = ",".join(["case/s.yaml", *(f"{task}=case/{name}" for task in [*SUITE["tasks"], "b_shots"])])
     else:
-        some = rng.sample(task, rng.randrange(4))
-        tasks = ",".join([f"case/{name}", *(option.replace("q", rng.choice(["q", "a", "{x}"])) for option in some)])
+        options = [
+            "metric=number",
+            "facets=kind",
+            "answers=spans+all",
+            "limit=3",
+            "options=of",
+            "answer=right",
+            "shots=1",
+        ]
+        options = rng.sample([*options, f"shots_data=case/{name}", "response=a"], rng.randrange(4))
+        tasks = ",".join([f"case/{name}", "prompt=" + rng.choice(["q", "q", "{q}", "{x}"]), *options])
     if rng.random() < 0.2:
         place = rng.randrange(len(tasks))
         tasks = f"{tasks[:place]}{rng.choice(',=[({+')}{tasks[place:]}"

@@ -22,7 +22,7 @@ OF_TRIALS = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "mfu", "save_
 """What a trial reports, beside its scores."""
 
 
-Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Time = Annotated[float, Field(ge=0, le=1e11)]
 """Seconds since 1970."""
 
