@@ -74,7 +74,7 @@ from hrm_lm.training.checkpoint_files import safetensors_pieces
 from hrm_lm.training.loop import train as train_loop
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-TIMES = 80 if THOROUGH else 1
+TIMES = 60 if THOROUGH else 1
 """How many times the inputs of the suite are thrown."""
 
 # --- what is valid -----------------------------------------------------------------------------------------------
