@@ -10,9 +10,11 @@ import pyarrow
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, small_config, train_locally
 
 from hrm_lm.commands.evaluate import main as evaluate
+from hrm_lm.commands.generate import main as generate
 from hrm_lm.config import Config
 from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.errors import UserError
@@ -244,6 +246,15 @@ def test_many_numbers_of_a_facet_become_ranges_and_values_have_a_readers_order()
         in_order(ranges)[0].startswith("0 to ") and len(set(ranges)) <= 7 and set(ranges[:10]) == {in_order(ranges)[0]}
     )
     assert in_order(["Level 10", "Level 9", "Level 1"]) == ["Level 1", "Level 9", "Level 10"]
+
+
+def test_answers_that_memory_does_not_hold_are_told_of(reader, command, tmp_path, monkeypatch):
+    for place in ("evaluation.scoring", "inference.generate"):
+        monkeypatch.setattr(f"hrm_lm.{place}.generate_ids", lambda *_, **__: torch.empty(1 << 60))
+    tasks = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "1", "response": "2"}])
+    for main, arguments in ((generate, ["--prompt", "1"]), (evaluate, ["--tasks", tasks, "--output", "out"])):
+        code, _, err = command(main, "--checkpoint", reader, *arguments)
+        assert code == 2 and "more than the memory holds" in err
 
 
 def test_a_reasoning_tasks_verdict_and_difficulty_are_the_tasks_own(tmp_path):

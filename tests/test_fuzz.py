@@ -131,6 +131,12 @@ def lines(records: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
+def parquet(records: list[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), stream, row_group_size=4)
+    return stream.getvalue()
+
+
 PAIRS = [{"prompt": p, "response": r} for p, r in sums(12)]
 TALKS = [
     {"messages": [{"role": role, "content": c} for role, c in zip(["user", "assistant"] * 2, [p, r, "1", "2"])]}
@@ -460,6 +466,10 @@ def a_task(rng: Rng, box: Sandbox, valid: Valid) -> None:
         records = mutated_lines(rng, records)
     elif kind < 0.9:
         records, name = mutated_bytes(rng, b"q,a,right\n" + b"1+1,2,0\n" * 5), rng.choice(["r.csv", "r.tsv"])
+    else:
+        columns = ["q", "a", "of", "kind", "difficulty"]  # which have the same type in all records
+        records, name = parquet([{column: task[column] for column in columns} for task in TASKS]), "r.parquet"
+        records = mutated_bytes(rng, records)
     if rng.random() < 0.7:
         tasks = ",".join(["case/s.yaml", *(f"{task}=case/{name}" for task in [*SUITE["tasks"], "b_shots"])])
     else:
@@ -553,10 +563,7 @@ def a_transformers_folder(rng: Rng, box: Sandbox, valid: Valid) -> None:
 def a_corpus(rng: Rng, box: Sandbox, valid: Valid) -> None:
     kind, rows = rng.choice(["jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2", "parquet", "csv", "tsv", "txt"]), sums(12)
     if kind == "parquet":
-        stream = io.BytesIO()
-        table = pa.table({"prompt": [p for p, _ in rows], "response": [r for _, r in rows]})
-        pq.write_table(table, stream, row_group_size=4)
-        data = mutated_bytes(rng, stream.getvalue())
+        data = mutated_bytes(rng, parquet(PAIRS))
     elif kind in ("csv", "tsv", "txt"):
         separator = "\t" if kind == "tsv" else ","
         lines = [separator.join(row) for row in [("prompt", "response"), *rows]]
