@@ -6,7 +6,6 @@ attempt at a run is a file. A START event says that the run goes on before its s
 and beyond.
 """
 
-import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 import pyarrow.fs
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from hrm_lm.parsing import parse_json
 
 FILES = "events.out.tfevents."
 
@@ -70,7 +71,7 @@ def texts(event: Event) -> dict[str, Any]:
     found = {}
     for value in event.summary.value:
         if value.metadata.plugin_data.plugin_name == "text":
-            found[value.tag.removesuffix("/text_summary")] = json.loads(value.tensor.string_val[0])
+            found[value.tag.removesuffix("/text_summary")] = parse_json(value.tensor.string_val[0])
     return found
 
 
