@@ -39,7 +39,7 @@ CPU_SECONDS = 10
 """Of an input. The slowest valid input takes a tenth of a second."""
 MEMORY = 3 << 29
 """Bytes of address space that an input may add."""
-MESSAGE = 4000
+MESSAGE = 6000
 """Characters of the longest message, paths of the sandbox included."""
 
 
