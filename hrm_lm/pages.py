@@ -12,8 +12,9 @@ from plotly.offline import get_plotlyjs
 
 
 def page_html(title: str, sections: Iterable[str]) -> str:
-    """The page. sections: HTML, in their order."""
-    return PAGE.format(title=html.escape(title), plotly=get_plotlyjs(), body="\n".join(sections))
+    """The page. sections: HTML, in their order. Half characters, which JSON can say and no file can hold, are escaped."""
+    body = "\n".join(sections).encode(errors="backslashreplace").decode()
+    return PAGE.format(title=html.escape(title), plotly=get_plotlyjs(), body=body)
 
 
 def figure_html(figure: go.Figure) -> str:
@@ -37,7 +38,7 @@ def table_html(columns: Sequence[str], rows: Iterable[tuple[Sequence[Any], str]]
             f'<td data-v="{"" if c is None else html.escape(str(c))}">{"" if c is None else html.escape(short(c))}</td>'
             for c in cells
         )
-        body.append(f'<tr class="{row_kind}">{tds}</tr>')
+        body.append(f'<tr class="{html.escape(row_kind)}">{tds}</tr>')
     return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 

@@ -25,17 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
+import plotly.io
 import pytest
 import yaml
 
 from hrm_lm.commands.main import run_command
+from hrm_lm.data import chat_template
+from hrm_lm.report.events import parsed
 from hrm_lm.training.checkpoint_files import sealed
 
 CPU_SECONDS = 10
 """Of an input. The slowest valid input takes a tenth of a second."""
 MEMORY = 3 << 29
 """Bytes of address space that an input may add."""
-MESSAGE = 4000
+MESSAGE = 6000
 """Characters of the longest message, paths of the sandbox included."""
 
 
@@ -43,13 +47,15 @@ MESSAGE = 4000
 #
 # They draw from a `random.Random` that hypothesis makes (`st.randoms`), so hypothesis can shrink what fails.
 
+MARKUP = "<canary>"
+"""A page on what a stranger made has it with its angle brackets escaped."""
 DEEP = json.loads("[" * 300 + "]" * 300)
 
 VALUES = [
     None, True, False, 0, 1, 2, 3, -1, 7, 0.0, -0.0, 0.5, 1e-300, 1e300, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 2**70,
     10**30, -(2**63), float("nan"), float("inf"), float("-inf"), "", "a", "1", "nan", "0x10", " ", "é", "\ud800", "\x00",
     "a\nb", "\x1b[2J", "a" * 5000, "x" * 300, ".", "..", "../../escaped", "/", "~nobody", "a/b", "a:b", "canary_module:main", "s4://x",
-    "file:///nowhere", "file://", "://", "mock://a", "bytes", "characters", "synthetic", "synthetic:x", "reasoning_gym:x", "none",
+    "file:///nowhere", "file://", "://", "mock://a", MARKUP, "bytes", "characters", "synthetic", "synthetic:x", "reasoning_gym:x", "none",
     "auto", "1:4", "{x}", "%s", [], [[]], [None], [0], [1, 2], [-1, 5], ["a"], {}, {"": None}, {"a": {}}, {"a": 1}, {"0": []}, DEEP,
 ]  # fmt: skip
 KEYS = [
@@ -256,9 +262,50 @@ def mutated_lines(rng: random.Random, data: bytes) -> bytes:
     return rng.choice([b"\n", b"\n", b"\n", b"\r\n", b"\r"]).join(lines)
 
 
+TEMPLATE = b"{% for m in messages %}{{ bos_token + m.content }}{% if not loop.last %}+{% endif %}{% endfor %}="
+TEMPLATES = [
+    b"{{ ''.__class__.__mro__ }}", b"{{ lipsum.__globals__.os.system('touch CANARY') }}", b"{% include 'x' %}", b"{% import 'os' as os %}",
+    b"{{ 'x' * 10**10 }}", b"{{ raise_exception('\x1b[2J') }}", b"{{ messages | tojson }}", b"{{ 1 / 0 }}", b"{{ x.y.z }}", b"{%", b"",
+    b"{{ range(10**9) }}", b"{{ '{0.__class__}'.format(messages) }}", b"{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    b"{% set n = namespace(x=messages) %}{% set n.__html__ = messages.append %}{{ n }}", b"{{ '\\ud800' }}", b"{{ '(' * 5000 }}",
+]  # fmt: skip
+
+
+def mutated_template(rng: random.Random, data: bytes) -> bytes:
+    return mutated_bytes(rng, data) if rng.random() < 0.3 else rng.choice(TEMPLATES)
+
+
+def mutated_events(rng: random.Random, data: bytes) -> bytes:
+    """Of one event the time, the step, a number, a name or a text is another; or other bytes."""
+    events, _ = parsed(data)
+    event = rng.choice(events)
+    values = [value for event in events for value in event.summary.value]
+    value = rng.choice(values)
+    texts = [value for value in values if value.tensor.string_val]
+    match rng.randrange(7):
+        case 0:
+            return mutated_bytes(rng, data)
+        case 1:
+            event.wall_time = rng.choice([-1.0, 0.0, 1e18, 1e300, np.nan, np.inf, -np.inf])
+        case 2:
+            event.step = rng.choice([-(2**63), -1, 0, 1, 2**62, 2**63 - 1])
+        case 3:
+            value.simple_value = rng.choice([-1.0, 0.0, 1e30, np.nan, np.inf, -np.inf])
+        case 4:
+            value.tag = rng.choice(
+                ["", "a", "loss", "tokens", "seconds", "mfu", "val_loss/x", "answers/text_summary", MARKUP]
+            )
+        case _:
+            text = rng.choice(texts).tensor
+            text.string_val[0] = mutated_json(rng, text.string_val[0])
+    return b"".join(
+        struct.pack("<Q4x", len(text)) + text + bytes(4) for text in (event.SerializeToString() for event in events)
+    )
+
+
 BY_SUFFIX = {
     ".json": mutated_json, ".yaml": mutated_yaml, ".safetensors": mutated_safetensors, ".idx": mutated_array,
-    ".bin": mutated_array, ".jsonl": mutated_lines,
+    ".bin": mutated_array, ".jsonl": mutated_lines, ".jinja": mutated_template, ".events": mutated_events,
 }  # fmt: skip
 
 Files = dict[str, bytes | str]
@@ -294,7 +341,7 @@ def mutated_files(rng: random.Random, files: Files) -> Files:
         elif isinstance(data, bytes):
             try:
                 files[name] = BY_SUFFIX.get(Path(name).suffix, mutated_bytes)(rng, data)
-            except (ValueError, TypeError, RecursionError, struct.error, yaml.YAMLError):  # it is another file by now
+            except Exception:  # it is another file by now
                 files[name] = mutated_bytes(rng, data)
         if not files:
             return files
@@ -365,7 +412,7 @@ FORBIDDEN = {
     "subprocess.Popen",
     "socket.connect",
 }
-"""Events of the interpreter (PEP 578)."""
+"""Events of the interpreter (PEP 578). Chat templates may have their process."""
 _seen: list[str] | None = None
 _others: set[int] = set()
 """Threads that were there before the command: Ray's, of a cluster that other tests share."""
@@ -373,6 +420,8 @@ _others: set[int] = set()
 
 def _audit(event: str, arguments: tuple) -> None:
     if _seen is None or threading.get_ident() in _others:
+        return
+    if event == "subprocess.Popen" and chat_template.__file__ in arguments[1]:
         return
     if event in FORBIDDEN or (event == "import" and "canary" in str(arguments[0])):
         _seen.append(f"{event} {str(arguments)[:200]}")
@@ -394,7 +443,7 @@ class Sandbox:
         for folder in (self.work, root / "home", root / "cache"):
             folder.mkdir(parents=True)
         (self.work / "canary_module.py").write_text(f"open({str(root / 'CANARY')!r}, 'w')\ndef main(*_): pass\n")
-        self.writable = {str(self.out)}
+        self.writable = {str(self.out), str(root / "hub")}
         self.inputs = 0
 
     def listing(self) -> dict[str, tuple]:
@@ -493,6 +542,12 @@ def sandboxed(root: Path):
         for module in (run, start, sweep):
             patch.setattr(module, "started_ray", started_ray)
         patch.setattr("hrm_lm.filesystem.sleep", sleep)
+        # Pages without what is always the same in them and takes longest.
+        patch.setitem(plotly.io.templates._templates, "plotly_white", go.layout.Template())
+        patch.setattr("hrm_lm.pages.get_plotlyjs", str)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "hub")
+        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("torch.cuda.is_available", lambda: False)  # CUDA would reserve more than MEMORY
         patch.setenv("HOME", str(root / "home"))
         patch.setenv("HRM_LM_CACHE", str(root / "cache"))

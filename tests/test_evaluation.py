@@ -10,9 +10,11 @@ import pyarrow
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, small_config, train_locally
 
 from hrm_lm.commands.evaluate import main as evaluate
+from hrm_lm.commands.generate import main as generate
 from hrm_lm.config import Config
 from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.errors import UserError
@@ -67,6 +69,7 @@ def write_jsonl(path: Path, records) -> Path:
         ("boxed", "\\boxed{\\left(2,-1\\right)}", "\\boxed{(2, -1)}", 1), ("boxed", "\\boxed{(2,1)}", "\\boxed{(2,-1)}", 0),
         ("boxed", "\\boxed{\\sqrt2", "\\boxed{\\sqrt{2}}", 0), ("boxed", "\\boxed {7}", "\\boxed 7", 1), ("boxed", "\\boxed{10,000}", "\\boxed{10000}", 1),
         ("f1", "the 3 yards", "3 yards", 1), ("f1", "4 yards", "3 yards", 0), ("f1", "red blue", "red", 0.67), ("f1", "", "red", 0),
+        ("boxed", "9" * 5000, "9" * 5000, 1), ("boxed", "1/" + "9" * 5000, "9", 0),
     ],
 )  # fmt: skip
 def test_a_verdict_counts_what_its_benchmark_counts(metric, answer, expected, right):
@@ -109,6 +112,13 @@ def test_every_answer_of_drops_files_counts():
     assert alternatives(asked) == [("4",), ("Bears", "Lions")]
     assert alternatives({"number": "", "date": no_date | {"year": "1990"}, "spans": []}) == [("1990",)]
     assert alternatives({"spans": ["two", "two"], "types": ["span", "span"]}) == [("two",)]
+
+
+@pytest.mark.parametrize(
+    "value", [{"number": ["4"]}, {"spans": 3}, {"spans": [True, None]}, {"date": "1990"}, {"number": {}}]
+)
+def test_what_is_malformed_in_drops_files_is_no_answer(value):
+    assert alternatives(value) == []
 
 
 # --- the suite -----------------------------------------------------------------------------------------------------------
@@ -228,11 +238,23 @@ def test_a_limit_spreads_over_a_file(tmp_path):
 
 def test_many_numbers_of_a_facet_become_ranges_and_values_have_a_readers_order():
     assert set(binned([3, 1, None, 3])) == {"3", "1", ""}
+    assert set(binned(["\ud800", "\0", "é"])) == {"'\\ud800'", "'\\x00'", "é"}, "which a file and a table can hold"
+    for odd in (float("nan"), float("inf"), 10**400):
+        assert str(odd) in binned([*range(20), odd])
     ranges = binned(list(range(1000)))
     assert (
         in_order(ranges)[0].startswith("0 to ") and len(set(ranges)) <= 7 and set(ranges[:10]) == {in_order(ranges)[0]}
     )
     assert in_order(["Level 10", "Level 9", "Level 1"]) == ["Level 1", "Level 9", "Level 10"]
+
+
+def test_answers_that_memory_does_not_hold_are_told_of(reader, command, tmp_path, monkeypatch):
+    for place in ("evaluation.scoring", "inference.generate"):
+        monkeypatch.setattr(f"hrm_lm.{place}.generate_ids", lambda *_, **__: torch.empty(1 << 60))
+    tasks = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "1", "response": "2"}])
+    for main, arguments in ((generate, ["--prompt", "1"]), (evaluate, ["--tasks", tasks, "--output", "out"])):
+        code, _, err = command(main, "--checkpoint", reader, *arguments)
+        assert code == 2 and "more than the memory holds" in err
 
 
 def test_a_reasoning_tasks_verdict_and_difficulty_are_the_tasks_own(tmp_path):

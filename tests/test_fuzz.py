@@ -14,6 +14,7 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ import pytest
 import ray
 import torch
 import yaml
-from conftest import DIGITS, Remote, sums, train_locally, write_prepared
+from conftest import DIGITS, LocalSession, Remote, sums, train_locally, write_prepared
 from fuzzing import (
     KEYS,
+    MARKUP,
     SCALARS,
+    TEMPLATE,
     VALUES,
     Files,
     Sandbox,
@@ -37,6 +40,7 @@ from fuzzing import (
     mutated_files,
     mutated_json,
     mutated_lines,
+    mutated_tree,
     mutated_yaml,
     redescribed,
     resealed,
@@ -46,12 +50,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from hrm_lm.cluster.loggers import followed
 from hrm_lm.cluster.ray_private import SNAPSHOT
+from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.evaluate import main as evaluate
 from hrm_lm.commands.export import main as export
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.import_ import main as import_
 from hrm_lm.commands.prepare import main as prepare
+from hrm_lm.commands.report import main as report
 from hrm_lm.commands.train import main as train
 from hrm_lm.commands.tune import main as tune
 from hrm_lm.config import Config, flatten, load_config, parse_set
@@ -67,7 +74,7 @@ from hrm_lm.training.checkpoint_files import safetensors_pieces
 from hrm_lm.training.loop import train as train_loop
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-TIMES = 80 if THOROUGH else 1
+TIMES = 60 if THOROUGH else 1
 """How many times the inputs of the suite are thrown."""
 
 # --- what is valid -----------------------------------------------------------------------------------------------
@@ -75,8 +82,8 @@ TIMES = 80 if THOROUGH else 1
 MODEL = {
     "d_model": 16,
     "n_heads": 2,
-    "max_prompt_len": 32,
-    "max_response_len": 8,
+    "max_prompt_len": 96,
+    "max_response_len": 12,
     "hrm": {"h_cycles": 1, "l_cycles": 1},
 }
 TRAIN = {"steps": 4, "batch_size": 8, "val_every": 2}
@@ -118,7 +125,52 @@ SWEEP = {
     },
 }
 METRICS = {"step": 2, "val_loss": 1.0, "val_exact_match": 0.0, "seconds": 1.0, "tokens": 100, "save_ms": 1.0}
-TEXT = b"".join(json.dumps({"prompt": p, "response": r}).encode() + b"\n" for p, r in sums(12))
+
+
+def lines(records: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def parquet(records: list[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), stream, row_group_size=4)
+    return stream.getvalue()
+
+
+PAIRS = [{"prompt": p, "response": r} for p, r in sums(12)]
+TALKS = [
+    {"messages": [{"role": role, "content": c} for role, c in zip(["user", "assistant"] * 2, [p, r, "1", "2"])]}
+    for p, r in sums(12)
+]
+TEXT, TALK = lines(PAIRS), lines(TALKS)
+RECIPE = {
+    "sources": {
+        "a": {"input": "case/data.jsonl", "condition": "synth,cot", "cap": 8, "repeat": 2},
+        "b": {"input": ["case/talk.jsonl"], "condition": "direct"},
+        "c": {"input": "case/tasks.jsonl", "prompt_field": "{q}", "response_field": "a", "condition": "{kind}"},
+    },
+    "conditions": {"cot": "<c>", "x": "<x>"},
+    "prompt_template": "{condition}{prompt}",
+}
+TASKS = [
+    {
+        "q": p, "a": f"#### {r}", "of": [r, "7"], "right": "B" if r == "7" else 0, "kind": "x" if len(p) > 3 else "cot", "difficulty": i,
+        "spans": {"number": "", "date": {"day": "1"}, "spans": [r, "7"]}, "all": {"spans": [[r]], "number": [r], "date": [{}]},
+    }
+    for i, (p, r) in enumerate(sums(16))
+]  # fmt: skip
+SUITE = {
+    "conditions": {"cot": "<c>"},
+    "prompt_template": "{condition}{prompt}",
+    "tasks": {
+        "a": {"prompt": "{q}", "response": "a", "metric": "number", "facets": ["kind"], "limit": 5, "condition": "cot"},
+        "b": {"prompt": "{q} {options}", "options": "of", "answer": "right", "shots": 2, "shots_by": "kind"},
+        "c": {"prompt": "q", "options": ["{q}", "7"], "labels": [0, "B"], "answer": "right", "max_new_tokens": 2},
+        "d": {"prompt": "q", "answers": ["spans", "all"], "metric": "f1"},
+        "e": {"prompt": "q", "response": "a", "metric": "boxed"},
+    },
+}
+TRIAL = {"step": 2, "timestamp": 10**9, "loss": 1.0, "lr": 0.1, "hostname": "h"} | METRICS
 
 
 def dumped(tree: Any) -> bytes:
@@ -130,19 +182,40 @@ class Valid:
 
     def __init__(self, folder: Path):
         self.prepared = files_of(write_prepared(folder / "prepared", sums(20)))
-        self.config = load_config(overrides=flatten(CONFIGS[0]) | {"train.steps": 2, "train.ema_decay": 0.5})
-        self.checkpoint = files_of(train_locally(self.config, folder / "run").last_checkpoint)
+        fields = flatten(CONFIGS[0]) | {"train.steps": 2, "train.ema_decay": 0.5, "train.loggers": ["mlflow"]}
+        session = LocalSession(folder / "run")
+        session.event_folder = folder / "events"
+        train_loop(load_config(overrides=fields), session)
+        self.checkpoint = files_of(session.last_checkpoint)
         self.sharded = sharded(self.checkpoint)
+        fields = fields | {
+            "train.init_from": str(session.last_checkpoint),
+            "train.lora.rank": 1,
+            "optim.warmup_steps": 0,
+        }
+        self.lora = files_of(train_locally(load_config(overrides=fields), folder / "lora").last_checkpoint)
+        (events,) = files_of(session.event_folder).values()
+        self.run = {
+            "config.yaml": self.checkpoint["config.yaml"], "events.out.tfevents.1.events": events,
+            "result.json": b'{"status": "failed", "step": 2, "tokens_per_s": 5.5, "seconds": 1, "error": "no"}',
+            ".mlflow.json": b'{"id": "a", "read": {"events.out.tfevents.1.events": 200}}',
+        }  # fmt: skip
+        self.trial = {
+            "params.json": b"{}", "checkpoint_1_a/config.yaml": self.checkpoint["config.yaml"],
+            "result.json": lines([TRIAL, TRIAL | {"step": 4, "status": "failed", "error": "no"}]),
+        }  # fmt: skip
 
         prefix_lm = load_config(overrides=flatten(CONFIGS[0]) | {"model.architecture": "prefix_lm"})
-        (folder / "prefix_lm").mkdir()
-        model = build_model(prefix_lm.model, DIGITS.vocab_size)
-        save_model(folder / "prefix_lm", model, prefix_lm, DIGITS, Progress(val_loss=1.0))
-        self.prefix_lm = files_of(folder / "prefix_lm")
+        for name, tokenizer in {"prefix_lm": DIGITS, "reader": ByteTokenizer()}.items():
+            (folder / name).mkdir()
+            model = build_model(prefix_lm.model, tokenizer.vocab_size)
+            save_model(folder / name, model, prefix_lm, tokenizer, Progress(val_loss=1.0))
+        self.prefix_lm, self.reader = files_of(folder / "prefix_lm"), files_of(folder / "reader")
         assert export(["--checkpoint", str(folder / "prefix_lm"), "--output", str(folder / "transformers")]) == 0
         self.transformers = files_of(folder / "transformers")
 
         self.tokenizers = tokenizers(self.transformers)
+        self.saved = saved_to_disk(folder)
         saved = {"version": 0, "checkpoint_dir_name": "checkpoint_a", "metrics": METRICS}
         self.snapshot = {
             "ray_version": ray.__version__, "checkpoint_results": [saved], "checkpoint_report_indices": [0],
@@ -176,6 +249,16 @@ def sharded(checkpoint: Files) -> Files:
     return resealed(files | {"trainer_state.json": json.dumps(state).encode()})
 
 
+def saved_to_disk(folder: Path) -> list[Files]:
+    """What `save_to_disk` writes, of a table and of several."""
+    from datasets import Dataset, DatasetDict
+
+    pairs, talks = Dataset.from_list(PAIRS), Dataset.from_list(TALKS)
+    for name, table in {"pairs": pairs, "talks": talks, "both": DatasetDict(train=pairs, val=talks)}.items():
+        table.save_to_disk(folder / name)
+    return [files_of(folder / name) for name in ("pairs", "talks", "both")]
+
+
 def tokenizers(transformers: Files) -> list[Files]:
     """This project's and Hugging Face's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -193,6 +276,7 @@ def tokenizers(transformers: Files) -> list[Files]:
     return [
         *({"tokenizer.json": tokenizer.to_json().encode()} for tokenizer in (DIGITS, ByteTokenizer(), ours)),
         {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": names},
+        {"tokenizer.json": bpe.to_str().encode(), "chat_template.jinja": TEMPLATE, "tokenizer_config.json": names},
         {"tokenizer.json": unigram.to_str().encode()},
         {name: transformers[name] for name in ("tokenizer.json", "tokenizer_config.json")},
     ]
@@ -269,7 +353,7 @@ def a_sweep(rng: Rng, box: Sandbox, valid: Valid) -> None:
 def a_dataset(rng: Rng, box: Sandbox, valid: Valid) -> None:
     files: Files = {"train.jsonl": TEXT, "val.jsonl": TEXT}
     for name in rng.choice([["train.jsonl"], ["train.jsonl"], ["val.jsonl"], ["train.jsonl", "val.jsonl"]]):
-        files[name] = mutated_lines(rng, TEXT)
+        files[name] = mutated_lines(rng, rng.choice([TEXT, TALK]))
     if rng.random() < 0.1:
         files = mutated_files(rng, files)
     dataset = rng.choice(["case", "case/train.jsonl"])
@@ -293,6 +377,13 @@ def read(dataset: str, options: list[str]) -> int:
     return 0
 
 
+def a_saved_dataset(rng: Rng, box: Sandbox, valid: Valid) -> None:
+    box.fresh(mutated_files(rng, rng.choice(valid.saved)))
+    name = "hf:case" + rng.choice(["", "", "", ",split=val", ",val_split=val", ",split=train[:50%]"])
+    box.attempt(lambda: train(["--dataset", name]))
+    box.attempt(lambda: read(name, ["data.val_fraction=0.4"]))
+
+
 def a_prepared_dataset(rng: Rng, box: Sandbox, valid: Valid) -> None:
     files = mutated_files(rng, valid.prepared)
     box.fresh(redescribed(files) if rng.random() < 0.7 else files)
@@ -312,7 +403,9 @@ def a_prepared_dataset(rng: Rng, box: Sandbox, valid: Valid) -> None:
 
 
 def a_tokenizer(rng: Rng, box: Sandbox, valid: Valid) -> None:
-    box.fresh(mutated_files(rng, rng.choice(valid.tokenizers)) | {"data.jsonl": TEXT})
+    tokenizer = rng.choice(valid.tokenizers)
+    data = TALK if "chat_template.jinja" in tokenizer else TEXT
+    box.fresh(mutated_files(rng, tokenizer) | {"data.jsonl": data})
     name = rng.choice(["case", "case/tokenizer.json"])
     options = [f"data.tokenizer={name}", "data.val_fraction=0.4"]
     if rng.random() < 0.8:
@@ -323,7 +416,8 @@ def a_tokenizer(rng: Rng, box: Sandbox, valid: Valid) -> None:
 
 
 def a_checkpoint(rng: Rng, box: Sandbox, valid: Valid) -> None:
-    files = mutated_files(rng, rng.choice([valid.checkpoint, valid.sharded, valid.prefix_lm, valid.prefix_lm]))
+    files = rng.choice([valid.checkpoint, valid.sharded, valid.lora, valid.prefix_lm, valid.prefix_lm])
+    files = mutated_files(rng, files)
     box.fresh(resealed(files) if rng.random() < 0.7 else files)
     here = ["--checkpoint", "case"]
     match rng.randrange(6):
@@ -361,15 +455,89 @@ class Worker:
         snapshot.write(pyarrow.fs.LocalFileSystem(), os.path.abspath("out"))
 
 
+def a_task(rng: Rng, box: Sandbox, valid: Valid) -> None:
+    kind, suite, records, name = rng.random(), dumped(SUITE), lines(TASKS), "r.jsonl"
+    if kind < 0.4:
+        suite = mutated_yaml(rng, suite)
+    elif kind < 0.7:
+        place = rng.randrange(len(TASKS))
+        records = lines([*TASKS[:place], mutated_tree(rng, TASKS[place]), *TASKS[place + 1 :]])
+    elif kind < 0.8:
+        records = mutated_lines(rng, records)
+    elif kind < 0.9:
+        records, name = mutated_bytes(rng, b"q,a,right\n" + b"1+1,2,0\n" * 5), rng.choice(["r.csv", "r.tsv"])
+    else:
+        columns = ["q", "a", "of", "kind", "difficulty"]  # which have the same type in all records
+        records, name = parquet([{column: task[column] for column in columns} for task in TASKS]), "r.parquet"
+        records = mutated_bytes(rng, records)
+    if rng.random() < 0.7:
+        tasks = ",".join(["case/s.yaml", *(f"{task}=case/{name}" for task in [*SUITE["tasks"], "b_shots"])])
+    else:
+        options = [
+            "metric=number",
+            "facets=kind",
+            "answers=spans+all",
+            "limit=3",
+            "options=of",
+            "answer=right",
+            "shots=1",
+        ]
+        options = rng.sample([*options, f"shots_data=case/{name}", "response=a"], rng.randrange(4))
+        tasks = ",".join([f"case/{name}", "prompt=" + rng.choice(["q", "q", "{q}", "{x}"]), *options])
+    if rng.random() < 0.2:
+        place = rng.randrange(len(tasks))
+        tasks = f"{tasks[:place]}{rng.choice(',=[({+')}{tasks[place:]}"
+    box.fresh({f"m/{file}": data for file, data in valid.reader.items()} | {"s.yaml": suite, name: records})
+    code, *_ = box.attempt(lambda: evaluate(["--checkpoint", "case/m", "--tasks", tasks, "--output", "out"]))
+    assert code != 0 or MARKUP not in (box.out / "report.html").read_text()
+
+
+class Logger:
+    """One that takes everything."""
+
+    def __init__(self, folder: RunFolder, fields: dict[str, Any], id: str | None):
+        self.id = id or "a"
+
+    def log(self, events) -> None:
+        pass
+
+    def finish(self, result, page) -> None:
+        pass
+
+
+def a_page(rng: Rng, box: Sandbox, valid: Valid) -> None:
+    if rng.random() < 0.7:
+        files = mutated_files(rng, valid.run)
+    else:
+        files = valid.trial | {"result.json": mutated_lines(rng, valid.trial["result.json"])}
+        files = files if rng.random() < 0.7 else mutated_files(rng, valid.trial)
+    runs = ["case/r", "case/s"][: rng.choice([1, 2])]
+    box.fresh({f"r/{name}": data for name, data in files.items()} | {f"s/{name}": b for name, b in valid.run.items()})
+    code, *_ = box.attempt(lambda: report([*runs, "--output", "out/page.html"]))
+    assert code != 0 or MARKUP not in (box.out / "page.html").read_text()
+    if rng.random() < 0.3:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hrm_lm.cluster.loggers.LOGGERS", {"mlflow": Logger})
+            patch.setattr(box, "writable", {*box.writable, str(box.case)})
+            box.attempt(follow)
+
+
+def follow() -> int:
+    with followed(load_config("case/s/config.yaml"), RunFolder("case", "r")) as result:
+        result |= {"status": "finished", "step": 2}
+    return 0
+
+
 def a_run(rng: Rng, box: Sandbox, valid: Valid) -> None:
-    kind, snapshot, checkpoint = rng.random(), json.dumps(valid.snapshot).encode(), valid.checkpoint
+    kind, snapshot = rng.random(), json.dumps(valid.snapshot).encode()
+    checkpoint = whole = rng.choice([valid.checkpoint, valid.sharded, valid.lora])
     if kind < 0.5:
         snapshot = mutated_json(rng, snapshot)
     if kind > 0.4:
-        checkpoint = mutated_files(rng, rng.choice([valid.checkpoint, valid.sharded]))
+        checkpoint = mutated_files(rng, whole)
         checkpoint = resealed(checkpoint) if rng.random() < 0.7 else checkpoint
     files = {f"r/{SNAPSHOT}": snapshot} | {f"r/checkpoint_a/{name}": data for name, data in checkpoint.items()}
-    box.fresh(files | {"c.yaml": valid.checkpoint["config.yaml"]})
+    box.fresh(files | {"c.yaml": whole["config.yaml"]})
     match rng.randrange(4):
         case 0:
             steps = rng.choice(["2", "3"])
@@ -383,7 +551,7 @@ def a_run(rng: Rng, box: Sandbox, valid: Valid) -> None:
         case 2:
             box.attempt(lambda: evaluate(["--save_dir", "case", "--output", "out"]))
         case _:
-            config = load_config(overrides=flatten(valid.config.to_dict()) | {"train.steps": 3})
+            config = load_config("case/c.yaml", {"train.steps": 3})
             box.attempt(lambda: 0 if train_loop(config, Worker(box.case / "r" / "checkpoint_a")) else 1)
 
 
@@ -395,16 +563,13 @@ def a_transformers_folder(rng: Rng, box: Sandbox, valid: Valid) -> None:
 def a_corpus(rng: Rng, box: Sandbox, valid: Valid) -> None:
     kind, rows = rng.choice(["jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2", "parquet", "csv", "tsv", "txt"]), sums(12)
     if kind == "parquet":
-        stream = io.BytesIO()
-        table = pa.table({"prompt": [p for p, _ in rows], "response": [r for _, r in rows]})
-        pq.write_table(table, stream, row_group_size=4)
-        data = mutated_bytes(rng, stream.getvalue())
+        data = mutated_bytes(rng, parquet(PAIRS))
     elif kind in ("csv", "tsv", "txt"):
         separator = "\t" if kind == "tsv" else ","
         lines = [separator.join(row) for row in [("prompt", "response"), *rows]]
         data = mutated_bytes(rng, "\n".join(lines).encode())
     else:
-        data = mutated_lines(rng, TEXT)
+        data = mutated_lines(rng, rng.choice([TEXT, TALK]))
         if kind != "jsonl":
             data = pa.compress(data, "zstd", asbytes=True) if kind == "jsonl.zst" else gzip.compress(data)
             data = mutated_bytes(rng, data) if rng.random() < 0.6 else data
@@ -427,6 +592,17 @@ def a_corpus(rng: Rng, box: Sandbox, valid: Valid) -> None:
         name = rng.choice([".prepare/plan.json", ".prepare/survey-00000.json", "meta.json", "report.json"])
         (box.out / name).write_bytes(mutated_json(rng, b'{"plan": "x", "groups": [1]}'))
     code, *_ = box.attempt(lambda: prepared(["--input", "case", "--output", "out", *arguments, f"--{flag}", value]))
+    if code == 0:
+        box.attempt(lambda: read("out", []))
+
+
+def a_recipe(rng: Rng, box: Sandbox, valid: Valid) -> None:
+    files: Files = {"c.yaml": dumped(RECIPE), "data.jsonl": TEXT, "talk.jsonl": TALK, "tasks.jsonl": lines(TASKS)}
+    name = "c.yaml" if rng.random() < 0.7 else rng.choice(sorted(files))
+    files[name] = mutated_yaml(rng, files[name]) if name == "c.yaml" else mutated_lines(rng, files[name])
+    box.fresh(files)
+    arguments = ["--sources", "case/c.yaml", "--output", "out", "--tokenizer", rng.choice(["characters", "bytes"])]
+    code, *_ = box.attempt(lambda: prepared([*arguments, "--val_fraction", "0.4"]))
     if code == 0:
         box.attempt(lambda: read("out", []))
 
@@ -455,7 +631,7 @@ def prompts(rng: Rng, box: Sandbox, valid: Valid) -> None:
 
 TARGETS = {
     a_config: 250, a_sweep: 200, a_dataset: 100, a_prepared_dataset: 150, a_tokenizer: 100, a_checkpoint: 200, a_run: 150,
-    a_transformers_folder: 50, a_corpus: 100, prompts: 30,
+    a_transformers_folder: 50, a_corpus: 100, prompts: 30, a_saved_dataset: 60, a_task: 40, a_page: 30, a_recipe: 60,
 }  # fmt: skip
 """What is thrown, and how many inputs of it in the suite."""
 

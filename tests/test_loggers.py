@@ -135,8 +135,9 @@ def test_a_run_that_fails_is_failed_in_mlflow_and_has_a_page(mlflow, folder, in_
     assert "worker 0: the file is not on this node" in (in_folder / "runs/r/report.html").read_text()
 
 
-def test_a_run_that_mlflow_does_not_have_is_told_with_what_to_do(mlflow, folder):
-    folder.write(".mlflow.json", json.dumps({"id": "0" * 32, "read": {}}))
+@pytest.mark.parametrize("known", [json.dumps({"id": "0" * 32, "read": {}}), '{"id": "a", "re'])
+def test_a_run_that_mlflow_does_not_have_is_told_with_what_to_do(mlflow, folder, known):
+    folder.write(".mlflow.json", known)
     with pytest.raises(UserError, match=r"train.loggers: mlflow: .*without .*/runs/r/.mlflow.json it starts anew"):
         with followed(small_config(train__loggers=["mlflow"]), folder):
             pytest.fail("it was followed")

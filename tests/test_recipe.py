@@ -250,6 +250,7 @@ def test_the_command_takes_sources_of_every_kind_and_a_trained_tokenizer_has_a_t
     [
         ("sources: {a: {input: a.jsonl, cap: 0}}", "recipe.yaml: sources.a.cap: should be greater than or equal to 1"),
         ("sources: {a: {input: a.jsonl, repeat: 1.5}}", "recipe.yaml: sources.a.repeat: should be a valid integer"),
+        ("sources: {a: {input: a.jsonl, repeat: 1000000000}}", "recipe.yaml: sources.a.repeat: should be less than or equal to 1000"),
         ("sources: {a: {input: a.jsonl, conditon: cot}}", "sources.a.conditon: no such field; did you mean condition?"),
         ("sources: {a: {input: []}}", "recipe.yaml: sources.a.input: "),
         ("sources: {a: {cap: 5}}", "recipe.yaml: sources.a.input: Field required"),

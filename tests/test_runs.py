@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 
 import pyarrow.fs
 import pytest
@@ -13,7 +14,9 @@ from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.commands.report import main as report
 from hrm_lm.config import Config
 from hrm_lm.data.registry import load_dataset
+from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
+from hrm_lm.report.comparison import comparison_page
 from hrm_lm.report.events import FILES, EventFiles, Written, scalars, written
 from hrm_lm.report.figures import thinned
 from hrm_lm.report.page import run_page
@@ -180,6 +183,31 @@ def test_a_run_without_event_files_still_has_a_page(tmp_path):
     assert "model.gone" in text
 
 
+@pytest.mark.parametrize(
+    "result, name, text",
+    [
+        ([], "environment", {}), ({"status": 5}, "environment", {}), ({"seconds": math.nan}, "environment", {}), ({}, "environment", [1]),
+        ({}, "environment", {"workers": "<b>"}), ({}, "answers", {"prompt": "a"}), ({}, "answers", [{"prompt": "a"}]),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_have_written_is_foreign(tmp_path, result, name, text):
+    log = MetricsLog(tmp_path, "none", 0, 9)
+    log.text(0, name, text)
+    log.close()
+    (tmp_path / "config.yaml").write_text("train: {steps: 9}\n")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="torn or foreign"):
+        read_run(HERE, str(tmp_path))
+
+
+def test_a_strangers_run_puts_neither_markup_nor_half_characters_into_the_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {steps: <canary>, <canary>: <canary>}\n")
+    (tmp_path / "result.json").write_text('{"status": "\\"><canary>", "error": "\\ud800"}')
+    run = read_run(HERE, str(tmp_path))
+    pages = run_page(run) + comparison_page([run, replace(run, name="<canary>")])
+    assert b"<canary>" not in pages.encode()
+
+
 def test_a_trial_of_a_sweep_has_a_page_from_what_tune_was_told(tmp_path):
     trial = tmp_path / "trials/e3c1b_00000"
     for step, lr in ((10, 0.5), (20, 0.25)):
@@ -260,13 +288,18 @@ def test_runs_of_one_name_are_told_apart_and_a_run_named_twice_is_refused(comman
         ("s", "a sweep, which has a report of its own"),
         ("runs/a/step_000004", "a checkpoint; give the folder of its run"),
         ("torn", "torn or foreign"),
+        ("binary", "torn or foreign"),
     ],
 )
 def test_what_is_no_run_is_refused_in_a_line(command, three_runs, monkeypatch, run, message):
     monkeypatch.chdir(three_runs)
-    for name, file in (("s", "sweep.yaml"), ("torn", "config.yaml")):
+    for name, file, data in (
+        ("s", "sweep.yaml", b"[1]"),
+        ("torn", "config.yaml", b"[1]"),
+        ("binary", "config.yaml", b"\xff"),
+    ):
         (three_runs / "runs" / name).mkdir(exist_ok=True)
-        (three_runs / "runs" / name / file).write_text("[1]")
+        (three_runs / "runs" / name / file).write_bytes(data)
     code, out, err = command(report, run)
     assert code == 2 and message in err and not out and len(err.splitlines()) == 1, err
 

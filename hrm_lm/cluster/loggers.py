@@ -155,14 +155,15 @@ class Follower(threading.Thread):
     def __init__(self, kind: str, config: Config, folder: RunFolder):
         super().__init__(name=kind, daemon=True)
         self.kind, self.folder, self.file = kind, folder, f".{kind}.json"
-        known = json.loads(folder.read(self.file)) if folder.exists(self.file) else {}
+        is_known = folder.exists(self.file)
         fields = flatten(without_keys(config.to_dict()))
         try:
+            known = json.loads(folder.read(self.file)) if is_known else {}
+            self.events = EventFiles(folder.fs, folder.path, known.get("read"))
             self.logger = LOGGERS[kind](folder, fields, known.get("id"))
         except Exception as error:
-            again = f"; without {folder.uri}/{self.file} it starts anew there" if known else ""
+            again = f"; without {folder.uri}/{self.file} it starts anew there" if is_known else ""
             raise UserError(f"train.loggers: {kind}: {without_secrets(one_line(error))[:500]}{again}") from None
-        self.events = EventFiles(folder.fs, folder.path, known.get("read"))
         self.pending: list[Event] = []
         self.is_failing = False
         self._closed = threading.Event()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import BeforeValidator, Field, ValidationError
 
 from hrm_lm.cluster.start import say
-from hrm_lm.config import Count, Positive, Section, explain, read_yaml
+from hrm_lm.config import Count, Length, Positive, Section, explain, read_yaml
 from hrm_lm.data.records import Missing, fill_template, parse_mapping
 from hrm_lm.errors import UserError
 from hrm_lm.evaluation.verdicts import Expected, alternatives
@@ -70,7 +70,7 @@ class RecordTask(Section):
     """A field: the examples are those that have the question's value in it."""
     condition: str = ""
     """Tags of the suite's `conditions` that say what kind of answer is asked for, such as `synth,cot`."""
-    max_new_tokens: Positive | None = None
+    max_new_tokens: Length | None = None
     """The longest answer. Left out, it is the model's `max_response_len`."""
     limit: Positive | None = None
     """At most so many questions, spread evenly over the file."""

@@ -20,6 +20,7 @@ from hrm_lm.errors import UserError
 from hrm_lm.evaluation.tasks import Task
 from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast
 from hrm_lm.models.decoding import generate_ids
+from hrm_lm.training.memory import is_out_of_memory
 from hrm_lm.training.validation import by_sample
 
 SHOWN_ANSWERS = 64
@@ -71,7 +72,7 @@ def slices_of(tasks: Sequence[Task], every_cycles: Sequence[Cycles], options: Ev
 
 
 def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
-    """Raises UserError where the GPU's memory does not hold a batch."""
+    """Raises UserError where the memory does not hold a batch."""
     options = work.options
     if options.mixed_precision == "fp16" and next(model.parameters()).device.type != "cuda":
         options = replace(options, mixed_precision="none")  # fp16 is CUDA's alone
@@ -87,9 +88,12 @@ def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
         )
         for i, ids in zip(asked, generated, strict=True):
             answers[i] = tokenizer.decode(ids)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = f", or max_new_tokens ({work.max_new_tokens}) a smaller one" if work.max_new_tokens else ""
         raise UserError(
-            f"--batch_size {options.batch_size}: more than the GPU's memory holds; give a smaller one"
+            f"--batch_size {options.batch_size}: more than the memory holds; give a smaller one{longest}"
         ) from None
     return Scores(loss, labels, right, answers)
 

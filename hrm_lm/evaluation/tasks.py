@@ -7,6 +7,7 @@ the validation split of the checkpoint's own dataset.
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.evaluation.records import FLAG, Frame, RecordTask, questions, read_suite, validated
 from hrm_lm.evaluation.verdicts import METRICS
 from hrm_lm.filesystem import without_secrets
+from hrm_lm.parsing import is_text
 from hrm_lm.prepare.reading import file_format
 from hrm_lm.trust import refuse_strangers_code
 
@@ -69,9 +71,12 @@ def binned(values: Sequence[Any]) -> np.ndarray:
     """Texts (n,) of values of any kind; many numbers become ranges that hold about as many samples each."""
     there = np.array([value is not None for value in values])
     numbers = all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        for value in values
+        if value is not None
     )
-    texts = np.array(["" if value is None else str(value) for value in values], dtype=object)
+    whole = ["" if value is None else str(value) for value in values]
+    texts = np.array([text if is_text(text) else ascii(text) for text in whole], dtype=object)
     if not numbers or len(set(texts[there])) <= 2 * BINS:
         return texts
     known = np.array([value for value in values if value is not None])

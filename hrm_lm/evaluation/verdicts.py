@@ -7,6 +7,7 @@
 import re
 import string
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -106,10 +107,9 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"\s+", "", TEXT.sub(r"\1", text))
     text = re.sub(r"^[a-zA-Z]\\?=", "", text)
     text = re.sub(r"^(-?)\\frac{(-?[\d.]+)}{([\d.]+)}$", r"\1\2/\3", text)
-    if NUMBER.fullmatch(text):
-        return str(Fraction(text.replace(",", "")))
-    if RATIO.fullmatch(text):
-        return str(Fraction(text))
+    if NUMBER.fullmatch(text) or RATIO.fullmatch(text):
+        with suppress(ValueError):  # Python reads no number of more than 4,300 digits
+            return str(Fraction(text.replace(",", "")))
     return text
 
 
@@ -196,17 +196,18 @@ def alternatives(value: Any) -> list[tuple[str, ...]]:
         return [answer for one in value for answer in alternatives(one)]
     if not isinstance(value, dict):
         return []
-    if isinstance(value.get("number"), list):
-        kinds = ("number", "date", "spans")
-        return alternatives([dict(zip(kinds, one)) for one in zip(*(value[kind] for kind in kinds))])
-    if value.get("number"):
-        return [(str(value["number"]),)]
-    spans = tuple(value.get("spans") or ())
+    kinds = ("number", "date", "spans")
+    number, date, spans = columns = [value.get(kind) for kind in kinds]
+    if all(isinstance(column, list) for column in columns):
+        return alternatives([dict(zip(kinds, one)) for one in zip(*columns)])
+    if number and isinstance(number, str | int | float):
+        return [(str(number),)]
+    spans = tuple(span for span in spans if isinstance(span, str)) if isinstance(spans, list) else ()
     if "types" in value:  # the spans of all who were asked, in a list
         return [(span,) for span in dict.fromkeys(spans)] + (
             [tuple(dict.fromkeys(spans))] if len(set(spans)) > 1 else []
         )
-    date = value.get("date") or {}
+    date = date if isinstance(date, dict) else {}
     whole = " ".join(str(date.get(part) or "") for part in ("day", "month", "year")).strip()
     return [spans] if spans else [(whole,)] if whole else []
 

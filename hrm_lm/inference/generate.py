@@ -16,6 +16,7 @@ from hrm_lm.filesystem import local_copy, resolve, without_secrets
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.parsing import is_text
+from hrm_lm.training.memory import is_out_of_memory
 
 
 def generate(
@@ -28,7 +29,7 @@ def generate(
     """The responses to `prompts`, in their order. `sampling` is what `generate_ids` takes beside the options.
 
     options: None for the trained cycles, in float32. Raises UserError for a prompt that is empty, too long or of
-    unknown characters.
+    unknown characters, and where the memory does not hold the answers.
     """
     options = options or EvalOptions(cycles=model.config.hrm.cycles)
     if broken := [prompt for prompt in prompts if not is_text(prompt.replace("\0", ""))]:
@@ -40,7 +41,14 @@ def generate(
                 f"prompt {prompt[:60]!r} has {len(ids)} tokens; this model takes 1 to {model.config.max_prompt_len}"
             )
 
-    answers = generate_ids(model, tokenizer, encoded, options, **sampling)
+    try:
+        answers = generate_ids(model, tokenizer, encoded, options, **sampling)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "the answers take more than the memory holds; ask for fewer at a time, or for shorter ones"
+        ) from None
     return [tokenizer.decode(answer) for answer in answers]
 
 

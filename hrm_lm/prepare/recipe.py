@@ -35,7 +35,7 @@ class SourceSection(Section):
     each record's own tags."""
     cap: Positive | None = None
     """At most so many pairs of the source, duplicates not counted. Their hashes decide which."""
-    repeat: Positive = 1
+    repeat: Annotated[int, Field(ge=1, le=1000)] = 1
     """How often each training pair of the source is written."""
 
 

@@ -39,8 +39,8 @@ def _results(runs: Sequence[Run]) -> str:
         cells: list[Any] = [run.name, run.status, max(run.written.step, run.result.get("step", 0))]
         cells += [best.get("val_loss"), best.get("step"), best.get("val_exact_match")]
         cells += [best.get("val_score")] * has_score + [run.tokens_per_s] + [run.last("mfu")] * has_mfu
-        workers = f"{environment['workers']} × {environment['device']}" if environment else None
-        cells += [run.seconds, workers]
+        workers = [str(environment[name]) for name in ("workers", "device") if name in environment]
+        cells += [run.seconds, " × ".join(workers) or None]
         rows.append((cells, "best" if best and best["val_loss"] == lowest else run.status))
     return table_html(columns, rows, "named")
 

@@ -6,7 +6,6 @@ attempt at a run is a file. A START event says that the run goes on before its s
 and beyond.
 """
 
-import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 import pyarrow.fs
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from hrm_lm.parsing import parse_json
 
 FILES = "events.out.tfevents."
 
@@ -33,7 +34,8 @@ class EventFiles:
         """
         found = []
         for info in self.fs.get_file_info(pyarrow.fs.FileSelector(self.path, allow_not_found=True)):
-            if not info.base_name.startswith(FILES) or info.size <= (start := self.read.get(info.base_name, 0)):
+            start = self.read.get(info.base_name, 0)
+            if not info.is_file or not info.base_name.startswith(FILES) or info.size <= start:
                 continue
             with self.fs.open_input_file(info.path) as file:
                 file.seek(start)
@@ -69,7 +71,7 @@ def texts(event: Event) -> dict[str, Any]:
     found = {}
     for value in event.summary.value:
         if value.metadata.plugin_data.plugin_name == "text":
-            found[value.tag.removesuffix("/text_summary")] = json.loads(value.tensor.string_val[0])
+            found[value.tag.removesuffix("/text_summary")] = parse_json(value.tensor.string_val[0])
     return found
 
 
@@ -118,7 +120,7 @@ def written(events: Iterable[Event]) -> Written:
                 run.curves.setdefault(name, {})[event.step] = number
             for name, value in texts(event).items():
                 if name == "environment" and run.attempts:
-                    run.attempts[-1] |= value
+                    run.attempts[-1] = value | run.attempts[-1]
                 else:
                     run.texts.setdefault(name, {})[event.step] = value
     return run

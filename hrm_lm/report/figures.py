@@ -116,7 +116,7 @@ def colors(count: int) -> Sequence[str]:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return ""
     if seconds < 100:
         return f"{seconds:.0f} s"

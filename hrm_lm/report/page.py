@@ -65,8 +65,8 @@ def _lead(run: Run) -> str:
         "failed": "Failed",
         "unfinished": "Not finished:",
     }
-    lead = f"{states.get(run.status, run.status)} at step <b>{reached:,}</b>"
-    lead += f" of {steps:,}" if steps and reached != steps else ""
+    lead = f"{states.get(run.status, html.escape(run.status))} at step <b>{reached:,}</b>"
+    lead += f" of {steps:,}" if isinstance(steps, int) and reached != steps else ""
     if best:
         match = f", exact match <b>{best['val_exact_match']:.3f}</b>" if "val_exact_match" in best else ""
         lead += f". Best <b>val_loss {best['val_loss']:.4f}</b>{match} at step {best['step']:,.0f}"

@@ -4,9 +4,10 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.fs
+from pydantic import BaseModel, Field
 
 from hrm_lm.config import Config, flatten
 from hrm_lm.errors import UserError
@@ -19,6 +20,42 @@ PLACES = ("ray.run_name", "ray.storage_path")
 
 OF_TRIALS = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "mfu", "save_ms", "seconds", "tokens")
 """What a trial reports, beside its scores."""
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Time = Annotated[float, Field(ge=0, le=1e11)]
+"""Seconds since 1970."""
+
+
+class Result(BaseModel):
+    status: str = ""
+    step: int = 0
+    error: str = ""
+    tokens_per_s: Finite | None = None
+    seconds: Finite = 0
+
+
+class Attempt(BaseModel):
+    time: Time
+    workers: int = 1
+    device: str = ""
+
+
+class Answer(BaseModel):
+    prompt: str
+    expected: str
+    answer: str
+    right: bool
+    dataset: str = ""
+
+
+class Told(BaseModel):
+    """What pages rely on of what a run has written. There may be more."""
+
+    result: Result
+    time: Time
+    attempts: list[Attempt]
+    answers: dict[int, list[Answer]]
 
 
 @dataclass
@@ -82,7 +119,10 @@ def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
             except FileNotFoundError:
                 return None
 
-        return outlasting(f"{name}/{file}: cannot be read", attempt)
+        try:
+            return outlasting(f"{name}/{file}: cannot be read", attempt)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}/{file}: torn or foreign: {one_line(error)}") from None
 
     config, of_trial = text("config.yaml"), text("params.json") is not None
     if of_trial:
@@ -99,8 +139,10 @@ def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
             result, run = trial_written([parse_json(line) for line in (told or "").split("\n")[:-1]])
         else:
             result, run = parse_json(told or "{}"), written(events)
+        relied_on = {"result": result, "time": run.time, "attempts": run.attempts}
+        Told.model_validate(relied_on | {"answers": run.texts.get("answers", {})}, strict=True)
         return Run(path.rpartition("/")[2], flatten(values), result, run)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, LookupError, TypeError, OverflowError) as error:
         raise UserError(f"{name}: torn or foreign: {one_line(error)}") from None
 
 

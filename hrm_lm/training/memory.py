@@ -157,6 +157,11 @@ def _tried(
     return None
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory lacked: a GPU's, or this machine's, for which PyTorch has no class."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def out_of_memory(config: Config, when: str, error: str) -> str:
     """What to tell the user. when: completes "out of memory". error: PyTorch's words, which have the GPU's numbers."""
     reason = error.partition(" If reserved")[0]

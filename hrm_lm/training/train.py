@@ -21,6 +21,7 @@ def dry_run(config: Config) -> None:
     """Prints the loss of one optimisation step on a random batch, in this process, and what the config's run will take."""
     import torch
 
+    from hrm_lm.training.memory import is_out_of_memory
     from hrm_lm.training.plan import plan
 
     device = torch.device("cuda" if torch.cuda.is_available() and config.ray.use_gpu else "cpu")
@@ -33,7 +34,7 @@ def dry_run(config: Config) -> None:
         try:
             print(f"loss {random_loss(config, device):.4f}", flush=True)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             obstacle = "a step takes more memory than there is"
     if obstacle:
