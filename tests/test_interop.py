@@ -62,7 +62,7 @@ def their_logits(hf_model, batch):
 
 
 def our_logits(model, batch):
-    return model.head(model.states(batch, model.config.hrm.cycles)[-1])
+    return model.head(model.states(batch, model.config.hrm.cycles)[0][-1])
 
 
 def assert_same_logits(ours, theirs):
@@ -136,7 +136,7 @@ def test_gradients_agree_where_the_windows_do(tmp_path, export_to, shape):
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(export_to(tmp_path / "ours"))
     batch = random_batch()
     hrm = checkpoint.config.model.hrm
-    model.train()(batch, hrm.cycles, backprop_steps_of(hrm, 0, hrm.cycles))[-1].losses.sum().backward()
+    model.train()(batch, hrm.cycles, backprop_steps_of(hrm, 0, hrm.cycles)).predictions[-1].losses.sum().backward()
     torch.nn.functional.cross_entropy(their_logits(hf_model.train(), batch), batch.labels, reduction="sum").backward()
     ours = to_hrm_text({name: p.grad for name, p in model.named_parameters()})
     theirs = {name: p.grad for name, p in hf_model.named_parameters() if p.requires_grad}

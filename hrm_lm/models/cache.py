@@ -39,7 +39,7 @@ class Cursor:
         self.reading: slice | None = None
         """The rows whose prompts are being read; None where a token is appended to every sample."""
         self.places = torch.arange(self.capacity, device=device)
-        self.hidden: Tensor = None  # made when the first keys say what of
+        self.hidden: Tensor | None = None  # made when the first keys say what of
 
     def read(self, tokens: int, filled: Sequence[int]) -> Iterator[slice]:
         """Adds samples, and yields which of them to read at a time, so that activations stay bounded.
@@ -56,7 +56,9 @@ class Cursor:
             yield some
         self.reading, new = None, slice(self.samples, self.samples + len(filled))
         self.place[new] = torch.tensor(filled).to(self.device, non_blocking=True)
-        self.hidden[new].fill_(-torch.inf).masked_fill_((self.places <= self.place[new, None])[:, None, None], 0.0)
+        if self.hidden is not None:
+            seen = (self.places <= self.place[new, None])[:, None, None]
+            self.hidden[new].fill_(-torch.inf).masked_fill_(seen, 0.0)
         self._fill([*self.filled, *filled])
 
     def rope(self, table: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,7 @@ class Cursor:
 
         It is added to scores: attention would make this of a bool mask at every call.
         """
+        assert self.hidden is not None  # there are keys
         return first(self.hidden, rows).narrow(3, 0, self.keys)
 
     def index(self, rows: int) -> Tensor:
@@ -78,7 +81,8 @@ class Cursor:
     def advance(self, rows: int) -> None:
         """A token was appended. Rows beyond the samples, which fill up a size, stay within the cache."""
         first(self.place, rows).add_(1).clamp_(max=self.capacity - 1)
-        first(self.hidden, rows).scatter_(3, self.index(rows), 0.0)
+        if self.hidden is not None:
+            first(self.hidden, rows).scatter_(3, self.index(rows), 0.0)
         self.count()
 
     def count(self) -> None:
@@ -88,7 +92,9 @@ class Cursor:
     def drop(self, row: int) -> None:
         """The last sample takes the place of sample `row`."""
         *others, last = self.filled
-        self.place[row], self.hidden[row] = self.place[len(others)], self.hidden[len(others)]
+        for kept in (self.place, self.hidden):
+            if kept is not None:
+                kept[row] = kept[len(others)]
         self._fill([last if i == row else filled for i, filled in enumerate(others)])
 
     def _fill(self, filled: list[int]) -> None:

@@ -98,7 +98,7 @@ def predicted(
     sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     for group in batches:
         for batch in group:
-            prediction = model(batch, options.cycles)[-1]
+            prediction = model(batch, options.cycles).predictions[-1]
             labelled = batch.per_sample((batch.labels != IGNORE).long())
             assert prediction.right is not None  # as it is without gradient
             whole = (batch.per_sample(prediction.right.long()) == labelled) & (labelled > 0)
