@@ -31,8 +31,8 @@ class Cycles(NamedTuple):
     h: int
     l: int
     halt: float | None = None
-    """Where a model does not learn: a sample takes no further H-cycle once z_H has changed by no more than this, |z' - z| / |z'|
-    over all its tokens. `h` is then the most that it takes."""
+    """Where a model does not learn: a sample takes no further H-cycle once |z' - z| / |z'|, over the states of all its tokens,
+    is no more than this. `h` is then the most that it takes."""
 
 
 class Workers(NamedTuple):

@@ -77,7 +77,7 @@ def chosen_cycles(trained: HRMConfig, h_cycles: int | None, l_cycles: int | None
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
     if h_cycles == 0 and trained.h_cycles:
         raise UserError("--h_cycles must be at least 1, not 0: this model has an HRM core, and it answers through it")
-    h, l = trained.cycles
+    h, l = trained.h_cycles, trained.l_cycles
     return Cycles(h if h_cycles is None else h_cycles, l if l_cycles is None else l_cycles)
 
 

@@ -7,7 +7,8 @@ the step from a token to the next one can be captured as a CUDA graph, and the h
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +141,22 @@ class KVCache:
         keys = self.cursor.keys
         return first(self.k, rows).narrow(2, 0, keys), first(self.v, rows).narrow(2, 0, keys)
 
+    def repeat(self, other: "KVCache", rows: Tensor) -> None:
+        """Takes over what `other` was given last, in the rows where `rows` (B,) is true: in those of the prompts that are being
+        read, or in the places of the last tokens.
+        """
+        cursor = self.cursor
+        if self.k is None:
+            self.k, self.v = torch.zeros_like(other.k), torch.zeros_like(other.v)
+        for own, others in ((self.k, other.k), (self.v, other.v)):
+            if cursor.reading is not None:
+                some = rows.nonzero()[:, 0] + cursor.reading.start
+                own[some] = others[some]
+            else:
+                index = cursor.index(len(rows)).expand(-1, own.shape[1], 1, own.shape[3])
+                mine, theirs = (first(side, len(rows)).gather(2, index) for side in (own, others))
+                first(own, len(rows)).scatter_(2, index, torch.where(rows[:, None, None, None], theirs, mine))
+
     def drop(self, row: int) -> None:
         """The last sample takes the place of sample `row`. To be called before the cursor's."""
         last = self.cursor.samples - 1
@@ -163,6 +180,15 @@ class Decoding:
     """Rotary cosines and sines of all positions, (capacity, D)."""
     memory: list[KVCache]
     """Of what the blocks attend to besides their own past."""
+    taken: list[Tensor] = field(default_factory=list, kw_only=True)
+    """Where samples halt: the H-cycles of each, (B,), of every prompt that was read and, where the recurrence runs for it, of
+    every token."""
+
+    def settled(self, thought: Any) -> Tensor:
+        """The core's output, (B, T, C). Where samples halt, notes after how many H-cycles."""
+        if thought.cycles is not None:
+            self.taken.append(thought.cycles)
+        return thought.states[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -34,12 +34,13 @@ def generate_ids(
     seed: int = 0,
     in_step: bool = False,
     alive: Callable[[], None] = lambda: None,
+    taken: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The responses to `prompts`, in their order; each ends before EOS or after `max_new_tokens` (the model's most).
 
     Greedy at temperature 0, else sampled from the `top_k` likeliest tokens (all of them for None). `in_step`: takes all
     steps whatever the answers, as workers that share a model must, and captures no graph, since they communicate. alive:
-    called after each batch.
+    called after each batch. taken: gets the H-cycles of each prompt and token where samples halt (`Decoding.taken`).
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -53,7 +54,8 @@ def generate_ids(
             ids, lens = padded([prompts[i] for i in chosen], tokenizer.pad_id, device)
             decoding = model.open(len(ids), ids.shape[1], max_new_tokens, options.cycles)
             logits = model.prefill(ids, lens, tokenizer.bos_id, decoding)
-            decode = model.decode if in_step or device.type != "cuda" else graphed(model)
+            plain = in_step or device.type != "cuda" or options.cycles.halt is not None
+            decode = model.decode if plain else graphed(model)
             tokens = [pick(logits, temperature, top_k, generator)]
             done = tokens[0] == tokenizer.eos_id
             ended = ends(done)
@@ -64,6 +66,8 @@ def generate_ids(
                 done |= tokens[-1] == tokenizer.eos_id
             for i, row in zip(chosen, torch.stack(tokens, dim=1).tolist()):
                 responses[i] = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+            if taken is not None:
+                taken += decoding.taken
             alive()
     return responses
 

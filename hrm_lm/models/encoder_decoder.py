@@ -99,13 +99,14 @@ class HRMEncoderDecoder(LanguageModel):
         cycles: Cycles,
         backprop_steps: int | None = None,
         carry: Carry | None = None,
+        tokens: Tensor | None = None,
     ) -> Thought:
-        """ids: (B, S)."""
+        """ids: (B, S). cycles to tokens: those of `HRMCore`."""
         rope = rotary(positions, self.head_dim)
         x = self.encoder(self.embedding(ids), rope, mask)
         if self.core is None:
             return Thought.of(x)
-        return self.core(x, rope, mask, cycles, backprop_steps, carry=carry)
+        return self.core(x, rope, mask, cycles, backprop_steps, None, carry, tokens)
 
     def _cross(self, states: Tensor, mask: Mask) -> list:
         """What each decoder block attends to besides its own past: keys and values, mask, gate."""
@@ -135,9 +136,10 @@ class HRMEncoderDecoder(LanguageModel):
         backprop_steps: int | None = None,
         carry: Carry | None = None,
     ) -> tuple[list[Tensor], Thought | None]:
-        sight = self._packed_sight(batch) if isinstance(batch, PackedBatch) else self._sight(batch)
+        sight = self._packed_sight(batch) if isinstance(batch, PackedBatch) else self._sight(batch, cycles)
         positions, mask = sight.encoder_positions, sight.encoder_mask
-        thought = self.encode(batch.encoder_ids, positions, mask, cycles, backprop_steps, carry)
+        tokens = batch.thought_about
+        thought = self.encode(batch.encoder_ids, positions, mask, cycles, backprop_steps, carry, tokens)
         states = []
         for z_h in thought.states if self.training and self.config.hrm.deep_supervision else thought.states[-1:]:
             x = self._decoder_inputs(z_h, sight.cross_mask, batch.decoder_input_ids)
@@ -150,16 +152,18 @@ class HRMEncoderDecoder(LanguageModel):
     def _dense(self) -> bool:
         return needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
 
-    def _sight(self, batch: Batch) -> Sight:
+    def _sight(self, batch: Batch, cycles: Cycles) -> Sight:
         """Of samples in rows of their own. A mask over keys alone costs nothing, except in a compiled block on CUDA: there
         each call of attention spreads it over all queries. So long rows take blocks there.
         """
         S, T = batch.encoder_ids.shape[1], batch.decoder_input_ids.shape[1]
         keys = batch.encoder_mask[:, None, None, :].bool()
-        compiled = self.decoder[0]._compiled_call_impl is not None
+        may_take = (
+            self.decoder[0]._compiled_call_impl is not None and cycles.halt is None
+        )  # whose samples leave the batch
 
         def over_prompts(queries: int) -> Mask:
-            if not (compiled and takes_blocks(keys, queries, S, self._dense)):
+            if not (may_take and takes_blocks(keys, queries, S, self._dense)):
                 return keys
             last = (batch.encoder_mask.sum(dim=1, keepdim=True) - 1).repeat(1, queries)
             return visible_blocks(torch.zeros_like(last), last, S)
@@ -210,7 +214,9 @@ class HRMEncoderDecoder(LanguageModel):
             reads.append(decoding.memory[0].cursor.read(max(S, width), [length - 1 for length in prompt_lens]))
         logits = []
         for some, *_ in zip(*reads, strict=True):
-            states = self.encode(prompt_ids[some], places, keys[some], decoding.cycles).states[-1]
+            mask = keys[some]
+            thought = self.encode(prompt_ids[some], places, mask, decoding.cycles, tokens=mask[:, 0, 0])
+            states = decoding.settled(thought)
             x = self._decoder_inputs(states, keys[some], prompt_ids.new_full((len(states), 1), bos_id))
             memory = self._cross(states, keys[some])
             for kept, (keys_values, *_) in zip(decoding.memory, memory):

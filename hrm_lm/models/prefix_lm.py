@@ -65,20 +65,21 @@ class TokenStream(LanguageModel):
         backprop_steps: int | None = None,
         caches: list[list[KVCache]] | None = None,
         carry: Carry | None = None,
+        tokens: Tensor | None = None,
     ) -> Thought:
-        """x: (B, T, C)."""
+        """x: (B, T, C). The arguments are those of `HRMCore`."""
         if self.stack is not None:
             return Thought.of(self.stack(x, rope, mask, caches[0] if caches else None))
         assert self.core is not None
-        return self.core(x, rope, mask, cycles, backprop_steps, caches, carry)
+        return self.core(x, rope, mask, cycles, backprop_steps, caches, carry, tokens)
 
     def states(
         self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None, carry: Carry | None = None
     ) -> tuple[list[Tensor], Thought | None]:
-        dense = needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
+        dense = cycles.halt is not None or needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
         mask = visible(batch.sees_from, batch.sees_to, batch.ids.shape[1], dense)
         x, rope = self.embed(batch.ids, batch.positions), rotary(batch.positions, self.head_dim)
-        thought = self.think(x, rope, mask, cycles, backprop_steps, carry=carry)
+        thought = self.think(x, rope, mask, cycles, backprop_steps, None, carry, batch.thought_about)
         states = thought.states if self.training and self.config.hrm.deep_supervision else thought.states[-1:]
         return [z_h.flatten(0, 1)[batch.label_at] for z_h in states], thought if self.core else None
 
@@ -108,7 +109,8 @@ class HRMPrefixLM(TokenStream):
         for some in decoding.cursor.read(S, prompt_lens):
             mask = visible[some, None, None]
             x = self.embedding(prompt_ids[some])
-            states = self.think(x, (cos, sin), mask, decoding.cycles, caches=decoding.caches).states[-1]
+            thought = self.think(x, (cos, sin), mask, decoding.cycles, caches=decoding.caches, tokens=visible[some])
+            states = decoding.settled(thought)
             logits.append(self.head(states[torch.arange(len(states), device=states.device), lens[some] - 1]))
         return torch.cat(logits)
 
@@ -117,6 +119,8 @@ class HRMPrefixLM(TokenStream):
         cursor, B = decoding.cursor, len(tokens)
         rope = cursor.rope(decoding.rope, B)
         x = self.embedding(tokens[:, None])
-        states = self.think(x, rope, cursor.mask(B), decoding.cycles, caches=decoding.caches).states[-1]
+        tokens = x.new_ones(B, 1)
+        thought = self.think(x, rope, cursor.mask(B), decoding.cycles, caches=decoding.caches, tokens=tokens)
+        states = decoding.settled(thought)
         cursor.advance(B)
         return self.head(states[:, -1])

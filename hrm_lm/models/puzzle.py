@@ -68,7 +68,7 @@ class HRMPuzzle(TokenStream):
         rope, new = tuple(values[: S + 1] for values in decoding.rope), decoding.cursor.samples
         for some in decoding.cursor.read(S + 1, [1] * B):
             x = self.embed(ids[some], places)
-            states = self.think(x, rope, seen[some], decoding.cycles).states[-1]
+            states = decoding.settled(self.think(x, rope, seen[some], decoding.cycles, tokens=seen[some, 0, 0]))
             decoding.answers[new + some.start : new + some.stop, : S + 1] = states
         decoding.last[new : new + B] = lens
         return self.head(decoding.answers[new : new + B, 0])
