@@ -96,6 +96,8 @@ class ModelConfig(Section):
     architecture: Literal["encoder_decoder", "prefix_lm", "puzzle"] = "encoder_decoder"
     """What the model is made of: an encoder, the HRM core and a decoder; the published HRM-Text model, which takes
     prompt and response through the core as a single sequence; or the core alone, which answers in the prompt's places."""
+    mask: Literal["prefix", "causal"] = "prefix"
+    """What a prompt's tokens see: all of the prompt, or what is before them alone (`prefix_lm` only)."""
     d_model: Positive = 64
     """Width of a token's state. It is a multiple of `n_heads`."""
     n_heads: Positive = 4
@@ -223,6 +225,9 @@ class TrainConfig(Section):
     """How many running standard deviations above its running mean, over about 100 steps, the loss of a step is a spike;
     7, say. With `on_nonfinite: rollback` the run goes back and leaves out the steps around a spike. Otherwise spikes are
     told and counted. With null nothing looks for spikes."""
+    objective: Literal["response", "all"] = "response"
+    """Which tokens are labels: those of the response, or those of the prompt, too (`prefix_lm` with `model.mask: causal`).
+    Validation is on the response's."""
     segments: Positive = 1
     """How many times a training step takes its batch through the core. Each segment goes on from the states where the one
     before ended, has a loss and a backward pass of its own, and gradient does not flow from segment to segment. So
@@ -420,6 +425,17 @@ class Config(Section):
     """What a run trains on."""
     ray: RayConfig = RayConfig()
     """Where a run takes place and where it is kept."""
+
+    @model_validator(mode="after")
+    def _stream(self):
+        if self.model.mask == "causal" and self.model.architecture != "prefix_lm":
+            raise ValueError(f"model.mask: causal is for prefix_lm alone, not for {self.model.architecture}")
+        if self.train.objective == "all" and self.model.mask != "causal":
+            raise ValueError(
+                "train.objective: all needs model.architecture prefix_lm with model.mask causal: a prompt's tokens must "
+                "not see those that they predict"
+            )
+        return self
 
     @model_validator(mode="after")
     def _core_to_sample(self):

@@ -253,3 +253,41 @@ def test_large_and_small_weights_are_drawn_from_one_distribution(monkeypatch):
         drawn.append(layers.lecun_normal_(torch.empty(500, 400), fan_in=400).flatten().sort().values)
     assert drawn[0].std() == pytest.approx(1 / 20, rel=0.01)
     torch.testing.assert_close(*drawn, atol=2e-3, rtol=0.01)
+
+
+# --- a causal mask -----------------------------------------------------------------------------------------------
+
+
+CAUSAL = {"model__architecture": "prefix_lm", "model__mask": "causal"}
+
+
+def test_with_a_causal_mask_a_prompts_tokens_do_not_see_later_ones_and_decoding_agrees():
+    model = build(**CAUSAL).eval()
+    (sample,) = samples((6, 4))
+    states = {}
+    for name, prompt in {"given": sample.prompt, "changed": [*sample.prompt[:4], 5, 6]}.items():
+        batch = layout(model, None, "all")(Ragged.of([sample._replace(prompt=prompt)]), SimpleTokenizer, False)
+        (states[name],), _ = model.states(batch, CYCLES)
+    assert len(states["given"]) == 6 - 1 + 4 + 1, "all tokens but the first, and the end"
+    torch.testing.assert_close(states["given"][:4], states["changed"][:4])
+    assert not torch.allclose(states["given"][4:], states["changed"][4:])
+    decoding = model.open(1, 6, 5, CYCLES)
+    steps = [model.prefill(torch.tensor([sample.prompt]), [6], 1, decoding)]
+    steps += [model.decode(torch.tensor([token]), decoding) for token in sample.response]
+    torch.testing.assert_close(torch.cat(steps), model.head(states["given"][5:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, (64,)])
+def test_labels_of_everything_are_each_samples_tokens_but_its_first_packed_or_not(rows):
+    model = build(**CAUSAL).eval()
+    some = samples((3, 2), (1, 4), (5, 1))
+    batch = layout(model, rows, "all")(Ragged.of(some), SimpleTokenizer, False)
+    tokens = [[*s.prompt, *s.response, SimpleTokenizer.eos_id] for s in some]
+    assert batch.labels.tolist() == [token for row in tokens for token in row[1:]]
+    assert batch.ids.flatten()[batch.label_at].tolist() == [token for row in tokens for token in row[:-1]]
+    responses = layout(model, rows)(Ragged.of(some), SimpleTokenizer, False)
+    ends = [[*s.response, SimpleTokenizer.eos_id] for s in some]
+    assert responses.labels.tolist() == [token for row in ends for token in row]
+    own = torch.cat([torch.arange(len(row) - 1) >= len(s.prompt) - 1 for row, s in zip(tokens, some)])
+    both = [model(each, CYCLES).predictions[-1].losses for each in (batch, responses)]
+    torch.testing.assert_close(both[0][own], both[1])

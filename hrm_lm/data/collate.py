@@ -142,6 +142,15 @@ class PackedBatch(NamedTuple):
         return sums.index_add(0, self.label_sample[0], values[0])
 
 
+class Stream(NamedTuple):
+    """How samples are read as single sequences."""
+
+    causal: bool = False
+    """Whether a prompt's tokens see what is before them alone, as a response's do."""
+    everything: bool = False
+    """Whether a prompt's tokens are labels, too, but for the first. It needs `causal`."""
+
+
 Rows = tuple[int, ...]
 """Tokens of the rows that packed samples lie in: of the single row, or of the encoder's and of the decoder's."""
 AnyBatch = Batch | TokenRows | PackedBatch
@@ -183,12 +192,12 @@ def pad(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Batch
     return Batch(*map(torch.from_numpy, tensors))
 
 
-def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
+def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, stream: Stream = Stream()) -> TokenRows:
     """A row for each sample. With `round_up` the width is a `padded_length`, and so is the number of labels."""
     lengths = samples.token_lens
     width = int(padded_length(lengths.max()) if round_up else lengths.max())
     starts = np.arange(len(lengths)) * width
-    return _rows(samples, tokens, starts, len(lengths), width, round_up)
+    return _rows(samples, tokens, starts, len(lengths), width, round_up, stream)
 
 
 def in_place(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
@@ -206,7 +215,13 @@ def in_place(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> 
     return _rows(samples, tokens, np.arange(len(lengths)) * width, len(lengths), width, round_up, in_place=True)
 
 
-def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: int | None = None) -> TokenRows:
+def pack(
+    samples: Ragged,
+    tokens: SpecialTokens,
+    round_up: bool = False,
+    width: int | None = None,
+    stream: Stream = Stream(),
+) -> TokenRows:
     """All samples end to end in one row. width: of that row, which is wider where they do not fit it; None: as wide as
     the samples are long together.
     """
@@ -214,7 +229,7 @@ def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: 
     used = int(lengths.sum())
     if width is None or used > width:
         width = int(padded_length(used)) if width or round_up else used
-    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up)
+    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up, stream)
 
 
 def pack_apart(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, rows: Rows | None = None) -> PackedBatch:
@@ -268,6 +283,7 @@ def _rows(
     num_rows: int,
     width: int,
     round_up: bool,
+    stream: Stream = Stream(),
     in_place: bool = False,
 ) -> TokenRows:
     """starts: (B,), where each sample begins in the flattened rows. in_place: see the function of that name."""
@@ -278,7 +294,7 @@ def _rows(
     ids[(first + sizes - 1)[samples.ends]] = tokens.eos_id
     within = np.arange(len(ids)) - np.repeat(first, sizes)
     prompts = np.repeat(prompt_lens, sizes)
-    labels = ids[within > prompts]
+    labels = ids[(within > prompts) | (stream.everything & (within > 0) & (within < prompts))]
     if in_place:
         ids[first + prompt_lens] = tokens.bos_id
         read = within <= prompts
@@ -292,13 +308,15 @@ def _rows(
     row[at] = ids[read]
     positions, sees_from, sees_to = np.zeros_like(places), places.copy(), places.copy()
     positions[at], sees_from[at] = within, begins
-    sees_to[at] = begins + np.maximum(within, np.repeat(prompt_lens - (not in_place), lengths))
+    sees_to[at] = begins + np.maximum(within, 0 if stream.causal else np.repeat(prompt_lens - (not in_place), lengths))
 
+    first_at = starts if in_place or stream.everything else starts + prompt_lens - 1
+    label_lens = label_lens + (prompt_lens - 1 if stream.everything else 0)
     count = len(labels)
     most = int(padded_length(count)) if round_up else count
     label_at, label_sample = np.zeros(most, np.int64), np.zeros(most, np.int64)
     steps = np.arange(count) - np.repeat(np.cumsum(label_lens) - label_lens, label_lens)
-    label_at[:count] = np.repeat(starts if in_place else starts + prompt_lens - 1, label_lens) + steps
+    label_at[:count] = np.repeat(first_at, label_lens) + steps
     label_sample[:count] = np.repeat(np.arange(len(label_lens)), label_lens)
     labels = np.concatenate([labels, np.full(most - count, IGNORE)])
     shape = (num_rows, width)

@@ -43,7 +43,6 @@ def config_of(hf_config, source: Path) -> Config:
     """A config whose model is theirs; raises UserError for what this project's model does not have."""
     rope = hf_config.rope_parameters
     needed = {
-        "prefix_lm": (hf_config.prefix_lm, True),
         "hidden_act": (hf_config.hidden_act, "silu"),
         "rms_norm_eps": (hf_config.rms_norm_eps, 1e-6),
         "attention_bias": (hf_config.attention_bias, False),
@@ -66,6 +65,7 @@ def config_of(hf_config, source: Path) -> Config:
         {
             "model": {
                 "architecture": "prefix_lm",
+                "mask": "prefix" if hf_config.prefix_lm else "causal",
                 "d_model": hf_config.hidden_size,
                 "n_heads": hf_config.num_attention_heads,
                 "vocab_size": hf_config.vocab_size,

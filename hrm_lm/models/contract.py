@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, Cycles, ModelConfig
-from hrm_lm.data.collate import AnyBatch, Collate, Rows, SpecialTokens, pack, pack_apart, pad
+from hrm_lm.data.collate import AnyBatch, Collate, Rows, SpecialTokens, Stream, join, pack, pack_apart, pad
 from hrm_lm.data.splits import Ragged
 from hrm_lm.models.cache import Decoding
 from hrm_lm.models.hrm import Carry, Thought
@@ -51,11 +51,16 @@ class EvalOptions:
         return replace(options, **changes)
 
 
-def layout(model: LanguageModel, rows: Rows | None) -> Collate:
-    """How samples become the model's batches: as its architecture wants, or with `rows` packed into these."""
-    if rows is None:
-        return model.collate
-    return partial(pack, width=rows[0]) if len(rows) == 1 else partial(pack_apart, rows=rows)
+def layout(model: LanguageModel, rows: Rows | None, objective: Literal["response", "all"] = "response") -> Collate:
+    """How samples become the model's batches: as its architecture wants, or with `rows` packed into these. objective: which
+    of their tokens are labels; see `train.objective`.
+    """
+    if rows is not None and len(rows) == 2:
+        return partial(pack_apart, rows=rows)
+    stream = model.stream._replace(everything=objective == "all")
+    if rows is not None:
+        return partial(pack, width=rows[0], stream=stream)
+    return model.collate if stream == Stream() else partial(join, stream=stream)
 
 
 class Prediction(NamedTuple):
@@ -84,6 +89,8 @@ class LanguageModel(nn.Module):
     head: Head
     core: nn.Module | None
     """The HRMCore, or None for a model without recurrence."""
+    stream: Stream = Stream()
+    """How samples are read where they are single sequences."""
     recurs_per_token: bool = True
     """Whether the core runs for every new token, and not only for the prompt."""
 

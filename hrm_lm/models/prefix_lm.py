@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hrm_lm.config import Cycles, ModelConfig
-from hrm_lm.data.collate import TokenRows, join
+from hrm_lm.data.collate import Stream, TokenRows, join
 from hrm_lm.models.cache import Cursor, Decoding, KVCache
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.hrm import Carry, HRMCore, Thought
@@ -88,6 +88,10 @@ class HRMPrefixLM(TokenStream):
     hrm_text = True
     collate = staticmethod(join)
 
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__(config, vocab_size)
+        self.stream = Stream(causal=config.mask == "causal")
+
     def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:
         """Room to generate for so many samples at a time, whose prompts have up to `prompt_len` tokens."""
         if self.core is None:
@@ -103,11 +107,14 @@ class HRMPrefixLM(TokenStream):
         token. `bos_id` is for models whose decoder starts with BOS; here the prompt's last token predicts.
         """
         S, lens = prompt_ids.shape[1], torch.tensor(prompt_lens).to(prompt_ids.device, non_blocking=True)
-        visible = decoding.cursor.places[:S] < lens[:, None]
+        places = decoding.cursor.places[:S]
+        visible = places < lens[:, None]
         cos, sin = (values[:S] for values in decoding.rope)
         logits = []
         for some in decoding.cursor.read(S, prompt_lens):
             mask = visible[some, None, None]
+            if self.stream.causal:
+                mask = mask & (places <= places[:, None])
             x = self.embedding(prompt_ids[some])
             thought = self.think(x, (cos, sin), mask, decoding.cycles, caches=decoding.caches, tokens=visible[some])
             states = decoding.settled(thought)

@@ -121,6 +121,8 @@ def _read_states(model: LanguageModel, cycles: Cycles, backprop_steps: int | Non
 def _prefix_lm(
     model: HRMPrefixLM, tokens: float, labels: float, samples: float, cycles: Cycles, backprop_steps: int | None
 ) -> float:
+    if model.stream.causal:  # which labels there are is another matter
+        return _stream(model, tokens, labels, tokens * (tokens / samples + 1) / 2, cycles, backprop_steps)
     response = labels / samples - 1  # its tokens that are read: the last is a label alone
     prompt = tokens / samples - response
     pairs = samples * (prompt * prompt + prompt * response + response * (response + 1) / 2)

@@ -70,7 +70,7 @@ def batch_of(
     """`count` samples of these lengths as training would lay them out, on the state's device. Every token is EOS."""
     ids = np.full(count * (prompt + 1 + labels), tokens.eos_id, dtype=np.int64)
     samples = Ragged(ids, np.full(count, prompt), np.full(count, labels), np.ones(count, dtype=bool))
-    collate = layout(state.model, rows)
+    collate = layout(state.model, rows, state.config.train.objective)
     return to_device(
         collate(samples, tokens, state.graphs is not None or state.config.train.length_window > 0), state.device
     )
