@@ -211,6 +211,13 @@ class TrainConfig(Section):
     """Steps between checkpoints that come without a validation. With 0 checkpoints come with validations only."""
     log_every: Positive = 10
     """Steps between lines of the log."""
+    sample_answers: Count = 4
+    """How many held-out prompts, always the same, each validation also answers for the run's report and TensorBoard. Answers
+    are at most 64 tokens long. Trials of a sweep answer none."""
+    loggers: list[Literal["mlflow", "wandb"]] = []
+    """Where a run's config, numbers and result go besides its folder: `[mlflow]`, `[wandb]` or both, to the servers that these
+    libraries' own environment variables name (`MLFLOW_TRACKING_URI`, `WANDB_MODE`). They need `hrm-lm[mlflow]` and
+    `hrm-lm[wandb]`. Trials of a sweep log nothing there."""
     profile: bool = False
     """Whether some steps soon after the start are profiled on the first worker. `profile/` in the run's folder then has
     a table of where a step's time goes, and the trace that it is made of. Trials of a sweep are not profiled."""

@@ -107,6 +107,13 @@ def read_text(fs: pyarrow.fs.FileSystem, path: str) -> str:
     return read_bytes(fs, path).decode("utf-8")
 
 
+def write_text(fs: pyarrow.fs.FileSystem, path: str, text: str) -> None:
+    """Writes a file, in a folder that need not be there. Raises OSError."""
+    fs.create_dir(path.rpartition("/")[0], recursive=True)
+    with fs.open_output_stream(path, compression=None) as stream:
+        stream.write(text.encode())
+
+
 def reason(error: OSError) -> str:
     """Why a file could not be read or written, in a line."""
     return os.strerror(error.errno) if error.errno else one_line(error) or type(error).__name__

@@ -245,9 +245,7 @@ def test_generate_refuses_bad_input_in_a_line(command, checkpoint, arguments, me
 
 
 def test_generate_without_any_run_says_where_it_looked(command, monkeypatch, tmp_path):
-    from hrm_lm.inference import generate as module
-
-    monkeypatch.setattr(module, "JOB_STORAGE", tmp_path / "jobs")
+    monkeypatch.setattr(run_folder, "JOB_STORAGE", tmp_path / "jobs")
     code, _, err = command(generate, "--prompt", "1")
     assert code == 2 and f"no run with a checkpoint in {tmp_path / 'runs'} or {tmp_path / 'jobs'}" in err
     code, _, err = command(generate, "--prompt", "1", "--run_name", "x")

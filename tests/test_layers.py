@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-WITHOUT_RAY = ("hrm_lm.data", "hrm_lm.models", "hrm_lm.training")
+WITHOUT_RAY = ("hrm_lm.data", "hrm_lm.models", "hrm_lm.training", "hrm_lm.report")
 
 
 def module_name(file) -> str:
@@ -42,7 +42,7 @@ def of_package(module: str, *packages: str) -> bool:
 
 
 @pytest.mark.slow
-def test_data_models_and_training_load_no_ray():
+def test_data_models_training_and_reports_load_no_ray():
     modules = [module for module in MODULES if of_package(module, *WITHOUT_RAY)]
     code = (
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nassert 'ray' not in sys.modules"
@@ -52,7 +52,7 @@ def test_data_models_and_training_load_no_ray():
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if of_package(module, *WITHOUT_RAY)])
-def test_data_models_and_training_name_no_ray_in_any_function(module):
+def test_data_models_training_and_reports_name_no_ray_in_any_function(module):
     assert not [name for name in imported(MODULES[module]) if of_package(name, "ray")]
 
 

@@ -50,6 +50,8 @@ def test_two_workers_train_as_one(cluster, in_folder):
     assert result["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
     assert json.loads((in_folder / "runs/two/result.json").read_text()) == result
     assert list((in_folder / "runs/two").glob("events.out.tfevents.*"))
+    page = (in_folder / "runs/two/report.html").read_text()
+    assert "Finished at step <b>6</b>" in page and "<b>2</b><span>workers" in page and "Sample answers" in page
 
 
 def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(cluster, in_folder):
@@ -58,6 +60,7 @@ def test_a_sharded_run_of_two_workers_makes_one_checkpoint_and_goes_on_with_one(
     left_over.parent.mkdir(parents=True)  # of four workers that were killed in mid-upload
     left_over.write_bytes(b"half a part")
     sharded = run(small_config(**options, ray__num_workers=2, ray__parallel="fsdp"))
+    assert "Sample answers" in (in_folder / "runs/s/report.html").read_text(), "both workers take part in them"
     alone = train_locally(small_config(**options), in_folder / "alone")
     assert sharded["val_loss"] == pytest.approx(min(m["val_loss"] for m in alone.reports), rel=1e-5)
     shutil.copytree(sharded["last_checkpoint"], in_folder / "sharded/step_000006")
@@ -236,6 +239,7 @@ def test_a_diverging_run_fails_once_with_its_reason(cluster, in_folder, capfd):
         run(small_config(optim__lr=1e30, optim__warmup_steps=0, ray__run_name="r"))
     result = json.loads((in_folder / "runs/r/result.json").read_text())
     assert result["status"] == "diverged" and "train.grad_clip" in result["error"]
+    assert "Diverged at step" in (in_folder / "runs/r/report.html").read_text()
 
 
 def test_an_error_in_a_worker_that_a_user_can_mend_is_told_as_such_at_once(cluster, in_folder, monkeypatch):

@@ -1,4 +1,4 @@
-"""A run from the driver's side: check everything, start Ray, fit, leave `result.json`.
+"""A run from the driver's side: check everything, start Ray, fit, leave `result.json` and `report.html`.
 
 What a user can get wrong is refused here, before Ray starts where that is possible.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrm_lm.cluster import run_folder
 from hrm_lm.cluster.capacity import plan_workers
+from hrm_lm.cluster.loggers import check_loggers, followed
 from hrm_lm.cluster.ray_private import quiet_logging
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
@@ -39,6 +40,7 @@ def run(config: Config, resume: str = "auto") -> dict[str, Any]:
     location = run_folder.outliving(location, "--save_dir") if location else run_folder.default_storage()
     folder = RunFolder(location, name)
     checked_dataset(config)
+    check_loggers(config)
     if config.train.mixed_precision == "fp16" and config.ray.use_gpu is False:
         raise UserError("train.mixed_precision: fp16 needs a CUDA GPU; use bf16 or none on CPU")
     if config.train.init_from:
@@ -55,8 +57,11 @@ def run(config: Config, resume: str = "auto") -> dict[str, Any]:
         scaling = plan_workers(config)
         with folder.lock():
             folder.write("config.yaml", config.to_yaml())
-            result = fit(config, folder, scaling)
-            folder.write("result.json", json.dumps(result, indent=2) + "\n")
+            folder.remove("result.json")  # an earlier command's
+            with followed(config, folder) as ended:
+                result = fit(config, folder, scaling)
+                folder.write("result.json", json.dumps(result, indent=2) + "\n")
+                ended |= result
     if result["status"] in ("diverged", "failed"):
         raise RunFailed(result["error"])
     return result

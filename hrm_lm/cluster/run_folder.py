@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from hrm_lm.cluster.lock import locked
 from hrm_lm.cluster.ray_private import SNAPSHOT
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, read_text, resolve, without_secrets
+from hrm_lm.filesystem import outlasting, read_text, resolve, without_secrets, write_text
 
 JOB_STORAGE = Path("~/hrm_lm_runs").expanduser()
 
@@ -30,6 +30,11 @@ def in_ray_job() -> bool:
 
 def default_storage() -> str:
     return str(JOB_STORAGE if in_ray_job() else Path("runs").absolute())
+
+
+def run_locations(save_dir: str | None) -> list[str]:
+    """Where to look for a run that is named. A job's runs live in a place of their own, so both places are looked at."""
+    return [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
 
 
 def outliving(location: str, flag: str) -> str:
@@ -89,10 +94,14 @@ class RunFolder:
         return outlasting(f"{self.uri}/{file}: cannot be read", partial(read_text, self.fs, f"{self.path}/{file}"))
 
     def write(self, file: str, text: str) -> None:
+        outlasting(f"{self.uri}: cannot be written", partial(write_text, self.fs, f"{self.path}/{file}", text))
+
+    def remove(self, file: str) -> None:
+        """A file that is not there is no error."""
+
         def attempt() -> None:
-            self.fs.create_dir(self.path, recursive=True)
-            with self.fs.open_output_stream(f"{self.path}/{file}", compression=None) as stream:
-                stream.write(text.encode())
+            with suppress(FileNotFoundError):
+                self.fs.delete_file(f"{self.path}/{file}")
 
         outlasting(f"{self.uri}: cannot be written", attempt)
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": ("hrm_lm.commands.prepare", "tokenize a corpus into a dataset for the trainer"),
     "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
     "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on held-out samples"),
+    "report": ("hrm_lm.commands.report", "make a page on a run, or on several side by side"),
     "export": ("hrm_lm.commands.export", "turn a checkpoint into a Transformers folder"),
     "import": ("hrm_lm.commands.import_", "turn a Transformers folder into a checkpoint"),
     "reference": ("hrm_lm.commands.reference", "print the reference of all config fields, in Markdown"),

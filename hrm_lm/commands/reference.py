@@ -83,6 +83,8 @@ def type_name(kind: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join(f"`{choice}`" for choice in inner)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(member) for member in inner)
+    if origin is list:
+        return f"list of {type_name(inner[0])}"
     if origin is tuple:
         return f"[{', '.join(type_name(member) for member in inner)}]"
     if origin is dict:

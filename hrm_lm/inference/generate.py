@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hrm_lm.cluster.run_folder import JOB_STORAGE, RunFolder, default_storage, newest_run
+from hrm_lm.cluster.run_folder import RunFolder, newest_run, run_locations
 from hrm_lm.config import Cycles, HRMConfig
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
@@ -48,8 +48,7 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
         with local_copy(checkpoint) as folder:
             yield folder
         return
-    # A job's runs live in a place of their own. Both places are looked at.
-    locations = [save_dir] if save_dir else list(dict.fromkeys([default_storage(), str(JOB_STORAGE)]))
+    locations = run_locations(save_dir)
     if run_name:
         runs = [RunFolder(location, run_name) for location in locations]
         run = next((run for run in runs if run.has_checkpoints() or run.exists("best_checkpoint")), None)

@@ -20,6 +20,7 @@ from hrm_lm.errors import DamagedCheckpoint, UserError
 from hrm_lm.filesystem import local_copy, without_secrets
 from hrm_lm.models.contract import EvalOptions, layout
 from hrm_lm.training.checkpoint import Progress, Snapshot, load_state, load_weights, read_checkpoint, whole_checkpoint
+from hrm_lm.training.environment import environment
 from hrm_lm.training.flops import interval_flops, matrix_peak
 from hrm_lm.training.memory import does_not_fit, out_of_memory
 from hrm_lm.training.metrics import MetricsLog
@@ -28,7 +29,7 @@ from hrm_lm.training.profiling import profiled
 from hrm_lm.training.rollback import Diverged, Guard, is_left_out, leave_out
 from hrm_lm.training.session import Session
 from hrm_lm.training.step import SentStats, Stats, TrainState, build_state, learning_rate, train_step
-from hrm_lm.training.validation import validate
+from hrm_lm.training.validation import sample_answers, validate
 
 
 def train(config: Config, session: Session) -> dict[str, Any]:
@@ -54,6 +55,10 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     peak = None if config.train.lora.rank else matrix_peak(state.device, config.train.mixed_precision)
     stats = Stats(state, progress.watched)
     log = MetricsLog(session.event_folder, session.display, state.step, config.train.steps)
+    if session.event_folder:
+        log.text(state.step, "environment", environment(state.device, state.world_size))
+    # Who shares the model must take part in its answers; otherwise the worker gives them that logs.
+    answers = config.train.sample_answers if session.event_folder or is_sharded(state.model) else 0
     guard = Guard(state, stats, progress, log.tell)
     group = config.for_workers(session.world_size)
     step_rows, rows = batch_rows(splits.train, group)
@@ -111,6 +116,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             flops = interval_flops(state.model, config, range(logged_step, step), *amounts)
             metrics["mfu"] = flops / (seconds * peak * session.world_size)
         logged_step = step
+        log.record(step, {"seconds": progress.seconds, "tokens": progress.tokens})
         log.write(step, metrics)
         return metrics
 
@@ -143,7 +149,11 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             if validating:
                 state.model.set_step(state.step)
                 with state.average.applied() if state.average else nullcontext():
-                    val = validate(state.model, splits, EvalOptions.of(group, rows=rows), session.alive)
+                    options = EvalOptions.of(group, rows=rows)
+                    val = validate(state.model, splits, options, session.alive)
+                    if answers:
+                        answered = sample_answers(state.model, splits, options, answers, session.alive)
+                        log.text(state.step, "answers", answered)
                 if not math.isfinite(val["val_loss"]):
                     raise Diverged(state.step)
                 progress.update(state.step, val["val_loss"], val["val_exact_match"])

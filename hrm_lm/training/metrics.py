@@ -1,8 +1,9 @@
 """Where a run's numbers go while it runs: TensorBoard event files, and a progress bar or plain lines."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -28,7 +29,7 @@ class MetricsLog:
     def __init__(self, folder: Path | None, display: Display, first_step: int, steps: int):
         self.steps, self.step = steps, first_step
         # After a resume, what an earlier attempt wrote beyond its last checkpoint is hidden.
-        self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10) if folder else None
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10) if folder else None
         self.lines = display == "lines"
         self.bar = display(steps) if callable(display) else None
         self.shown: dict[str, float] = {}
@@ -40,6 +41,12 @@ class MetricsLog:
         if self.writer:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, value: Any) -> None:
+        """Plain values for the event files, as JSON: TensorBoard shows it, and `hrm_lm.report` reads it."""
+        if self.writer:
+            lines = json.dumps(value, ensure_ascii=False, indent=2).split("\n")
+            self.writer.add_text(name, "\n".join(f"    {line}" for line in lines), step)  # code, in Markdown
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.record(step, metrics)

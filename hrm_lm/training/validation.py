@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from hrm_lm.data.splits import Splits
 from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast, layout
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.parallel import forget_gathered, is_sharded
+
+ANSWER_TOKENS = 64
+"""The most that a sample answer has: it is to be looked at, and costs little."""
 
 
 class Tally(NamedTuple):
@@ -142,3 +145,41 @@ def answered(
     verdict, texts = splits.val.verdict, map(splits.tokenizer.decode, answers)
     assert verdict is not None
     return [math.fsum(verdict(i, text) for i, text in zip(mine.tolist(), texts, strict=False)), float(len(mine))]
+
+
+@torch.no_grad()
+def sample_answers(
+    model: LanguageModel, splits: Splits, options: EvalOptions, count: int, alive: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Greedy answers to `count` validation prompts, always the same, of a mixture as many of each member.
+
+    Of each a `prompt`, the `expected` response, the `answer` and whether it is `right`: by the task's verdict where there
+    is one. Long texts are cut. Workers that share a model must all call it.
+    """
+    members = splits.members or {"": splits}
+    names, each = list(members), -(-count // len(members))
+    turns = [(names[i % len(names)], i // len(names)) for i in range(count)]
+    places = dict.fromkeys((name, len(members[name].val) * turn // each) for name, turn in turns)
+    asked = [members[name].val[i] for name, i in places]
+    longest = max(len(sample.response) for sample in asked)
+    most = min(ANSWER_TOKENS, model.config.max_response_len, 2 * longest + 8)
+    was_training = model.training
+    model.eval()
+    prompts = [sample.prompt for sample in asked]
+    answers = generate_ids(
+        model, splits.tokenizer, prompts, options, max_new_tokens=most, in_step=is_sharded(model), alive=alive
+    )
+    model.train(was_training)
+    forget_gathered(model)
+    shown = []
+    for (name, i), sample, ids in zip(places, asked, answers, strict=True):
+        prompt, expected, answer = map(splits.tokenizer.decode, (sample.prompt, sample.response, ids))
+        verdict = members[name].val.verdict
+        right = verdict(i, answer) == 1 if verdict else answer == expected
+        texts = {"prompt": cut(prompt), "expected": cut(expected), "answer": cut(answer)}
+        shown.append(({"dataset": name} if name else {}) | texts | {"right": bool(right)})
+    return shown
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= 600 else f"{text[:400]} … {text[-200:]}"

@@ -1,0 +1,1 @@
+"""Pages about runs: how one went, and several side by side. They are made of what is in the runs' folders."""
