@@ -26,6 +26,7 @@ __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
 BUILT_IN = {
     "synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset",
     "reasoning_gym": "hrm_lm.data.reasoning_gym:build_reasoning_gym_dataset",
+    "task": "hrm_lm.data.named_tasks:build_task_dataset",
 }
 
 

@@ -3,6 +3,8 @@
 A depth-first walk carves them (recursive backtracker), which leaves long winding ways.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 WALL, FREE, START, GOAL, WAY = "#", " ", "S", "G", "o"
@@ -35,7 +37,7 @@ def maze(size: int, rng: np.random.Generator) -> tuple[str, str, int]:
     start = farthest(0, ways)[-1]
     way = farthest(start, ways)
     answer = grid.copy()
-    for a, b in zip(way, way[1:]):
+    for a, b in pairwise(way):
         (ra, ca), (rb, cb) = divmod(a, cells), divmod(b, cells)
         answer[2 * ra + 1, 2 * ca + 1] = answer[ra + rb + 1, ca + cb + 1] = WAY
     for cell, sign in ((way[0], START), (way[-1], GOAL)):
