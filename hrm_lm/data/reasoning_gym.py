@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from hrm_lm.config import DataConfig
+from hrm_lm.data.endless import endless_dataset
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import ByteTokenizer
-from hrm_lm.data.endless import endless_dataset
 from hrm_lm.errors import UserError
 
 SEED_SIZE = 4096

@@ -102,6 +102,8 @@ class Split(ABC):
     """Where a sample comes from, if that is known; see `place`."""
     verdict: Callable[[int, str], float] | None = None
     """The task's own verdict on an answer to a sample, from 0 to 1, where it has a verdict; see `score`."""
+    facets: Callable[[int], Mapping[str, Any]] | None = None
+    """What an evaluation also gives scores by, of a sample: how many digits it has, its subject, each under its name."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -195,6 +197,8 @@ class Subset(Split):
         self.places = lambda i: split.place(int(self.indices[i]))
         if (verdict := split.verdict) is not None:
             self.verdict = lambda i, answer: verdict(int(self.indices[i]), answer)
+        if (facets := split.facets) is not None:
+            self.facets = lambda i: facets(int(self.indices[i]))
 
     @cached_property
     def indices(self) -> np.ndarray:
@@ -231,7 +235,7 @@ class Truncated(Split):
 
     def __init__(self, split: Split, limits: Limits):
         self.split, self.limits = split, limits
-        self.places, self.verdict = split.place, split.verdict
+        self.places, self.verdict, self.facets = split.place, split.verdict, split.facets
 
     def __len__(self) -> int:
         return len(self.split)
@@ -320,7 +324,8 @@ class Splits:
 
     train, val: a Split, or any number of samples that `as_sample` reads; a generator is read to its end.
     place: where a sample comes from, `(split, i) -> str`, for messages. score: the task's verdict on an answer to
-    validation sample i, `(i, answer) -> float`. members: a mixture's data sets by name.
+    validation sample i, `(i, answer) -> float`. facets: what an evaluation also gives scores by, of validation sample i
+    (`Split.facets`). members: a mixture's data sets by name.
     """
 
     def __init__(
@@ -331,11 +336,13 @@ class Splits:
         place: Callable[[str, int], str] | None = None,
         score: Callable[[int, str], float] | None = None,
         members: Mapping[str, Splits] | None = None,
+        facets: Callable[[int], Mapping[str, Any]] | None = None,
     ):
         place = place or (lambda split, i: f"{split} sample {i + 1}")
         self.tokenizer, self.members = tokenizer, dict(members or {})
         self.train = as_split(train, tokenizer, lambda i: place("train", i))
         self.val = as_split(val, tokenizer, lambda i: place("val", i), score)
+        self.val.facets = self.val.facets or facets
 
     def map(self, change: Callable[[str, Split], Split]) -> Splits:
         """The same with `change(name, split)` in place of each split, "train" and "val"."""

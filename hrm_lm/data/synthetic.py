@@ -3,6 +3,8 @@
 Train and validation share no pair of operands, not even swapped: the split is over unordered pairs.
 """
 
+import re
+
 import numpy as np
 
 from hrm_lm.config import DataConfig
@@ -27,7 +29,12 @@ def build_synthetic_dataset(config: DataConfig = DataConfig(), seed: int = 0) ->
         ordered = [pair for a, b in chosen for pair in ([(a, b)] if a == b else [(a, b), (b, a)])]
         sides.append([(f"What is {a} + {b}?", str(a + b)) for a, b in ordered])
     train, val = sides
-    return text_splits(config, train, val, lambda: SimpleTokenizer("What is +?0123456789"))
+    splits = text_splits(config, train, val, lambda: SimpleTokenizer("What is +?0123456789"))
+
+    def facets(i: int) -> dict[str, int]:
+        return {"digits": max(map(len, re.findall(r"\d+", val[i][0])))}
+
+    return Splits(splits.train, splits.val, splits.tokenizer, facets=facets)
 
 
 def _unordered_pairs(low: int, high: int, limit: int, rng: np.random.Generator) -> list[tuple[int, int]]:

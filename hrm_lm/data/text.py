@@ -90,6 +90,7 @@ class TextSplit(Split):
 
     def fitted(self, limits: Limits, truncate: bool) -> Split:
         fitted = TextSplit(self.pairs, self.tokenizer, self.places, self.verdict, limits, truncate)
+        fitted.facets = self.facets
         sizes = np.array([[len(side.encode()) for side in pair] for pair in self.pairs], dtype=np.int64).reshape(-1, 2)
         if sizes.sum() <= CHECKED_WHOLE:
             fitted._flat  # noqa: B018 (tokenizing checks every sample)

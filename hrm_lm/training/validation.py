@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.data.loading import prefetch, val_batches
 from hrm_lm.data.splits import Splits
-from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast, layout
+from hrm_lm.models.contract import EvalOptions, LanguageModel, Prediction, autocast, layout
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 
@@ -117,20 +117,26 @@ def predicted(
     for group in batches:
         for batch in group:
             predictions, thought = model(batch, options.cycles)
-            prediction = predictions[-1]
-            labelled = batch.per_sample((batch.labels != IGNORE).long())
-            assert prediction.right is not None  # as it is without gradient
-            whole = (batch.per_sample(prediction.right.long()) == labelled) & (labelled > 0)
-            counts = torch.stack([labelled.sum(), whole.sum(), (labelled > 0).sum()])
-            sums += torch.cat([prediction.losses.sum()[None].double(), counts.double()])
-            if thought is not None and halts:
-                rest += torch.stack([thought.cycles.sum(), (labelled > 0).sum()])
+            losses, labels, right = by_sample(predictions[-1], batch)
+            there = labels > 0
+            sums += torch.stack([losses, labels, (right == labels) & there, there]).sum(dim=1)
+            if thought is not None and thought.cycles is not None:
+                rest += torch.stack([(thought.cycles * there).sum(), there.sum()])
             elif thought is not None:
-                tokens = batch.thought_about
+                tokens = batch.thought_about * there.any()  # a batch without labels counts for nothing
                 residuals = (thought.changes().sqrt() * tokens).sum((1, 2))
                 rest += torch.cat([residuals, tokens.sum()[None]])
             alive()
     return sums, rest
+
+
+def by_sample(prediction: Prediction, batch: AnyBatch) -> torch.Tensor:
+    """(3, B) float64: of a prediction that was made without gradient, the loss over each sample's labels, how many labels it
+    has, and how many of them are the likeliest token.
+    """
+    assert prediction.right is not None
+    of_labels = (prediction.losses, batch.labels != IGNORE, prediction.right)
+    return torch.stack([batch.per_sample(values.double()) for values in of_labels])
 
 
 def answered(
