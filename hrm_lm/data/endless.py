@@ -40,8 +40,9 @@ class Task(Protocol):
         is left out. A pure function. Of block 0 any i may be asked for, of others those below `block_size`.
         """
 
-    def score(self, answer: str, entry: dict[str, Any]) -> float:
-        """The task's verdict on an answer, from 0 to 1."""
+    @property
+    def score(self) -> Callable[[str, dict[str, Any]], float] | None:
+        """The task's verdict on an answer to an entry, from 0 to 1; None where only the entry's answer is right."""
 
     def facets(self, entry: dict[str, Any]) -> Mapping[str, Any]:
         """What makes the question easy or hard; see `Split.facets`."""
@@ -129,14 +130,14 @@ def endless_dataset(config: DataConfig, task: Task, tokenizer: Callable[[], Toke
             )
     if not entries:
         raise UserError(f"{task.shown}: the task has a verifier, but no answers to learn from")
-    held_out = list(entries.values())
+    held_out, verdict = list(entries.values()), task.score
     splits = text_splits(
         config,
         [],
         [(entry["question"], entry["answer"]) for entry in held_out],
         tokenizer,
         place=lambda split, i: f"{config.dataset}: {split} sample {i + 1}",
-        score=lambda i, answer: task.score(answer, held_out[i]),
+        score=None if verdict is None else lambda i, answer: verdict(answer, held_out[i]),
     )
     train = EndlessSplit(task, splits.tokenizer, frozenset(splits.val.prompts()))
     return Splits(train, splits.val, splits.tokenizer, facets=lambda i: task.facets(held_out[i]))

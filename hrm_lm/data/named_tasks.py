@@ -218,6 +218,8 @@ TASKS: dict[str, type[NamedTask]] = {
 class Questions:
     """The questions of a named task, as `hrm_lm.data.endless.Task` wants them."""
 
+    score = None
+
     def __init__(self, name: str):
         """name: with its options, `sudoku,size=6`. Raises UserError for an unknown task, option, or an impossible value."""
         name, *assignments = name.split(",") if "[" not in name else split_options(name)
@@ -265,9 +267,6 @@ class Questions:
     def entry(self, block: int, i: int) -> dict[str, Any]:
         question, answer, facets = self.block(block, i // self.block_size)[i % self.block_size]
         return {"question": question, "answer": answer, "facets": facets}
-
-    def score(self, answer: str, entry: dict[str, Any]) -> float:
-        return float(answer == entry["answer"])
 
     def facets(self, entry: dict[str, Any]) -> Mapping[str, Any]:
         return entry["facets"]
