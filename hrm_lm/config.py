@@ -323,24 +323,27 @@ class MixtureMember(Section):
     """How often the dataset is drawn from. Its share of the training samples is its weight over the sum of all
     weights."""
     prompt_field: str | None = None
-    """Field of a JSON line that holds the prompt. When it is left out, it is `data.prompt_field`."""
+    """Field of a record that holds the prompt. When it is left out, it is `data.prompt_field`."""
     response_field: str | None = None
-    """Field of a JSON line that holds the response. When it is left out, it is `data.response_field`."""
+    """Field of a record that holds the response. When it is left out, it is `data.response_field`."""
 
 
 class DataConfig(Section):
     """What a run trains on."""
 
     dataset: str | None = None
-    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, a .jsonl file, a folder with train.jsonl,
-    a prepared dataset (folder or URI), or `module:function`, which is code of your own."""
+    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, `hf:<name or folder>[,option=value...]`, a
+    .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`, which is code of your
+    own."""
     mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixtureMember] = {}
     """Several datasets at once, instead of `dataset`. You name each of them, and its own scores bear that name
     (`val_loss/<name>`)."""
     prompt_field: str = "prompt"
-    """Field of a JSON line that holds the prompt."""
+    """Field of a record (a JSON line, a row of `hf:`) that holds the prompt: `question`, `data.question`, or a template such
+    as `{question} Context: {context}`. Where the field holds a list of messages, the record is a conversation."""
     response_field: str = "response"
-    """Field of a JSON line that holds the response."""
+    """Field of a record that holds the response, or a template. A record that lacks `prompt` or `response` may have a
+    conversation in `messages`, unless other fields are named."""
     tokenizer: str | None = None
     """What text is read with: `bytes`, or a tokenizer.json of a checkpoint, of a prepared dataset or of Hugging Face.
     When it is left out, the vocabulary is the characters of the dataset; `reasoning_gym` takes bytes; a mixture takes

@@ -209,15 +209,15 @@ def test_what_is_wrong_with_a_function_is_told_in_a_line(tmp_path, monkeypatch, 
 
 
 def test_a_driver_that_checks_a_large_text_data_set_does_not_tokenize_it(monkeypatch):
-    pairs = [(f"{i:030d}", "x" * 20) for i in range(30_000)] + [("0" * 70, "x")]
-    tokenizer, tokenized = SimpleTokenizer("0123456789x"), []
+    pairs = [(f"{i:030d}", "x" * 20) for i in range(30_000)] + [("\xe9" * 60, "x"), ("0" * 70, "x")]
+    tokenizer, tokenized = SimpleTokenizer("0123456789x\xe9"), []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: tokenized.append(text) or encode(text))
     split = TextSplit(pairs, tokenizer)
-    with pytest.raises(UserError, match="sample 30001: the prompt has 70 tokens, more than model.max_prompt_len"):
+    with pytest.raises(UserError, match="sample 30002: the prompt has 70 tokens, more than model.max_prompt_len"):
         split.fitted(Limits(64, 32), truncate=False)
-    assert len(tokenized) == 2
-    assert len(split.fitted(Limits(128, 32), truncate=False)) == 30_001 and len(tokenized) == 2
+    assert [len(text) for text in tokenized] == [60, 1, 70, 1]
+    assert len(split.fitted(Limits(128, 32), truncate=False)) == 30_002 and len(tokenized) == 4
 
 
 def test_validation_reads_at_most_so_many_samples_spread_over_all(tmp_path):
@@ -309,18 +309,68 @@ def test_a_jsonl_file_is_split_by_prompt_and_a_folder_brings_its_own_split(tmp_p
 def test_field_names_are_configurable(tmp_path):
     file = jsonl(tmp_path / "d.jsonl", *({"q": f"p{i}", "a": "x"} for i in range(5)))
     assert len(load(file, prompt_field="q", response_field="a").train) == 4
+    file = jsonl(tmp_path / "e.jsonl", *({"data": {"q": f"p{i}", "c": i}, "a": ["x"]} for i in range(5)))
+    splits = load(file, prompt_field="{data.q} of {data.c}", response_field="a.0")
+    assert sorted(texts(splits, [*splits.train, *splits.val])) == [(f"p{i} of {i}", "x") for i in range(5)]
+    with pytest.raises(UserError, match="data.prompt_field '{q': not a template"):
+        load(file, prompt_field="{q")
+
+
+def turns(i, **extra):
+    contents = (f"p{i}", f"r{i}", f"q{i}", f"s{i}")
+    return {"messages": [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, contents)], **extra}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_conversations_and_pairs_may_stand_in_one_file_and_a_conversation_is_held_out_as_a_whole(tmp_path, named):
+    """Without a tokenizer the vocabulary has the characters that the chat's form needs."""
+    file = jsonl(tmp_path / "d.jsonl", *pairs(20), *(turns(i, id=i) for i in range(20, 40)))
+    splits = load(file, val_fraction=0.5, **({"tokenizer": "bytes"} if named else {}))
+    expected = [pair for i in range(40) for pair in samples_of(i)]
+    train, val = texts(splits, splits.train), texts(splits, splits.val)
+    assert sorted(train + val) == sorted(expected)
+    for i in range(40):
+        assert sum(pair in val for pair in samples_of(i)) in (0, len(samples_of(i)))
+
+
+def samples_of(i):
+    first = (f"p{i}", f"r{i}")
+    return [first] if i < 20 else [first, (f"user: p{i}\nassistant: r{i}\nuser: q{i}\nassistant:", f"s{i}")]
+
+
+def test_a_conversation_may_have_any_field_and_its_form_is_the_tokenizers(tmp_path):
+    template = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}[a]"
+    definition = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    characters = {c: i for i, c in enumerate("[]uaprqs 0123456789")}
+    definition["model"]["vocab"] = characters | {"</s>": len(characters)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    records = [{"talk": {"turns": turns(i)["messages"]}, "messages": "not these"} for i in range(9)]
+    file = jsonl(tmp_path / "d.jsonl", *records)
+    splits = load(file, prompt_field="talk.turns", tokenizer=str(tmp_path), val_fraction=0.2)
+    found = [(p.replace(" ", ""), r.replace(" ", "")) for p, r in texts(splits, [*splits.train, *splits.val])]
+    assert sorted(found) == sorted(
+        pair for i in range(9) for pair in [(f"[u]p{i}[a]", f"r{i}"), (f"[u]p{i}[a]r{i}[u]q{i}[a]", f"s{i}")]
+    )
+    assert splits.tokenizer.chat_template == template
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
         ("{broken\n", r"d\.jsonl:3: not JSON"),
-        ('{"prompt": "half \\ud83d", "response": "b"}\n', r"d\.jsonl:3: 'prompt' has half a character"),
+        ('{"prompt": "half \\ud83d", "response": "b"}\n', r"d\.jsonl:3: not Unicode text, but half a character"),
         ('{"prompt": "a"}\n', r"d\.jsonl:3: no field 'response'; it has 'prompt'"),
-        ('{"prompt": 5, "response": "b"}\n', r"d\.jsonl:3: 'prompt' must be text, not int"),
+        ('{"prompt": 5, "response": "b"}\n', r"d\.jsonl:3: field 'prompt' is int, not text$"),
         ("[1]\n", r"d\.jsonl:3: no field 'prompt'; it is not an object"),
         ('{"prompt": "", "response": "b"}\n', r"d\.jsonl:3: the prompt is empty"),
+        (f'{{"prompt": "a", "response": "b", "n": {"9" * 5000}}}\n', r"d\.jsonl:3: cannot be read as JSON: Exceeds"),
+        ("[" * 10**6 + "\n", r"d\.jsonl:3: cannot be read as JSON: maximum recursion depth"),
+        ('{"messages": []}\n', r"d\.jsonl:3: messages must be a list of at least one message$"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', r"d\.jsonl:3: the messages have no assistant's answer"),
+        ('{"prompt": [{"role": "bot", "content": "x"}]}\n', r"d\.jsonl:3: a message's role .*: it is 'bot'$"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     file = jsonl(tmp_path / "d.jsonl", *pairs(2), line, *pairs(4))

@@ -12,6 +12,7 @@ from hrm_lm.commands.generate import main as generate_main
 from hrm_lm.commands.import_ import main as import_
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.config import load_config
+from hrm_lm.data.chat import render
 from hrm_lm.data.collate import join
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.data.tokenizer import ByteTokenizer, SimpleTokenizer, resolve_tokenizer, same_tokens
@@ -334,3 +335,22 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_text(tmp_path, tokenizer):
             theirs.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], skip_special_tokens=True)
             == text
         )
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}|{% endfor %}{{ eos_token }}"])
+def test_an_exported_tokenizer_writes_conversations_as_ours_does_and_keeps_that_on_the_way_back(tmp_path, template):
+    hf_tokenizer(ByteTokenizer()).save_pretrained(tmp_path / "first")
+    (tmp_path / "first/chat_template.jinja").unlink()
+    ours = resolve_tokenizer(str(tmp_path / "first"))
+    assert ours.chat_template is None
+    ours.chat_template = template
+    hf_tokenizer(ours).save_pretrained(tmp_path / "second")
+    theirs, back = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "second"),
+        resolve_tokenizer(str(tmp_path / "second")),
+    )
+    contents = ["2 + 2", "4", "and 3?"]
+    for n in (1, 3):
+        asked = [{"role": role, "content": text} for role, text in zip(["user", "assistant", "user"][:n], contents)]
+        expected = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert render(ours, asked) == render(back, asked) == expected

@@ -21,17 +21,19 @@ from conftest import Remote, each_fails_once, processes_with, small_config, trai
 from hrm_lm.commands.help import field_docs
 from hrm_lm.commands.prepare import main
 from hrm_lm.config import DataConfig, ModelConfig
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.prepare.pipeline import run_task
 from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
-from hrm_lm.prepare.tasks import Job, Settings, survey, write_shard
+from hrm_lm.prepare.tasks import Job, Settings, Source, survey, write_shard
 from hrm_lm.training.checkpoint import load_model
 
 LOCAL = pyarrow.fs.LocalFileSystem()
 MAPPING = Mapping("prompt", "response")
+SOURCES = [Source("", [], MAPPING)]
 
 
 def pairs(n, start=0):
@@ -137,6 +139,51 @@ def test_fields_may_be_nested_or_filled_into_a_template(tmp_path, prompt, record
         assert [item[:2] for item in items] == [(expected, "r")]
 
 
+def talk(i):
+    """A conversation, and what becomes of it."""
+    turns = [("user", f"p{i}"), ("assistant", f"r{i}"), ("user", f"q{i}"), ("assistant", f"s{i}")]
+    prompt = f"[p{i}][r{i}][q{i}]>"
+    return [{"role": role, "content": content} for role, content in turns], [(f"[p{i}]>", f"r{i}"), (prompt, f"s{i}")]
+
+
+@pytest.mark.parametrize("field", ["messages", "talk"])
+def test_a_conversation_of_any_format_gives_a_pair_for_each_answer_all_held_out_by_the_first_prompt(tmp_path, field):
+    datasets = pytest.importorskip("datasets")
+    chat = Chat("{% for m in messages %}[{{ m.content }}]{% endfor %}>")
+    mapping = Mapping("prompt" if field == "messages" else field, "response", chat=chat)
+    some = [{field: talk(i)[0], "id": i} for i in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(some))
+    pq.write_table(pa.Table.from_pylist(some), tmp_path / "b.parquet", row_group_size=7)
+    datasets.Dataset.from_list(some).save_to_disk(tmp_path / "saved")
+    for location in (tmp_path / "a.jsonl", tmp_path / "b.parquet", f"hf:{tmp_path / 'saved'}"):
+        for part_bytes in (1 << 30, 300):
+            parts = plan_parts([file for file, _ in find_files([str(location)])], part_bytes)
+            items = [item for part in parts for piece in part for item in read_piece(piece, mapping)]
+            found = [item for item in items if not isinstance(item, End)]
+            assert [item[:2] for item in found] == [pair for i in range(40) for pair in talk(i)[1]]
+            assert [item.origin for item in found] == [f"[p{i}]>" for i in range(40) for _ in range(2)]
+            assert part_bytes > 300 or len(parts) > 3
+
+
+def test_rows_of_a_dataset_of_the_library_are_named_by_their_number_and_unread_columns_by_the_table(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    some = [*records(pairs(6)), {"prompt": "p"}, {"prompt": "", "response": "x"}, *records(pairs(6))]
+    datasets.Dataset.from_list(some).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list([{"question": "a"}] * 5).save_to_disk(tmp_path / "other")
+
+    def problems(name):
+        parts = plan_parts([file for file, _ in find_files([f"hf:{tmp_path / name}"])], 100)
+        items = [item for part in parts for piece in part for item in read_piece(piece, MAPPING)]
+        return [item[:2] for item in items if not isinstance(item, Pair)], sum(
+            item.lost for item in items if not isinstance(item, Pair)
+        )
+
+    assert problems("saved") == ([("field 'response' is null, not text", 7), ("the prompt is empty", 8)], 2)
+    assert {reason for reason, _ in problems("other")[0]} == {"no field 'prompt'"} and problems("other")[1] == 5
+    with pytest.raises(UserError, match="--input: hf:.*saved: has no split 'x'"):
+        find_files([f"hf:{tmp_path / 'saved'},split=x"])
+
+
 def test_plain_text_becomes_prompts_and_continuations_and_none_of_it_is_lost(tmp_path):
     words = [f"word{i}" + (".\n" if i % 11 == 0 else "") for i in range(500)] + ["x" * 300]
     text = " ".join(words)
@@ -183,7 +230,7 @@ def broken_corpus(folder):
     fault("lines.jsonl", 34, "field 'response' is null, not text")
     fault("lines.jsonl", 35, "no field 'prompt'")
     fault("lines.jsonl", 36, "the prompt is empty")
-    fault("lines.jsonl", 37, "not Unicode text")
+    fault("lines.jsonl", 37, "not Unicode text, but half a character")
 
     (folder / "empty.jsonl").write_bytes(b"")
     fault("empty.jsonl", None, "the file is empty")
@@ -280,10 +327,14 @@ def test_a_task_whose_storage_fails_is_done_again_to_the_same_bytes(tmp_path, wa
     shards = []
     for name, fs in (("near", LOCAL), ("far", Remote(each_fails_once()))):
         (tmp_path / name / ".prepare").mkdir(parents=True)
-        job = Job(Settings(tokenizer="bytes"), parts, fs, str(tmp_path / name), False, False)
+        job = Job(Settings(tokenizer="bytes"), SOURCES, parts, fs, str(tmp_path / name), False, False)
         surveyed = json.loads(run_task(job, "survey", [0], survey, {"i": 0})["result"])
         task = partial(
-            write_shard, tokenizer_json=ByteTokenizer().to_json(), duplicates={}, pairs=[sum(surveyed["groups"])]
+            write_shard,
+            tokenizer_json=ByteTokenizer().to_json(),
+            duplicates={},
+            pairs=[sum(surveyed["groups"])],
+            last={"": None},
         )
         done = run_task(job, "shard", [0], task, {"i": 0})
         assert not done["error"] and job.read_json(".prepare/shard-00000.json") == json.loads(done["result"])
@@ -295,11 +346,13 @@ def test_input_that_changes_while_it_is_read_is_noticed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(10))))
     parts = plan_parts([file for file, _ in find_files([str(tmp_path)])], 1 << 20)
     (tmp_path / "out/.prepare").mkdir(parents=True)
-    job = Job(Settings(tokenizer="bytes"), parts, pyarrow.fs.LocalFileSystem(), str(tmp_path / "out"), False, False)
+    job = Job(
+        Settings(tokenizer="bytes"), SOURCES, parts, pyarrow.fs.LocalFileSystem(), str(tmp_path / "out"), False, False
+    )
     surveyed = survey(job, 0)
     (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(9))))
     with pytest.raises(UserError, match="changed while it was read: one of .*a.jsonl"):
-        write_shard(job, 0, ByteTokenizer().to_json(), {}, [sum(surveyed["groups"])])
+        write_shard(job, 0, ByteTokenizer().to_json(), {}, [sum(surveyed["groups"])], {"": None})
 
 
 # --- the result --------------------------------------------------------------------------------------------------
@@ -473,13 +526,16 @@ def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_w
     cluster, command, driver, tmp_path
 ):
     """The result is byte-identical to that of an undisturbed run, and shards that were finished are not written again."""
+    sources = {"a": {"input": [], "cap": 1500}, "b": {"input": [], "condition": "cot", "repeat": 2}}
     for i in range(6):
+        sources["ab"[i // 3]]["input"].append(str(tmp_path / f"{i}.jsonl"))
         (tmp_path / f"{i}.jsonl").write_bytes(jsonl(records(pairs(600, 400 * i))))  # a third are duplicates
 
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"sources": sources}))
+
     def arguments(output):
-        inputs = [str(tmp_path / f"{i}.jsonl") for i in range(6)]
         options = ["--train_tokenizer", "bpe", "--vocab_size", "300", "--shard_mb", "0.01"]
-        return ["--input", *inputs, "--output", str(tmp_path / output), *options]
+        return ["--sources", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / output), *options]
 
     code, undisturbed, err = command(main, *arguments("undisturbed"))
     assert code == 0, err

@@ -1,6 +1,6 @@
 """A corpus to a prepared dataset: `hrm-lm prepare --input PATH --output PATH --tokenizer characters`.
 
-Give the output to the trainer as `--dataset`. The work is in `hrm_lm.prepare.pipeline`.
+`--sources YAML` in place of `--input` names several sources. Give the output to the trainer as `--dataset`. The work is in `hrm_lm.prepare.pipeline`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from hrm_lm.commands.help import field_docs
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
 from hrm_lm.prepare.pipeline import prepare
+from hrm_lm.prepare.recipe import read_recipe
 from hrm_lm.prepare.report import describe
 from hrm_lm.prepare.tasks import Settings
 
@@ -26,7 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Tokenize JSONL, Parquet, CSV and plain text into a dataset for the trainer. "
         "A killed command, given again, finishes what is left.",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or URIs")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--input", nargs="+", metavar="PATH", help="files, folders, URIs or datasets of the Hub (hf:NAME)"
+    )
+    which.add_argument(
+        "--sources",
+        metavar="YAML",
+        help="a file or URI that names sources, each with its fields, condition, cap and repetition",
+    )
     parser.add_argument("--output", required=True, metavar="PATH", help="folder or URI, new or begun by this command")
     docs = field_docs(Settings)
     for field in fields(Settings):
@@ -46,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--train_tokenizer {settings.train_tokenizer}: only bpe can be trained")
 
     output = outliving(args["output"], "--output")
-    report = prepare(settings, args["input"], output, args["strict"])
+    recipe = read_recipe(args["sources"]) if args["sources"] else None
+    report = prepare(settings, args["input"] or [], output, args["strict"], recipe)
+    for name, counts in report.get("sources", {}).items():
+        print(f"{name}: {', '.join(f'{what} {count:,}' for what, count in counts.items())}", file=sys.stderr)
     if report["dropped"]:
         print(f"left out: {describe(report['dropped'])}", file=sys.stderr)
     print(

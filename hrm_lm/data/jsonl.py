@@ -1,4 +1,4 @@
-"""JSONL: a record a line, its prompt and response under configurable names."""
+"""JSONL: a record a line, a pair of prompt and response or a conversation (`hrm_lm.data.records`)."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hrm_lm.config import DataConfig
+from hrm_lm.data.chat import Chat
+from hrm_lm.data.records import Fields, Missing, Pair
 from hrm_lm.data.splits import Splits
-from hrm_lm.data.text import text_splits
+from hrm_lm.data.text import named_tokenizer, splits_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import storage_error
@@ -19,6 +21,8 @@ class Record(NamedTuple):
     response: str
     place: str
     """file:line"""
+    first_prompt: str
+    """Of a conversation, which is held out as a whole; else the prompt."""
 
 
 def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
@@ -30,26 +34,27 @@ def build_jsonl_dataset(config: DataConfig, seed: int = 0) -> Splits:
     train_file = path / "train.jsonl" if path.is_dir() else path
     val_file = path / "val.jsonl"
     if path.is_dir() and not train_file.exists():
-        raise UserError(f"{path}: has neither train.jsonl nor meta.json, which a finished prepared dataset has")
-    train = read_jsonl(train_file, config.prompt_field, config.response_field)
+        raise UserError(
+            f"{path}: has neither train.jsonl nor meta.json, which a finished prepared dataset has; a folder of Parquet or "
+            f"of save_to_disk is hf:{path}"
+        )
+    tokenizer = named_tokenizer(config)
+    fields = Fields.of(config.prompt_field, config.response_field, Chat.of(tokenizer), "data.")
+    train = read_jsonl(train_file, fields)
     if path.is_dir() and val_file.exists():
-        val = read_jsonl(val_file, config.prompt_field, config.response_field)
+        val = read_jsonl(val_file, fields)
     else:
         train, val = split_by_prompt(train, config.val_fraction, seed)
         if not val or not train:
             raise UserError(f"{train_file}: too few different prompts to hold some out for validation")
-    texts = (text for record in train + val for text in record[:2])
     places = {"train": [record.place for record in train], "val": [record.place for record in val]}
-    return text_splits(
-        config,
-        [record[:2] for record in train],
-        [record[:2] for record in val],
-        lambda: SimpleTokenizer.from_texts(texts),
-        place=lambda split, i: places[split][i],
+    tokenizer = tokenizer or SimpleTokenizer.from_texts(text for record in train + val for text in record[:2])
+    return splits_of(
+        [record[:2] for record in train], [record[:2] for record in val], tokenizer, lambda split, i: places[split][i]
     )
 
 
-def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Record]:
+def read_jsonl(path: Path, fields: Fields) -> list[Record]:
     """Raises UserError with the file and line of what is wrong; blank lines are skipped."""
     records = []
     try:
@@ -57,12 +62,9 @@ def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Recor
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
                 place = f"{path}:{number}"
-                records.append(Record(_text(record, prompt_field, place), _text(record, response_field, place), place))
+                pairs = pairs_of(line, fields, place)
+                records += [Record(*pair, place, pairs[0][0]) for pair in pairs]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
     except OSError as error:
@@ -72,23 +74,26 @@ def read_jsonl(path: Path, prompt_field: str, response_field: str) -> list[Recor
     return records
 
 
-def _text(record: object, field: str, place: str) -> str:
-    if not isinstance(record, dict) or field not in record:
-        there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is not an object"
-        raise UserError(f"{place}: no field {field!r}; {there} (data.prompt_field and data.response_field name them)")
-    if not isinstance(record[field], str):
-        raise UserError(f"{place}: {field!r} must be text, not {type(record[field]).__name__}")
+def pairs_of(line: str, fields: Fields, place: str) -> list[Pair]:
+    """The pairs of a line, at least one. Raises UserError, with the place, where the line has none."""
     try:
-        record[field].encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: {field!r} has half a character (a lone surrogate)") from None
-    return record[field]
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise UserError(f"{place}: cannot be read as JSON: {error}") from None
+    try:
+        return fields.pairs(record)
+    except Missing as missing:
+        there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is not an object"
+        hint = f"; {there} (data.prompt_field and data.response_field name the fields)"
+        raise UserError(f"{place}: {missing}" + hint * missing.reason.startswith("no field")) from None
 
 
 def split_by_prompt(records: list[Record], val_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Holds out a share of the prompts, each with all its records: no prompt is on both sides."""
-    prompts = list(dict.fromkeys(record.prompt for record in records))
+    """Holds out a share of the prompts, each with all its records: no prompt is on both sides, and no conversation."""
+    prompts = list(dict.fromkeys(record.first_prompt for record in records))
     order = np.random.default_rng(seed).permutation(len(prompts))
     held_out = {prompts[i] for i in order[: max(1, round(len(prompts) * val_fraction))]}
-    train = [record for record in records if record.prompt not in held_out]
-    return train, [record for record in records if record.prompt in held_out]
+    train = [record for record in records if record.first_prompt not in held_out]
+    return train, [record for record in records if record.first_prompt in held_out]

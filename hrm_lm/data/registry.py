@@ -16,8 +16,8 @@ from hrm_lm.data.jsonl import build_jsonl_dataset
 from hrm_lm.data.mixture import mix
 from hrm_lm.data.prepared.reader import is_prepared, load_prepared
 from hrm_lm.data.splits import Capped, Limits, Split, Splits, Subset
-from hrm_lm.data.text import TextSplit, text_splits  # for a user's function
-from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, resolve_tokenizer, same_tokens, tokenizer_from_json
+from hrm_lm.data.text import TextSplit, named_tokenizer, text_splits  # text_splits for a user's function
+from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, same_tokens, tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
 
@@ -26,6 +26,7 @@ __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
 BUILT_IN = {
     "synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset",
     "reasoning_gym": "hrm_lm.data.reasoning_gym:build_reasoning_gym_dataset",
+    "hf": "hrm_lm.data.hub:build_hub_dataset",
     "task": "hrm_lm.data.named_tasks:build_task_dataset",
 }
 
@@ -39,7 +40,7 @@ def load_dataset(config: DataConfig, model: ModelConfig, seed: int, sharing: int
     if config.mixture:
         return load_mixture(config, model, seed)
     name, splits = without_secrets(config.dataset or ""), named_dataset(config, seed, sharing)
-    named = resolve_tokenizer(config.tokenizer) if config.tokenizer and config.tokenizer != CHARACTERS else None
+    named = named_tokenizer(config)
     source = without_secrets(config.tokenizer or "")
     if named and not same_tokens(splits.tokenizer, named):
         raise UserError(f"data.dataset: {name} has a tokenizer of its own, not data.tokenizer ({source})")
@@ -67,8 +68,8 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
     name = config.dataset
     if name is None:
         raise UserError(
-            "no dataset: give --dataset synthetic, reasoning_gym:<task>, a .jsonl file, a folder with train.jsonl, or a "
-            "prepared dataset"
+            "no dataset: give --dataset synthetic, reasoning_gym:<task>, hf:<name>, a .jsonl file, a folder with "
+            "train.jsonl, or a prepared dataset"
         )
     if (base := name.partition(":")[0]) in BUILT_IN:
         return function(BUILT_IN[base])(config, seed)

@@ -91,15 +91,21 @@ class TextSplit(Split):
     def fitted(self, limits: Limits, truncate: bool) -> Split:
         fitted = TextSplit(self.pairs, self.tokenizer, self.places, self.verdict, limits, truncate)
         fitted.facets = self.facets
-        sizes = np.array([[len(side.encode()) for side in pair] for pair in self.pairs], dtype=np.int64).reshape(-1, 2)
+        sizes = (len(side.encode()) for pair in self.pairs for side in pair)
+        sizes = np.fromiter(sizes, np.int64, 2 * len(self.pairs)).reshape(-1, 2)
         if sizes.sum() <= CHECKED_WHOLE:
             fitted._flat  # noqa: B018 (tokenizing checks every sample)
             return fitted
         # A text has no more tokens than bytes, but for what some tokenizers put in front. Tokenizing checks again.
         long = np.zeros(len(sizes), dtype=bool) if truncate else (sizes + [0, 1] > limits).any(axis=1)
-        for i in np.flatnonzero(long | (sizes[:, 0] == 0)).tolist():
-            prompt, response = (len(self.tokenizer.encode(side)) for side in self.pairs[i])
-            self._check(np.array([[prompt, response + 1]]), np.array([i]), limits)
+        wanted = np.flatnonzero(long | (sizes[:, 0] == 0))
+        borders = np.flatnonzero(np.diff(wanted // TOKENIZED_TOGETHER)) + 1
+        for some in np.split(wanted, borders) if len(wanted) else ():
+            start = some[0]
+            pairs = self.pairs[start : some[-1] + 1]
+            ids = self.tokenizer.encode_batch([text for i in some for text in pairs[i - start]])
+            lengths = np.fromiter(map(len, ids), np.int64, len(ids)).reshape(-1, 2) + [0, 1]
+            self._check(lengths, some, limits)
         return fitted
 
 
@@ -117,10 +123,25 @@ def text_splits(
     """
     place = place or (lambda split, i: f"{split} sample {i + 1}")
     train, val = (as_pairs(side, name, place) for side, name in ((train, "train"), (val, "val")))
-    if config.tokenizer == CHARACTERS:
-        tokenizer: Tokenizer = SimpleTokenizer.from_texts(text for pair in (*train, *val) for text in pair)
-    else:
-        tokenizer = resolve_tokenizer(config.tokenizer) if config.tokenizer else default()
+    tokenizer = named_tokenizer(config)
+    if tokenizer is None and config.tokenizer == CHARACTERS:
+        tokenizer = SimpleTokenizer.from_texts(text for pair in (*train, *val) for text in pair)
+    return splits_of(train, val, tokenizer or default(), place, score)
+
+
+def named_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that `config.tokenizer` names; None where it names none, or the characters of the texts."""
+    return resolve_tokenizer(config.tokenizer) if config.tokenizer not in (None, "", CHARACTERS) else None
+
+
+def splits_of(
+    train: Sequence[Pair],
+    val: Sequence[Pair],
+    tokenizer: Tokenizer,
+    place: Callable[[str, int], str],
+    score: Callable[[int, str], float] | None = None,
+) -> Splits:
+    """Splits of pairs that may be far more than memory holds: they are read through, or some at a time."""
     return Splits(
         TextSplit(train, tokenizer, lambda i: place("train", i)),
         TextSplit(val, tokenizer, lambda i: place("val", i), score),

@@ -7,6 +7,7 @@ compares two tokenizers by how they read text.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import pyarrow.fs
@@ -55,7 +56,10 @@ class SimpleTokenizer:
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], unknown: str = "error") -> "SimpleTokenizer":
-        return cls(set().union(*texts), unknown)
+        characters: set[str] = set()
+        for text in texts:  # there may be many
+            characters.update(text)
+        return cls(characters, unknown)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -103,11 +107,20 @@ class PretrainedTokenizer:
 
     definition: what its `tokenizer.json` holds. The definition does not say which tokens pad, begin and end a text.
     Truncation and padding that it stores are taken out: they would cut texts and put padding into samples.
+    chat_template: how conversations are written, in Jinja (`hrm_lm.data.chat`); None for the plain form.
     vocab_size: more than every id. Checkpoints imported by older versions have the model's here, which is larger than
     the tokenizer needs. Raises ValueError where the definition cannot be read or has more tokens than `vocab_size`.
     """
 
-    def __init__(self, definition: dict[str, Any], pad_id: int, bos_id: int, eos_id: int, vocab_size: int):
+    def __init__(
+        self,
+        definition: dict[str, Any],
+        pad_id: int,
+        bos_id: int,
+        eos_id: int,
+        vocab_size: int,
+        chat_template: str | None = None,
+    ):
         try:
             import tokenizers
         except ImportError:
@@ -119,7 +132,10 @@ class PretrainedTokenizer:
             raise ValueError(f"the tokenizers library cannot read it: {error}") from None
         if self.tokenizer.get_vocab_size() > vocab_size:
             raise ValueError(f"it has {self.tokenizer.get_vocab_size()} tokens, its vocab_size says {vocab_size}")
+        if not isinstance(chat_template, str | None):
+            raise ValueError(f"its chat_template is {type(chat_template).__name__}, not a text")
         self.pad_id, self.bos_id, self.eos_id, self.vocab_size = pad_id, bos_id, eos_id, vocab_size
+        self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -132,6 +148,8 @@ class PretrainedTokenizer:
 
     def to_json(self) -> str:
         fields = {name: getattr(self, name) for name in ("pad_id", "bos_id", "eos_id", "vocab_size", "definition")}
+        if self.chat_template is not None:  # earlier versions read a file without it
+            fields["chat_template"] = self.chat_template
         return json.dumps({"type": "tokenizers", **fields}, ensure_ascii=False)
 
 
@@ -160,7 +178,8 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
     """The tokenizer that a user named: `bytes`, or a file, a folder that holds tokenizer.json, or a URI of either.
 
     The file is this project's (a checkpoint and a prepared dataset hold it) or Hugging Face's. A Hugging Face file may
-    have a tokenizer_config.json beside it, which names its special tokens.
+    have a tokenizer_config.json beside it, which names its special tokens, and its chat template there or in
+    chat_template.jinja.
     flag: the option that `name` was given for; messages begin with it.
     special_ids: ids that the caller knows of a Hugging Face tokenizer's special tokens, by role ("pad", "bos", "eos").
     Raises UserError where nothing usable is there, and for `characters`, which only a caller with a corpus can make.
@@ -178,11 +197,15 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
         fields = json.loads(text)
         if not isinstance(fields, dict) or "type" in fields:
             return tokenizer_from_json(text)
-        try:
-            names = json.loads(read_text(fs, f"{path.rpartition('/')[0]}/tokenizer_config.json"))
-        except FileNotFoundError:
-            names = {}
-        return hugging_face_tokenizer(fields, names, special_ids)
+        beside = {}
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            with suppress(FileNotFoundError):
+                beside[name] = read_text(fs, f"{path.rpartition('/')[0]}/{name}")
+        names = json.loads(beside.get("tokenizer_config.json", "{}"))
+        template = beside.get("chat_template.jinja", names.get("chat_template"))
+        if isinstance(template, list):  # several, by name
+            template = next((each["template"] for each in template if each["name"] == "default"), None)
+        return hugging_face_tokenizer(fields, names, special_ids, template)
     except UserError as error:
         raise type(error)(f"{flag}: {error}") from None
     except OSError as error:
@@ -192,7 +215,10 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
 
 
 def hugging_face_tokenizer(
-    definition: dict[str, Any], names: dict[str, Any], special_ids: Mapping[str, int]
+    definition: dict[str, Any],
+    names: dict[str, Any],
+    special_ids: Mapping[str, int],
+    chat_template: str | None = None,
 ) -> PretrainedTokenizer:
     """The tokenizer that a Hugging Face tokenizer.json defines.
 
@@ -219,13 +245,14 @@ def hugging_face_tokenizer(
         )
     size = max(*ids.values(), *special.values()) + 1
     pad, bos, eos = (special.get(role, special["eos"]) for role in ("pad", "bos", "eos"))
-    return PretrainedTokenizer(definition, pad, bos, eos, size)
+    return PretrainedTokenizer(definition, pad, bos, eos, size, chat_template)
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether a model that was trained with one tokenizer may be used with the other: both give a sample the same ids.
 
-    What may differ is `vocab_size`, which may be the model's, and the padding token, which is always masked.
+    What may differ is `vocab_size`, which may be the model's, the padding token, which is always masked, and the chat
+    template, which makes texts of conversations before they are tokenized.
     """
     if isinstance(a, PretrainedTokenizer) and isinstance(b, PretrainedTokenizer):
         one, other = ((t.bos_id, t.eos_id, t.tokenizer.to_str()) for t in (a, b))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from hrm_lm.config import ModelConfig
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
@@ -89,6 +90,7 @@ def hf_tokenizer(tokenizer: Tokenizer):
     return require_transformers().PreTrainedTokenizerFast(
         tokenizer_object=inner,
         **names,
+        chat_template=Chat.of(tokenizer).template,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],

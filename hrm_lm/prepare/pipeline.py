@@ -2,7 +2,7 @@
 
     survey      reads each part: the hashes of its pairs, the characters that occur, and what is wrong with it
     duplicates  looks at each range of hashes over all parts: a pair that occurred before is a duplicate
-    tokenize    reads each part again and writes its shard
+    tokenize    reads each part again and writes its shard, without what a source has over its cap
 
 A step makes a Ray Data row of each of its tasks. A task is a pure function of the input, and leaves a file in
 OUTPUT/.prepare when it is done. So a run that was killed does only the tasks that are left. meta.json makes the output
@@ -28,14 +28,17 @@ import numpy as np
 import pyarrow.fs
 
 from hrm_lm.cluster.lock import locked
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.prepared.format import META, write_file
 from hrm_lm.data.prepared.writer import write_meta
+from hrm_lm.data.records import Fields
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_secrets
-from hrm_lm.prepare.reading import Piece, find_files, parse_mapping, plan_parts
-from hrm_lm.prepare.report import describe, merge_drops
-from hrm_lm.prepare.tasks import WORK, Job, Settings, find_duplicates, survey, write_shard
+from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_keys, without_secrets
+from hrm_lm.prepare.reading import Piece, find_files, plan_parts
+from hrm_lm.prepare.recipe import Recipe, sources_of
+from hrm_lm.prepare.report import by_source, describe, merge_drops
+from hrm_lm.prepare.tasks import WORK, Job, Settings, Source, find_duplicates, last_kept, survey, write_shard
 from hrm_lm.prepare.tokenizer import corpus_tokenizer, fixed_tokenizer
 
 GROUPED_TOGETHER = 1 << 20
@@ -44,42 +47,55 @@ READ_TOGETHER = 64 << 20
 """Input that a task of the first step reads. A part of 16 MB takes 0.2 s, as long as Ray Data takes to start a task."""
 
 
-def prepare(settings: Settings, inputs: list[str], output: str, strict: bool = False) -> dict[str, Any]:
-    """Prepares the files of `inputs` into the folder or URI `output`. Returns what report.json says.
+def prepare(
+    settings: Settings, inputs: list[str], output: str, strict: bool = False, recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """Prepares the files of `inputs`, or the sources of `recipe`, into the folder or URI `output`. Returns what report.json
+    says.
 
     strict: the first fault of the input is an error. After a kill, the same call finishes what is left.
     Raises UserError where the input, the output or the settings cannot be used.
     """
-    for flag in ("prompt_field", "response_field"):
-        parse_mapping(f"--{flag}", getattr(settings, flag))
+    Fields.of(settings.prompt_field, settings.response_field, Chat(), "--")
     fixed = fixed_tokenizer(settings)
-    files = find_files(inputs)
+    chat = Chat.of(fixed)
+    sources = sources_of(recipe, settings, chat) if recipe else [Source("", inputs, settings.mapping(chat))]
+    files = []
+    for number, source in enumerate(sources):
+        flag = f"sources.{source.name}.input" if recipe else "--input"
+        files += [(file._replace(source=number), mtime) for file, mtime in find_files(source.inputs, flag)]
     fs, path = resolve(output)
     sizes = [file.num_bytes for file, _ in files]
     shard_bytes = (
         int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
     )
     parts = plan_parts([file for file, _ in files], shard_bytes)
-    job = Job(settings, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
+    job = Job(settings, sources, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
 
     plan = {
         "settings": asdict(settings),
         "files": [[file.path, file.num_bytes, mtime] for file, mtime in files],
         "tokenizer": fixed and hashlib.sha256(fixed.to_json().encode()).hexdigest(),
     }
+    plan |= {"recipe": without_keys(recipe.model_dump())} if recipe else {}
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     if not finished(job, output, fingerprint):
         with locked(fs, job.folder, f"--output {without_secrets(output)} is being written", "--output", "--output"):
             if not finished(job, output, fingerprint):  # by the command that held the lock
                 together = max(READ_TOGETHER // shard_bytes, 1)
-                write_dataset(job, files, fixed, fingerprint, together)
+                write_dataset(job, files, fixed, fingerprint, together, recipe)
     # It may have been left by a run that was killed here.
     outlasting(f"--output {without_secrets(output)}: cannot be used", lambda: remove(job))
     return job.read_json("report.json")
 
 
 def write_dataset(
-    job: Job, files: list[tuple[Piece, int]], fixed: Tokenizer | None, fingerprint: str, together: int
+    job: Job,
+    files: list[tuple[Piece, int]],
+    fixed: Tokenizer | None,
+    fingerprint: str,
+    together: int,
+    recipe: Recipe | None,
 ) -> None:
     """Runs the three steps and writes the dataset's description. Raises UserError as `prepare` does.
 
@@ -95,7 +111,9 @@ def write_dataset(
         groups = np.array([result["groups"] for result in surveyed])
         reasons = merge_drops(job, surveyed, surveyed)
         if not groups.sum():
-            raise UserError(f"--input: no usable pair in {len(files)} file(s): {describe(reasons) or 'they are empty'}")
+            raise UserError(
+                f"{'--sources' if recipe else '--input'}: no usable pair in {len(files)} file(s): {describe(reasons) or 'they are empty'}"
+            )
         num_val = sum(result["num_val"] for result in surveyed)
         if not 0 < num_val < groups.sum():
             raise UserError(
@@ -107,7 +125,10 @@ def write_dataset(
         found = run_step(job, "duplicates", "deduplicating", ranges, partial(find_duplicates, groups=groups))
         duplicates = {first: np.array(task["parts"]) for (first, _), task in zip(ranges, found) if any(task["parts"])}
         pairs = groups.sum(axis=1).tolist()
-        write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs)
+        last = {
+            source.name: last_kept(job, number, ranges, groups, duplicates) for number, source in enumerate(job.sources)
+        }
+        write = partial(write_shard, tokenizer_json=tokenizer.to_json(), duplicates=duplicates, pairs=pairs, last=last)
         # Half as many parts a task as above: tokenizing takes longer, and cores wait while the last task runs.
         written = run_step(job, "shard", "tokenizing", range(len(parts)), write, max(together // 2, 1))
 
@@ -126,9 +147,13 @@ def write_dataset(
         **{split: sum(shard["samples"] for shard in closed) for split, closed in shards.items()},
         "dropped": merge_drops(job, surveyed, [*surveyed, *written]),
     }
+    more: dict[str, Any] = {}
+    if recipe:
+        report["sources"] = by_source(job, groups, duplicates, written)
+        more["recipe"] = without_keys(recipe.model_dump())
     write_file(fs, f"{path}/report.json", json.dumps(report, indent=1).encode())
     fields = {"prompt": settings.prompt_field, "response": settings.response_field}
-    write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint)
+    write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint, **more)
 
 
 def remove(job: Job) -> None:

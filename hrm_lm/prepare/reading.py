@@ -7,20 +7,23 @@ read twice, or again after a kill, and gives the same pairs in the same order. W
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
-from string import Formatter
 from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from hrm_lm.data.chat import Chat
+from hrm_lm.data.hub import CORRUPT, PREFIX, READ_TOGETHER, HubDataset, records
+from hrm_lm.data.records import Fields, Missing, Template, fill_template
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, retrying, shown, without_secrets
 
@@ -38,22 +41,50 @@ STORAGE_SAYS = ("AWS Error", "google::cloud", "Azure")
 """What the message of a fault of the storage contains."""
 
 
+class Tags(NamedTuple):
+    """What stands in a prompt beside what the record says: the texts of its tags."""
+
+    condition: Template
+    """The tags of a record, with commas between them."""
+    texts: dict[str, str]
+    """The text of each tag that there may be."""
+    prompt: Template
+    """Of `condition`, the texts of the tags one after another, and of `prompt`."""
+
+    def named(self, record: Any) -> list[str]:
+        """The tags of a record. Raises Missing."""
+        tags = [tag.strip() for tag in fill_template(self.condition, record).split(",") if tag.strip()]
+        if unknown := [tag for tag in tags if tag not in self.texts]:
+            raise Missing("no such condition", f"{unknown[0][:60]!r}; there are {', '.join(self.texts)}")
+        return tags
+
+    def applied(self, record: Any, prompt: str) -> str:
+        """The prompt as it is trained on. Raises Missing."""
+        return fill_template(
+            self.prompt, {"condition": "".join(self.texts[tag] for tag in self.named(record)), "prompt": prompt}
+        )
+
+
 class Mapping(NamedTuple):
     """Where a record has its prompt and its response."""
 
     prompt: str
-    """A field (`question`, `data.question`, `messages.0.content`) or a template (`{question}\\nContext: {context}`)."""
+    """A field (`question`, `data.question`, `turns.0.text`) or a template (`{question}\\nContext: {context}`)."""
     response: str
     text_prompt_chars: int = 400
     """Characters of a prompt that is cut out of plain text."""
     text_response_chars: int = 100
     """Characters of the continuation of such a prompt."""
+    chat: Chat = Chat()
+    """How conversations are written."""
+    tags: Tags | None = None
+    """What is put before prompts, if anything is."""
 
 
 class Piece(NamedTuple):
     """A stretch of a file: the lines that begin in bytes [start, stop), or the row groups [start, stop) of Parquet.
 
-    stop -1: to the end of the file.
+    stop -1: to the end of the file. Of a `datasets.Dataset` (format `hub`, whose path is its name) they are rows.
     """
 
     fs: pyarrow.fs.FileSystem
@@ -63,13 +94,17 @@ class Piece(NamedTuple):
     num_bytes: int
     start: int = 0
     stop: int = -1
+    source: int = 0
+    """The number of the source that the file belongs to."""
 
 
 class Pair(NamedTuple):
     prompt: str
     response: str
     position: int
-    """The line, counted from 1 at the piece's start; for Parquet the row, counted from 1 at the file's start."""
+    """The line, counted from 1 at the piece's start; of a table the row, counted from 1 at the table's start."""
+    origin: str
+    """What decides whether the pair is held out: its prompt without tags, and of a conversation the first prompt."""
 
 
 class Problem(NamedTuple):
@@ -88,45 +123,56 @@ class End(NamedTuple):
     """How many lines begin in the piece."""
 
 
-class Missing(Exception):
-    """A record lacks a field, or the field is no text."""
-
-
 # --- which files, in which parts ---------------------------------------------------------------------------------
 
 
-def find_files(locations: list[str]) -> list[tuple[Piece, int]]:
-    """Finds every file of the given files, folders and URIs.
+def find_files(locations: list[str], flag: str = "--input") -> list[tuple[Piece, int]]:
+    """Finds every file of the given files, folders, URIs and `hf:` datasets.
 
     Returns each file as a whole piece with its modification time (ns); a folder's files come in order of their path.
     Raises UserError, naming the flag, where a location cannot be read or has no file of a known format.
     """
     found = {}
     for location in locations:
+        if location.startswith(PREFIX):
+            piece, version = find_table(location, flag)
+            found[piece.path] = (piece, version)
+            continue
         fs, path = resolve(location)
         place = without_secrets(location)
-        what = f"--input {place}: cannot be read"
+        what = f"{flag} {place}: cannot be read"
         try:
             info = retrying(what, partial(fs.get_file_info, path))
             if info.type == pyarrow.fs.FileType.File:
                 infos = [info]
                 if file_format(path) is None:
                     raise UserError(
-                        f"--input {place}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
+                        f"{flag} {place}: not a kind of file that is read: {', '.join(FORMATS)}, compressed or not"
                     )
             elif info.type == pyarrow.fs.FileType.Directory:
                 infos = retrying(what, partial(fs.get_file_info, pyarrow.fs.FileSelector(path, recursive=True)))
                 infos = [i for i in infos if i.type == pyarrow.fs.FileType.File and file_format(i.path)]
                 if not infos:
-                    raise UserError(f"--input {place}: no {', '.join(FORMATS)} file in it, compressed or not")
+                    raise UserError(f"{flag} {place}: no {', '.join(FORMATS)} file in it, compressed or not")
             else:
-                raise UserError(f"--input {place}: does not exist")
+                raise UserError(f"{flag} {place}: does not exist")
         except OSError as error:
             raise UserError(f"{what}: {' '.join(str(error).split())}") from None
         for i in sorted(infos, key=lambda i: i.path):
             if kind := file_format(i.path):
                 found[i.path] = (Piece(fs, i.path, *kind, i.size), i.mtime_ns or 0)
     return list(found.values())
+
+
+def find_table(location: str, flag: str) -> tuple[Piece, int]:
+    """An `hf:` dataset as a whole piece, and a number that is another one where its content is."""
+    name = HubDataset.parse(location, flag)
+    if name.val_split:
+        raise UserError(f"{flag} {location}: prepare holds out by itself; name a single split")
+    table = name.load(name.split, flag)
+    # Datasets have no public name for their content; files and options make this one.
+    version = int.from_bytes(hashlib.blake2b(table._fingerprint.encode(), digest_size=8).digest(), "big")
+    return Piece(pyarrow.fs.LocalFileSystem(), str(name), "hub", None, table.data.nbytes, 0, len(table)), version
 
 
 def file_format(path: str) -> tuple[str, str | None] | None:
@@ -138,7 +184,7 @@ def file_format(path: str) -> tuple[str, str | None] | None:
 
 
 def plan_parts(files: list[Piece], part_bytes: int) -> list[list[Piece]]:
-    """Cuts large files where that can be done and puts small files together.
+    """Cuts large files where that can be done and puts small files of a source together.
 
     Returns parts of about `part_bytes`, in the order of the files.
     """
@@ -146,7 +192,7 @@ def plan_parts(files: list[Piece], part_bytes: int) -> list[list[Piece]]:
     size = 0
     for file in files:
         for piece in cut(file, part_bytes):
-            if parts[-1] and size + piece.num_bytes > part_bytes:
+            if parts[-1] and (size + piece.num_bytes > part_bytes or parts[-1][-1].source != piece.source):
                 parts.append([])
                 size = 0
             parts[-1].append(piece)
@@ -158,6 +204,12 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
     """Pieces of about `part_bytes`. A compressed file and a CSV file, whose quotes may hold line ends, stay whole."""
     if file.num_bytes <= part_bytes or file.compression or file.format == "csv":
         return [file]
+    if file.format == "hub":
+        count = min(-(-file.num_bytes // part_bytes), file.stop)
+        borders = [file.stop * i // count for i in range(count + 1)]
+        return [
+            file._replace(num_bytes=file.num_bytes // count, start=a, stop=b) for a, b in itertools.pairwise(borders)
+        ]
     if file.format == "parquet":
         try:
             with open_file(file) as stream:
@@ -179,86 +231,38 @@ def cut(file: Piece, part_bytes: int) -> list[Piece]:
 # --- records to pairs --------------------------------------------------------------------------------------------
 
 
-Template = list[tuple[str, tuple[str, ...] | None]]
-"""Stretches of literal text, each with the field that follows it, or None. A field is its whole name, then the steps
-of its path."""
-
-
-def parse_mapping(flag: str, spec: str) -> Template:
-    """The template that a flag's value says. Raises UserError, naming the flag, where the value is not a template."""
-    if "{" not in spec:
-        return [("", (spec, *spec.split(".")))]
-    try:
-        parsed = [(literal, name, conversion or form) for literal, name, form, conversion in Formatter().parse(spec)]
-    except ValueError as error:
-        raise UserError(f"{flag} {spec!r}: not a template: {error}") from None
-    if any(extra or name == "" for _, name, extra in parsed) or not any(name for _, name, _ in parsed):
-        raise UserError(
-            f"{flag} {spec!r}: not a template: name fields in braces, such as {{question}} or {{data.question}}"
-        )
-    return [(literal, (name, *name.split(".")) if name else None) for literal, name, _ in parsed]
-
-
-def fill_template(template: Template, record: Any) -> str:
-    """The record's text for a template. A field that stands alone must be text; beside other text, it may be a number.
-
-    Raises Missing where the record does not have a field.
-    """
-    literal, path = template[0]
-    if len(template) == 1 and not literal and path:
-        if type(record) is dict and type(value := record.get(path[0])) is str:  # the usual case, made fast
-            return value
-        return look_up(record, path, (str,))
-    return "".join(
-        literal + (str(look_up(record, path, (str, int, float))) if path else "") for literal, path in template
-    )
-
-
-def look_up(record: Any, path: tuple[str, ...], types: tuple[type, ...]) -> Any:
-    """The value at a path, which is the field with the whole name or else is looked up step by step.
-
-    Raises Missing where there is no value of one of the `types`.
-    """
-    name, *steps = path
-    value = record
-    for step in [name] if isinstance(record, dict) and name in record else steps:
-        if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        elif isinstance(value, dict) and step in value:
-            value = value[step]
-        else:
-            raise Missing(f"no field {name!r}")
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise Missing(f"field {name!r} is {'null' if value is None else type(value).__name__}, not text")
-    return value
-
-
 def read_piece(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
     """Yields what a piece holds, in order. A piece that is read by lines ends with an End."""
     if not piece.num_bytes:
         yield Problem("the file is empty", 0)
         return
-    if piece.format == "text":
-        yield from read_text(piece, mapping)
-        return
-    templates = [parse_mapping("--prompt_field", mapping.prompt), parse_mapping("--response_field", mapping.response)]
-    read = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}[piece.format]
-    for item in read(piece, templates):
+    fields = Fields.of(mapping.prompt, mapping.response, mapping.chat, "--")
+    items: Iterator[Any]
+    if piece.format in ("parquet", "hub"):
+        others = mapping.tags.condition if mapping.tags else ()
+        read = read_parquet if piece.format == "parquet" else read_table
+        items = read(piece, lambda schema: fields.columns(schema, others))
+    elif piece.format == "text":
+        items = read_text(piece, mapping)
+    else:
+        items = {"jsonl": read_jsonl, "csv": read_csv}[piece.format](piece)
+    for item in items:
         if isinstance(item, (Problem, End)):
             yield item
             continue
         position, record = item
         try:
-            prompt, response = fill_template(templates[0], record), fill_template(templates[1], record)
+            pairs = [record] if piece.format == "text" else fields.pairs(record)
+            for prompt, response in pairs:
+                whole = mapping.tags.applied(record, prompt) if mapping.tags else prompt
+                if not prompt:
+                    yield Problem("the prompt is empty", position, excerpt(record))
+                elif len(whole) + len(response) > MAX_RECORD:
+                    yield Problem(f"longer than {MAX_RECORD:,} bytes", position, whole[:80])
+                else:
+                    yield Pair(whole, response, position, pairs[0][0])
         except Missing as missing:
-            yield Problem(str(missing), position, excerpt(record))
-            continue
-        if not prompt:
-            yield Problem("the prompt is empty", position, excerpt(record))
-        elif len(prompt) + len(response) > MAX_RECORD:
-            yield Problem(f"longer than {MAX_RECORD:,} bytes", position, prompt[:80])
-        else:
-            yield Pair(prompt, response, position)
+            yield Problem(missing.reason, position, missing.detail or excerpt(record))
 
 
 def excerpt(record: Any) -> str:
@@ -372,7 +376,7 @@ class RemoteFile(io.RawIOBase):
         return len(block)
 
 
-def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
+def read_jsonl(piece: Piece) -> Iterator[tuple[int, Any] | Problem | End]:
     for item in read_lines(piece):
         if isinstance(item, (Problem, End)):
             yield item
@@ -386,7 +390,7 @@ def read_jsonl(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, A
             yield Problem("not JSON", number, line[:80])
 
 
-def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem | End]:
+def read_csv(piece: Piece) -> Iterator[tuple[int, Any] | Problem | End]:
     csv.field_size_limit(MAX_RECORD)
     problems, number = [], 0
 
@@ -422,24 +426,22 @@ def read_csv(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any
             yield first, dict(zip(header, row))
 
 
-def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int, Any] | Problem]:
+def read_parquet(
+    piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]
+) -> Iterator[tuple[int, Any] | Problem]:
+    """columns_of: the columns to read; raises Missing where one of them lacks."""
     row = 0
     try:
         with open_file(piece) as stream:
             file = pq.ParquetFile(stream)
             groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
             row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-            columns = set()
-            for path in (path for template in templates for _, path in template if path):
-                names = [name for name in path[:2] if name in file.schema_arrow.names]
-                if not names:
-                    num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-                    if num_rows:
-                        there = f"all {num_rows} rows; there are {', '.join(file.schema_arrow.names)}"
-                        yield Problem(f"no field {path[0]!r}", row + 1, there[:200], num_rows)
-                    return
-                columns.add(names[0])
-            for batch in file.iter_batches(1024, row_groups=groups, columns=sorted(columns)):
+            try:
+                columns = columns_of(file.schema_arrow)
+            except Missing as missing:
+                yield from no_row(missing, row, sum(file.metadata.row_group(i).num_rows for i in groups))
+                return
+            for batch in file.iter_batches(1024, row_groups=groups, columns=columns):
                 for record in batch.to_pylist():
                     row += 1
                     yield row, record
@@ -448,7 +450,37 @@ def read_parquet(piece: Piece, templates: list[Template]) -> Iterator[tuple[int,
         yield Problem("unreadable from here on", row + 1, " ".join(str(error).split())[:200])
 
 
-def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
+def no_row(missing: Missing, row: int, count: int) -> Iterator[Problem]:
+    """The problem of `count` rows that begin behind `row`."""
+    if count:
+        yield Problem(missing.reason, row + 1, f"all {count} rows; {missing.detail}"[:200], count)
+
+
+def read_table(piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]) -> Iterator[tuple[int, Any] | Problem]:
+    """Rows of an `hf:` dataset. A node that lacks the dataset fetches it."""
+    table = opened_table(piece.path)
+    if len(table) < piece.stop:
+        raise UserError(f"{piece.path}: changed while it was read; give another --output, or delete what is there")
+    try:
+        table = table.select_columns(columns_of(table.features.arrow_schema))
+    except Missing as missing:
+        yield from no_row(missing, piece.start, piece.stop - piece.start)
+        return
+    for first in range(piece.start, piece.stop, READ_TOGETHER):
+        end = min(first + READ_TOGETHER, piece.stop)
+        try:
+            yield from enumerate(records(table, first, end), start=first + 1)
+        except CORRUPT as error:
+            yield Problem("unreadable rows", first + 1, " ".join(str(error).split())[:200], end - first)
+
+
+@lru_cache(maxsize=4)  # for each process: it has many parts of a table
+def opened_table(location: str) -> Any:
+    name = HubDataset.parse(location, "--input")
+    return name.load(name.split, "--input")
+
+
+def read_text(piece: Piece, mapping: Mapping) -> Iterator[tuple[int, tuple[str, str]] | Problem | End]:
     """Cuts a document at white space into prompts, each with its continuation. No text of the document is left out."""
     whole = mapping.text_prompt_chars + mapping.text_response_chars
     buffer, first, last = "", 1, 1
@@ -461,12 +493,12 @@ def read_text(piece: Piece, mapping: Mapping) -> Iterator[Pair | Problem | End]:
         while len(buffer) > whole + 2:  # what then remains still makes a pair
             middle = cut_at_space(buffer, mapping.text_prompt_chars)
             end = middle + cut_at_space(buffer[middle:], mapping.text_response_chars)
-            yield Pair(buffer[:middle], buffer[middle:end], first)
+            yield first, (buffer[:middle], buffer[middle:end])
             buffer, first = buffer[end:], last
     buffer = buffer.removesuffix("\n")
     if len(buffer) > 1 and not buffer.isspace():
         middle = cut_at_space(buffer, max(len(buffer) * mapping.text_prompt_chars // whole, 1))
-        yield Pair(buffer[:middle], buffer[middle:], first)
+        yield first, (buffer[:middle], buffer[middle:])
 
 
 def cut_at_space(text: str, limit: int) -> int:

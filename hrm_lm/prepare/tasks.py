@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.fs
 
+from hrm_lm.data.chat import Chat
 from hrm_lm.data.prepared.format import write_file
 from hrm_lm.data.prepared.writer import ShardWriter
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
@@ -45,10 +46,11 @@ class Settings:
     vocab_size: int = 8192
     """Tokens of a trained tokenizer."""
     prompt_field: str = "prompt"
-    """The prompt's field (question, data.question, messages.0.content), or a template of the prompt
-    ('{question} Context: {context}')."""
+    """The prompt's field (question, data.question, turns.0.text), or a template of the prompt
+    ('{question} Context: {context}'). A list of messages there is a conversation."""
     response_field: str = "response"
-    """The response's field or template."""
+    """The response's field or template. Unless fields are named, a record without them may have its conversation in
+    `messages`."""
     text_prompt_chars: int = 400
     """Characters of a prompt that is cut out of plain text."""
     text_response_chars: int = 100
@@ -62,9 +64,20 @@ class Settings:
     shard_mb: float | None = None
     """MiB of input of a shard. When it is left out, it is 16 to 256, by the size of the corpus."""
 
-    @property
-    def mapping(self) -> Mapping:
-        return Mapping(self.prompt_field, self.response_field, self.text_prompt_chars, self.text_response_chars)
+    def mapping(self, chat: Chat) -> Mapping:
+        return Mapping(self.prompt_field, self.response_field, self.text_prompt_chars, self.text_response_chars, chat)
+
+
+class Source(NamedTuple):
+    """A part of the corpus that is read and counted in its own way."""
+
+    name: str
+    inputs: list[str]
+    mapping: Mapping
+    cap: int | None = None
+    """How many pairs it has at most."""
+    repeat: int = 1
+    """How often each of its training pairs is written."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +85,18 @@ class Job:
     """What a task needs to know."""
 
     settings: Settings
+    sources: list[Source]
     parts: list[list[Piece]]
+    """The pieces of a part are of one source."""
     fs: pyarrow.fs.FileSystem
     output: str
     strict: bool
     """Whether the first fault of the input is an error."""
     characters: bool
     """Whether the survey collects the characters that occur."""
+
+    def source(self, part: int) -> Source:
+        return self.sources[self.parts[part][0].source]
 
     @property
     def folder(self) -> str:
@@ -120,27 +138,23 @@ class Drops:
 def read_part(
     job: Job, part: int, drops: Drops, lines: list[int] | None = None
 ) -> Iterator[tuple[int, Pair, bool, bytes]]:
-    """Yields (number of the piece, pair, whether it is for validation, hash of its prompt) for each usable pair.
+    """Yields (number of the piece, pair, whether it is for validation, hash of its prompt) for each usable pair. What its
+    `origin` is decides on the side.
 
     drops: counts what is not usable. lines: gets the number of lines of each piece. Raises UserError where `job.strict`
     and something is not usable.
     """
     held_out = int(job.settings.val_fraction * 2**64)
     for number, piece in enumerate(job.parts[part]):
-        for item in read_piece(piece, job.settings.mapping):
+        for item in read_piece(piece, job.sources[piece.source].mapping):
             if isinstance(item, Pair):
-                try:
-                    prompt, _ = item.prompt.encode(), item.response.encode()
-                except UnicodeEncodeError as error:  # JSON can say "\ud800"
-                    item = Problem("not Unicode text", item.position, ascii(error.object)[:80])
-                else:
-                    prompt_hash = hashlib.blake2b(prompt, digest_size=8).digest()
-                    is_val = int.from_bytes(prompt_hash, "big") < held_out
-                    yield number, item, is_val, prompt_hash
-                    continue
-            if isinstance(item, Problem):
+                prompt_hash = origin = hashlib.blake2b(item.prompt.encode(), digest_size=8).digest()
+                if item.origin != item.prompt:
+                    origin = hashlib.blake2b(item.origin.encode(), digest_size=8).digest()
+                yield number, item, int.from_bytes(origin, "big") < held_out, prompt_hash
+            elif isinstance(item, Problem):
                 if job.strict:
-                    after = f" after byte {piece.start:,}" if piece.start and piece.format != "parquet" else ""
+                    after = f" after byte {piece.start:,}" if piece.start and piece.format in ("jsonl", "text") else ""
                     text = f" ({item.text})" if item.text else ""
                     raise UserError(f"{piece.path}:{item.position}{after}: {item.reason}{text}")
                 drops.add(number, item)
@@ -157,7 +171,7 @@ def survey(job: Job, part: int) -> dict[str, Any]:
     drops, lines, hashes = Drops(), [0] * len(job.parts[part]), bytearray()
     num_val, characters = 0, set[str]()
     for _, pair, is_val, prompt_hash in read_part(job, part, drops, lines):
-        hashes += hashlib.blake2b(prompt_hash + pair.response.encode(), digest_size=16).digest()
+        hashes += pair_hash(prompt_hash, pair.response)
         num_val += is_val
         if job.characters:
             characters.update(pair.prompt, pair.response)
@@ -166,6 +180,10 @@ def survey(job: Job, part: int) -> dict[str, Any]:
     groups = write_groups(job, f"hashes-{part:05d}", rows, rows[:, 0] & 0xFF, GROUPS)
     found = {"groups": groups, "num_val": num_val, "lines": lines, "drops": drops.reasons}
     return found | {"characters": "".join(sorted(characters))}
+
+
+def pair_hash(prompt_hash: bytes, response: str) -> bytes:
+    return hashlib.blake2b(prompt_hash + response.encode(), digest_size=16).digest()
 
 
 def find_duplicates(job: Job, ranges: tuple[int, int], groups: np.ndarray) -> dict[str, Any]:
@@ -186,14 +204,56 @@ def find_duplicates(job: Job, ranges: tuple[int, int], groups: np.ndarray) -> di
     return {"parts": write_groups(job, f"duplicates-{first:03d}", rows[again, 2:], parts[again], len(groups))}
 
 
+def last_kept(
+    job: Job, source: int, ranges: list[tuple[int, int]], groups: np.ndarray, duplicates: dict[int, np.ndarray]
+) -> tuple[int, ...] | None:
+    """The place of the last pair that the cap of a source leaves, in the order of `place`. None where it leaves all.
+
+    ranges: of groups, as `find_duplicates` took them. groups: (parts, GROUPS), how many pairs of each part are in each
+    group. duplicates: by the first group of a range, how many of its duplicates are in each part.
+    """
+    parts = [number for number, part in enumerate(job.parts) if part[0].source == source]
+    left = job.sources[source].cap
+    if left is None:
+        return None
+    for first, last in ranges:
+        again = duplicates.get(first, np.zeros(len(job.parts), dtype=np.int64))
+        here = int(groups[parts, first:last].sum() - again[parts].sum())
+        if here < left:
+            left -= here
+            continue
+        places = []
+        for part in parts:
+            rows = read_groups(job, f"hashes-{part:05d}", groups[part], first, last, 3)
+            if again[part]:
+                gone = read_groups(job, f"duplicates-{first:03d}", again, part, part + 1, 1)
+                rows = rows[~np.isin(rows[:, 2], gone)]
+            places.append(np.stack([rows[:, 0] & 0xFF, rows[:, 1], rows[:, 0]]))
+        kept = np.concatenate(places, axis=1)
+        return tuple(kept[:, np.lexsort(kept[::-1])[left - 1]].tolist())
+    return None
+
+
+def place(pair_hash: bytes) -> tuple[int, ...]:
+    """Where a pair comes when a source is capped: by its group, then by the rest of its hash."""
+    low, high = (int.from_bytes(pair_hash[i : i + 8], "little") for i in (0, 8))
+    return low & 0xFF, high, low
+
+
 def write_shard(
-    job: Job, part: int, tokenizer_json: str, duplicates: dict[int, np.ndarray], pairs: list[int]
+    job: Job,
+    part: int,
+    tokenizer_json: str,
+    duplicates: dict[int, np.ndarray],
+    pairs: list[int],
+    last: dict[str, tuple[int, ...] | None],
 ) -> dict[str, Any]:
     """Reads a part again and leaves its shard: a file pair for each split that has samples.
 
     duplicates: by the first group of a duplicates file, how many rows that file has of each part.
-    pairs: how many usable pairs each part had when it was surveyed.
-    Returns what each shard's writer said and what was dropped. Raises UserError where the part has changed since.
+    pairs: how many usable pairs each part had when it was surveyed. last: what `last_kept` says of each source, by name.
+    Returns what each shard's writer said, what was dropped, and how many pairs were over the source's cap. Raises
+    UserError where the part has changed since.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the other cores have parts of their own
     tokenizer = cached_tokenizer(tokenizer_json)
@@ -202,11 +262,16 @@ def write_shard(
         for first, counts in duplicates.items()
         for row in read_groups(job, f"duplicates-{first:03d}", counts, part, part + 1, 1)[:, 0]
     }
-    drops, writers, done = Drops(), {}, 0
+    drops, writers, done, over_cap = Drops(), {}, 0, 0
+    source = job.source(part)
+    end = last[source.name]
     found = read_part(job, part, Drops())
     while some := list(islice(found, ENCODED_TOGETHER)):
         new = [item for number, item in enumerate(some, start=done) if number not in again]
         done += len(some)
+        if end is not None:
+            under = [item for item in new if place(pair_hash(item[3], item[1].response)) <= end]
+            over_cap, new = over_cap + len(new) - len(under), under
         ids = tokenizer.encode_batch([text for _, pair, *_ in new for text in pair[:2]])
         kept = defaultdict(list)
         for (piece, pair, is_val, _), prompt, response in zip(new, ids[::2], ids[1::2]):
@@ -219,7 +284,7 @@ def write_shard(
                     piece, Problem("the response has too many tokens", pair.position, f"{len(response) + 1} tokens")
                 )
             else:
-                kept["val" if is_val else "train"].append((prompt, response))
+                kept["val" if is_val else "train"] += [(prompt, response)] * (1 if is_val else source.repeat)
         for split, samples in kept.items():
             if split not in writers:
                 writers[split] = ShardWriter(job.fs, job.output, f"{split}-{part:05d}", tokenizer)
@@ -229,7 +294,8 @@ def write_shard(
         raise UserError(
             f"changed while it was read: one of {names[:500]}; give another --output, or delete what is there"
         )
-    return {"shards": {split: writer.close() for split, writer in writers.items()}, "drops": drops.reasons}
+    shards = {split: writer.close() for split, writer in writers.items()}
+    return {"shards": shards, "drops": drops.reasons, "over_cap": over_cap}
 
 
 @lru_cache(maxsize=1)  # for each process: a large tokenizer takes a second to build

@@ -15,6 +15,7 @@ from hrm_lm.data.tokenizer import (
     tokenizer_from_json,
 )  # fmt: skip
 from hrm_lm.errors import UserError
+from hrm_lm.prepare.recipe import special_texts
 from hrm_lm.prepare.tasks import WORK, Drops, Job, Settings, read_part
 
 TRAINING_CHARS = 1 << 26
@@ -76,7 +77,7 @@ def train_bpe(job: Job) -> Tokenizer:
     trained.pre_tokenizer, trained.decoder = byte_level, tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=job.settings.vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
+        special_tokens=["<pad>", "<bos>", "<eos>", *special_texts(job.sources)],
         initial_alphabet=byte_level.alphabet(),  # so that no text is unknown to it
         show_progress=False,
     )

@@ -86,9 +86,10 @@ class PreparedSplit(FlatSplit):
         if self.remote is None:
             return
         parts = {"ends": ".idx"} | ({"tokens": ".bin"} if tokens else {})
-        closed = [(home, part) for home in homes for part in parts if part not in vars(self._shard(home))]
-        if closed:  # a file that is mapped takes room when it is removed, too
-            self._shards = {home: shard for home, shard in self._shards.items() if shard.is_there()}
+        wanted = set(homes)
+        closed = [(home, part) for home in wanted for part in parts if part not in vars(self._shard(home))]
+        if closed:  # a file that is mapped takes room when it is removed, too; but what is wanted now stays mapped
+            self._shards = {home: shard for home, shard in self._shards.items() if home in wanted or shard.is_there()}
         while closed:
             self.remote.fetch(f"{self.meta['shards'][home]['name']}{parts[part]}" for home, part in closed)
             still = []
