@@ -92,8 +92,9 @@ def shares(config: Config, splits: Splits, steps: int) -> tuple[float, float, di
 
 def open_large(folder: Path, blocks: bool = False) -> PreparedSplit:
     """The split of 10^9 samples that `resume` wrote a shard of; in the order by blocks of a cache of 100 GB if `blocks`."""
-    meta = {"shards": [{"name": "shard", "samples": 10**6}] * 1000}
-    split = PreparedSplit(meta, np.dtype("<u2"), str(folder), "corpus")
+    shards = [{"name": "shard", "samples": 10**6}] * 1000
+    meta = {"shards": shards, "longest_prompt": 1 << 16, "longest_response": 1 << 16}
+    split = PreparedSplit(meta, np.dtype("<u2"), 1 << 16, str(folder), "corpus")
     if blocks:
         size = sum((folder / f"shard{suffix}").stat().st_size for suffix in (".idx", ".bin"))
         split.blocks = Blocks(np.full(1000, 10**6), np.full(1000, size), 25e9)

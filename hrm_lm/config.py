@@ -8,6 +8,8 @@ points at it. Sections are frozen: a config is a value.
 
 import copy
 import difflib
+import math
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
@@ -15,14 +17,41 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_text, resolve, without_keys, without_secrets
+from hrm_lm.filesystem import reason, resolve, without_keys, without_secrets
+from hrm_lm.parsing import DEEPEST, is_text, one_line, parse_yaml, short
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+
+def _of_64_bits(number: int) -> int:
+    if number >= 2**63:
+        raise PydanticCustomError("too_large", "should be less than 2^63")
+    return number
+
+
+Positive = Annotated[int, Field(ge=1), AfterValidator(_of_64_bits)]
+Count = Annotated[int, Field(ge=0), AfterValidator(_of_64_bits)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# What a model is made of has bounds beyond all use: a config that asks for more is refused before it takes all memory.
+Layers = Annotated[int, Field(ge=1, le=1000)]
+MOST_CYCLES = 256
+Rounds = Annotated[int, Field(ge=1, le=MOST_CYCLES)]
+MOST_TOKENS = 10_000_000
+Length = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Width = Annotated[int, Field(ge=1, le=100_000)]
+MOST_TOLD = 10
+"""Mistakes of a config that are told at a time."""
 
 
 class Cycles(NamedTuple):
@@ -33,6 +62,38 @@ class Cycles(NamedTuple):
     halt: float | None = None
     """Where a model does not learn: a sample takes no further H-cycle once |z' - z| / |z'|, over the states of all its tokens,
     is no more than this. `h` is then the most that it takes."""
+
+    @property
+    def name(self) -> int | str:
+        """What `--h_cycles` says for the H-cycles."""
+        return self.h if self.halt is None else f"auto:{self.halt:g}:{self.h}"
+
+
+class Halting(NamedTuple):
+    """`--h_cycles auto`: each sample takes H-cycles until its states rest."""
+
+    residual: float = 0.05
+    """See `Cycles.halt`."""
+    most: int | None = None
+    """The most H-cycles; None for four times the trained count."""
+
+
+def parse_h_cycles(text: str) -> int | Halting:
+    """What `--h_cycles` says: a count, or `auto[:RESIDUAL[:MOST]]`. Raises UserError."""
+    auto, *numbers = text.split(":")
+    try:
+        if auto == "auto" and len(numbers) <= 2:
+            halting = Halting(*(kind(number) for kind, number in zip((float, int), numbers)))
+            count, is_right = halting.most or 1, 0 < halting.residual < math.inf and halting.most != 0
+        else:
+            count, is_right = int(text), True
+    except ValueError:
+        is_right, count = False, 0
+    if not is_right:
+        raise UserError(f"--h_cycles {text}: expected a count, such as 4, or auto, auto:0.05, auto:0.05:16")
+    if not 0 <= count <= MOST_CYCLES:
+        raise UserError(f"--h_cycles must be at least 0 and at most {MOST_CYCLES}, not {count}")
+    return halting if auto == "auto" else count
 
 
 class Workers(NamedTuple):
@@ -45,20 +106,40 @@ class Workers(NamedTuple):
 class Section(BaseModel):
     """A part of the config. The docstring below a field is its help text in every command and in the reference."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_or_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1, and texts that no file can have in its name."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool) and {int, float} & kinds and not {bool, Any} & kinds:
+                raise PydanticCustomError("bool", "should be a number")
+            if isinstance(item, str) and not is_text(item):
+                raise PydanticCustomError("text", "should be text without half characters and zero bytes")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    inner = get_args(annotation)
+    return set().union(*map(_kinds, inner)) if inner else {annotation}
 
 
 class HRMConfig(Section):
     """The H/L recurrence (`hrm_lm.models.hrm.HRMCore`)."""
 
-    h_cycles: Count = 2
+    h_cycles: Annotated[int, Field(ge=0, le=MOST_CYCLES)] = 2
     """How many slow cycles the core takes. With 0 there is no core: the model is a plain encoder-decoder, or for
     `prefix_lm` a plain stack of h_layers + l_layers."""
-    l_cycles: Positive = 2
+    l_cycles: Rounds = 2
     """How often the fast stack is applied within each slow cycle."""
-    h_layers: Positive = 1
+    h_layers: Layers = 1
     """Layers of the slow stack."""
-    l_layers: Positive = 1
+    l_layers: Layers = 1
     """Layers of the fast stack."""
     inject: Literal["none", "add", "gated"] = "none"
     """Whether L reads the core's input again in each of its applications: not at all, as in HRM-Text; added; or added with a
@@ -84,7 +165,7 @@ class BridgeConfig(Section):
     type: Literal["cross_attention", "prefix"] = "cross_attention"
     """How the decoder sees the core's states. With `cross_attention` every decoder block attends to them; with `prefix`
     they are pooled into a few vectors that stand before the decoder's input."""
-    prefix_len: Positive = 8
+    prefix_len: Width = 8
     """How many vectors the core's states are pooled into (`prefix` only)."""
     gate_warmup_steps: Count = 0
     """Optimisation steps during which the gate on the bridge is held shut."""
@@ -98,24 +179,24 @@ class ModelConfig(Section):
     prompt and response through the core as a single sequence; or the core alone, which answers in the prompt's places."""
     mask: Literal["prefix", "causal"] = "prefix"
     """What a prompt's tokens see: all of the prompt, or what is before them alone (`prefix_lm` only)."""
-    d_model: Positive = 64
+    d_model: Width = 64
     """Width of a token's state. It is a multiple of `n_heads`."""
     n_heads: Positive = 4
     """Attention heads of each layer."""
-    vocab_size: Positive | None = None
+    vocab_size: Length | None = None
     """How many tokens embedding and head hold. When it is left out, they hold the tokenizer's."""
-    encoder_layers: Count = 1
+    encoder_layers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Layers before the core (`encoder_decoder` only)."""
-    decoder_layers: Positive = 1
+    decoder_layers: Layers = 1
     """Layers after the bridge (`encoder_decoder` only)."""
-    expansion: Annotated[float, Field(gt=0)] = 4.0
+    expansion: Annotated[float, Field(gt=0, le=1000)] = 4.0
     """How wide a SwiGLU is. Its hidden size is 2/3 * expansion * d_model, rounded up to a multiple of 32 (for
     `prefix_lm`: 256)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of activations that are dropped while training."""
-    max_prompt_len: Positive = 512
+    max_prompt_len: Length = 512
     """Tokens of the longest prompt that the model takes."""
-    max_response_len: Positive = 128
+    max_response_len: Length = 128
     """Tokens of the longest response that the model takes. The end-of-sequence token counts."""
     hrm: HRMConfig = HRMConfig()
     """The H/L recurrence."""
@@ -159,7 +240,7 @@ class OptimConfig(Section):
 class LoRAConfig(Section):
     """Fine-tuning of a few parameters (LoRA, `hrm_lm.models.lora`). It needs `train.init_from`."""
 
-    rank: Count = 0
+    rank: Annotated[int, Field(ge=0, le=65_536)] = 0
     """Rank of the change of each matrix. With 0 the whole model is trained."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
     """The change counts alpha / rank."""
@@ -228,18 +309,18 @@ class TrainConfig(Section):
     """What becomes of a step whose loss or gradient is not finite. `stop` ends the run as `diverged`. `skip` does not take
     the step, unless 100 steps in a row are not finite. `rollback` goes back to the last checkpoint, of which each worker
     keeps a copy in its host's memory, and leaves the step out when it comes there again."""
-    spike: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    spike: Annotated[float, Field(gt=0)] | None = None
     """How many running standard deviations above its running mean, over about 100 steps, the loss of a step is a spike;
     7, say. With `on_nonfinite: rollback` the run goes back and leaves out the steps around a spike. Otherwise spikes are
     told and counted. With null nothing looks for spikes."""
     objective: Literal["response", "all"] = "response"
     """Which tokens are labels: those of the response, or those of the prompt, too (`prefix_lm` with `model.mask: causal`).
     Validation is on the response's."""
-    segments: Positive = 1
+    segments: Rounds = 1
     """How many times a training step takes its batch through the core. Each segment goes on from the states where the one
     before ended, has a loss and a backward pass of its own, and gradient does not flow from segment to segment. So
     memory is that of one segment, and validation takes `segments` times the H-cycles (HRM's deep supervision)."""
-    sample_h_cycles: tuple[Positive, Positive] | None = None
+    sample_h_cycles: tuple[Rounds, Rounds] | None = None
     """The least and the most H-cycles that a training step takes; each step draws its count between them. A model
     trained with a fixed count is right only at that count."""
     h_cycles_distribution: Literal["uniform", "poisson", "log_normal"] = "uniform"
@@ -302,7 +383,7 @@ class SyntheticConfig(Section):
     """Digits of the shortest summand."""
     max_digits: Annotated[int, Field(ge=1, le=18)] = 2
     """Digits of the longest summand."""
-    num_samples: Annotated[int, Field(ge=2)] = 20_000
+    num_samples: Annotated[int, Field(ge=2, le=10_000_000)] = 20_000
     """How many questions there are at most. Short summands allow fewer, and then all of them are there."""
 
     @model_validator(mode="after")
@@ -319,7 +400,7 @@ class MixtureMember(Section):
 
     dataset: str
     """The dataset, named as in `data.dataset`."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(gt=0)] = 1.0
     """How often the dataset is drawn from. Its share of the training samples is its weight over the sum of all
     weights."""
     prompt_field: str | None = None
@@ -409,10 +490,10 @@ class RayConfig(Section):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _number_or_range(cls, value: Any) -> Any:
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(value), re.ASCII)
+        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", value if isinstance(value, str) else short(value), re.ASCII)
         least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            raise ValueError(f"ray.num_workers: {value!r} should be a number from 1 up, or a range such as 1:4")
+            raise ValueError(f"ray.num_workers: {short(value)} should be a number from 1 up, or a range such as 1:4")
         return most if least == most else f"{least}:{most}"
 
     @property
@@ -622,15 +703,6 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     return config_of(read_layers(path) if path else [], overrides or {})
 
 
-class YamlLoader(yaml.SafeLoader):
-    """YAML as `yaml.safe_load` reads it, but `1:4` is a text, as it is in YAML 1.2. In YAML 1.1 it is 64, a number to base 60."""
-
-    yaml_implicit_resolvers = {
-        first: ([("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))] if first.isdigit() else []) + resolvers
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 def config_of(layers: Sequence[Layer], overrides: dict[str, Any]) -> Config:
     """The defaults, under `layers` (the last wins), under `overrides`. Raises UserError as `load_config` does."""
     raw = merged(layers)
@@ -661,7 +733,9 @@ def with_bases(values: dict[str, Any], place: str) -> list[Layer]:
         if base is None:
             return layers
         if not isinstance(base, str):
-            raise UserError(f"{' -> '.join(way)}: base must be the path or URI of a config, not {without_keys(base)!r}")
+            raise UserError(
+                f"{' -> '.join(way)}: base must be the path or URI of a config, not {short(without_keys(base))}"
+            )
         place = _beside(place, base)
         way.append(without_secrets(place))
         if _identity(place) in seen:
@@ -690,8 +764,8 @@ def is_own(place: str) -> bool:
     """Whether a config file is the user's own: it is on this machine, and not in the folder of a checkpoint."""
     if "://" in place:
         return False
-    path = Path(place)
-    return not any((file.parent / "trainer_state.json").exists() for file in (path, path.resolve()))
+    files = (place, os.path.realpath(place))
+    return not any(os.path.exists(f"{os.path.dirname(file) or '.'}/trainer_state.json") for file in files)
 
 
 def _beside(place: str, base: str) -> str:
@@ -707,27 +781,38 @@ def _beside(place: str, base: str) -> str:
 
 
 def _identity(place: str) -> str:
-    return place if "://" in place else str(Path(place).resolve())
+    return place if "://" in place else os.path.realpath(place)
+
+
+MOST_BYTES = 1 << 20
+"""Of a config file."""
 
 
 def read_yaml(path: str | Path, shown: str | None = None) -> dict[str, Any]:
     """A YAML file (path or URI) that holds a mapping. Raises UserError, naming it as `shown`, where it does not."""
     shown = shown or without_secrets(str(path))
     try:
-        raw = yaml.load(_read(str(path)), YamlLoader)
+        data = _read(str(path))
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{shown}: has more than {MOST_BYTES:,} bytes, too many for a config")
+        raw = parse_yaml(data.decode("utf-8-sig"))  # editors of Windows begin a file with a byte order mark
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: not valid YAML: {without_secrets(' '.join(str(error).split()))}") from None
+        raise UserError(f"{shown}: cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{shown}: not valid YAML: {without_secrets(str(error))}") from None
     if not isinstance(raw or {}, dict):
         raise UserError(f"{shown}: must be a mapping of sections (model, optim, train, data, ray)")
     return raw or {}
 
 
-def _read(place: str) -> str:
+def _read(place: str) -> bytes:
+    """What the file holds, but not much more than MOST_BYTES of it."""
     if "://" not in place:
-        return Path(place).read_text(encoding="utf-8")  # a pipe, too, which pyarrow does not read
-    return read_text(*resolve(place))
+        with open(place, "rb") as file:  # a pipe, too, which pyarrow does not read
+            return file.read(MOST_BYTES + 1)
+    fs, path = resolve(place)
+    with fs.open_input_file(path) as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
@@ -743,20 +828,24 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         if not equals or not dotted:
-            raise UserError(f"--set {without_secrets(assignment)}: expected PATH=VALUE, such as model.hrm.h_cycles=4")
+            raise UserError(
+                f"--set {one_line(without_secrets(assignment))}: expected PATH=VALUE, such as model.hrm.h_cycles=4"
+            )
         try:
-            overrides[dotted.strip()] = yaml.load(text, YamlLoader)
-        except yaml.YAMLError:
-            raise UserError(f"--set {without_secrets(assignment)}: the value is not valid YAML") from None
+            overrides[dotted.strip()] = parse_yaml(text)
+        except ValueError:
+            raise UserError(f"--set {one_line(without_secrets(assignment))}: the value is not valid YAML") from None
     return overrides
 
 
 def set_dotted(raw: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, field = dotted.split(".")
+    if len(sections) > DEEPEST:
+        raise UserError(f"{one_line(dotted)}: no such field")
     for section in sections:
         inner = raw.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{dotted}: {section} is a value, not a section")
+            raise UserError(f"{one_line(dotted)}: {one_line(section)} is a value, not a section")
         raw = inner
     raw[field] = value
 
@@ -770,26 +859,25 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """A line a mistake, with the dotted path below `root`."""
+    """A line for each mistake, with the dotted path below `root`; of more than MOST_TOLD mistakes, of the first."""
     lines = {}
-    for item in error.errors():
+    for item in error.errors(include_url=False):
+        if len(lines) > MOST_TOLD:
+            break
         # A union reports each member's view at the same place, with the member's name at the path's end.
         names = [part for part in item["loc"] if isinstance(part, str) and part != "[key]"]
         path: list[str] = []
         owner: Any = root
-        section: Any = root
-        values: Any = None
+        kind: Any = root
         for name in names:
-            if section is None and values is None:
+            if is_section(kind):
+                owner, field = kind, kind.model_fields.get(name)
+                kind = field.annotation if field else None
+            elif get_origin(kind) is dict:  # whose keys are free
+                kind = get_args(kind)[1]
+            else:
                 break
-            path.append(name)
-            if values is not None:  # of a mapping, whose keys are free
-                section, values = values, None
-                continue
-            owner, field = section, section.model_fields.get(name)
-            inner = field.annotation if field else None
-            section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
-            values = get_args(inner)[1] if get_origin(inner) is dict else None
+            path.append(name if len(name) <= 60 else f"{name[:57]}...")
         dotted = ".".join(path)
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
@@ -801,8 +889,13 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
             lines[str(item["ctx"]["error"])] = ""
             continue
         else:
-            message = item["msg"].removeprefix("Input ") if item["msg"].startswith("Input ") else item["msg"]
+            message = item["msg"].removeprefix("Input ")
         known = lines.get(dotted)
-        got = f" (got {item['input']!r})" if item["type"] != "extra_forbidden" else ""
+        got = f" (got {short(without_keys(item['input']))})" if item["type"] != "extra_forbidden" else ""
         lines[dotted] = f"{known.removesuffix(got)} or {message}{got}" if known else message + got
-    return [without_secrets(": ".join(filter(None, line))) for line in lines.items()]
+    told = [without_secrets(": ".join(filter(None, line))) for line in lines.items()]
+    return told if len(told) <= MOST_TOLD else [*told[:MOST_TOLD], "and more mistakes"]
+
+
+def is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pyarrow.fs
 
 from hrm_lm.errors import StorageError, UserError
+from hrm_lm.parsing import is_text, one_line, short
 
 T = TypeVar("T")
 
@@ -22,26 +23,32 @@ PATIENCE = 600.0
 """Seconds that `retrying` waits in all for storage that is away or full."""
 LONGEST_WAIT = 60.0
 
-IN_VAIN = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+IN_VAIN = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.ENXIO, errno.ENODEV),
+}
 """Errors of a file system that another try does not mend. A full disk is not among them: somebody empties it."""
-# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes.
+# The names that object storage gives such errors, as pyarrow quotes them; S3's, and those of Google's status codes. And
+# what pyarrow says of a folder in a file's place.
 REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
     r"|UNRECOGNIZED_CLIENT|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|HTTP status 30\d"
-    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED|Bucket '.*' not found|is a directory$"
 )
 
 
 def resolve(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """File system and path of a folder or URI; raises UserError where there is no such file system."""
-    if "://" not in location:
-        return pyarrow.fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    if not is_text(location):
+        raise UserError(f"{short(location)}: not a path: it has half a character or a zero byte")
+    if "://" not in location:  # os.path leaves ~nobody as it is, for which Path raises
+        return pyarrow.fs.LocalFileSystem(), str(Path(os.path.expanduser(location)).absolute())
     try:
         fs, path = pyarrow.fs.FileSystem.from_uri(location)
     except OSError as error:  # a bucket's region is asked for over the network
         raise storage_error(without_secrets(location), error) from None
     except pyarrow.ArrowException as error:
-        raise UserError(without_secrets(f"{location}: {one_line(error)}")) from None
+        raise UserError(f"{without_secrets(location)}: {one_line(without_secrets(str(error)))}") from None
     return fs, path.rstrip("/")
 
 
@@ -97,7 +104,9 @@ def shown(fs: pyarrow.fs.FileSystem, path: str) -> str:
 
 
 def read_bytes(fs: pyarrow.fs.FileSystem, path: str) -> bytes:
-    """A file's bytes. Raises OSError."""
+    """A file's bytes. Raises OSError, also for a folder, and for a pipe or a device, which may have no end."""
+    if isinstance(fs, pyarrow.fs.LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise IsADirectoryError("not a file")
     with fs.open_input_file(path) as file:  # unlike a stream, it is never decompressed for its name
         return file.read()
 
@@ -149,10 +158,6 @@ def retrying(what: str, action: Callable[[], T]) -> T:
         sleep(pause)
         waited += pause
         wait = min(2 * wait, LONGEST_WAIT)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager

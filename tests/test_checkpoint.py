@@ -3,6 +3,7 @@ checkpoints between validations; no Ray cluster.
 """
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -344,3 +345,68 @@ def test_a_run_killed_between_validations_goes_on_from_the_last_interval(tmp_pat
     best = min(without.reports, key=lambda metrics: metrics["val_loss"])
     progress = read_checkpoint(max((tmp_path / "stopped").glob("step_*"))).progress
     assert (progress.best_step, progress.best_val_loss) == (best["step"], best["val_loss"])
+
+
+def described(checkpoint, **fields):
+    """Another trainer_state.json, as an older version would have written it."""
+    without_checksums(checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"step": "12"}, "step: Input should be a valid integer"),
+        ({"step": True}, "step: Input should be a valid integer"),
+        ({"step": -1}, "step: Input should be greater than or equal to 0"),
+        ({"tokens": 2**63}, "tokens: should be less than 2^63"),
+        ({"best_val_loss": float("nan")}, "best_val_loss: Input should be a finite number"),
+        ({"watched": {"mean": "1"}}, "watched.mean: Input should be a valid number"),
+        ({"left_out": [[1]]}, "left_out.0"),
+        ({"window": 5, "window_step": 3}, "its window begins after its step"),
+        ({"scaler": {"scale": 1.0}}, "its scaler is not whole"),
+        ({"files": {"../../x": {"size": 1}}}, "the record of ../../x is not whole"),
+        ({"canary": 1}, "canary: "),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_run_is_checked(checkpoint, fields, message):
+    described(checkpoint, **fields)
+    with pytest.raises(DamagedCheckpoint) as error:
+        read_checkpoint(checkpoint)
+    assert "trainer_state.json: torn or foreign: " in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (lambda header: header["head.weight"].update(shape=[2**60]), "does not have the bytes of its shape"),
+        (lambda header: header["head.weight"].update(data_offsets=[0, 2**60]), "does not have the bytes of its shape"),
+        (lambda header: header["head.weight"].update(data_offsets=[0]), r"\[0\] is not a list of 2 counts"),
+        (lambda header: header["head.weight"].update(shape=[-1, 16]), "are not counts"),
+        (lambda header: header["head.weight"].update(dtype="F8"), "dtype 'F8'"),
+        (lambda header: header.update({"head.weight": 5}), "torn or foreign"),
+    ],
+)
+def test_a_header_that_lies_is_found_and_takes_no_memory(checkpoint, how, message):
+    without_checksums(checkpoint)
+    file = checkpoint / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    how(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(DamagedCheckpoint, match=message):
+        read_checkpoint(checkpoint)
+    file.write_bytes((2**60).to_bytes(8, "little") + data[8:])
+    with pytest.raises(DamagedCheckpoint, match="cut in its header"):
+        read_checkpoint(checkpoint)
+
+
+def test_a_config_of_a_larger_model_than_the_weights_are_takes_no_memory(checkpoint):
+    without_checksums(checkpoint)
+    text = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(text.replace("d_model: 16", "d_model: 100000"))
+    with pytest.raises(UserError, match=r"has shape .*16.*, this model's has .*100000"):
+        load_model(checkpoint)

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, small_config, train_locally, without_checksums
 
 from hrm_lm.cluster import run_folder
+from hrm_lm.cluster.ray_private import SNAPSHOT
 from hrm_lm.commands.evaluate import main as evaluate
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.main import COMMANDS
@@ -76,7 +77,7 @@ def test_the_list_of_commands_needs_no_heavy_import():
 @pytest.mark.parametrize(
     "module",
     ["hrm_lm.training.train", "hrm_lm.inference.generate", "hrm_lm.inference.evaluate", "hrm_lm.interop.export",
-     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune"],
+     "hrm_lm.interop.import_", "ray_jobs.train", "ray_jobs.tune", "ray_jobs.evaluate", "ray_jobs.predict"],
 )  # fmt: skip
 def test_the_python_m_forms_still_run(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
@@ -159,6 +160,44 @@ def test_the_flags_of_the_guide_reach_the_config(monkeypatch, command):
     assert config.train.profile
 
 
+def test_what_a_message_quotes_neither_steers_the_terminal_nor_floods_it(command, tmp_path):
+    (tmp_path / "c.yaml").write_text('"\\e[2J": 1\n')
+    code, _, err = command(train, "--config", "c.yaml")
+    assert code == 2 and err.startswith(r"error: c.yaml: \x1b[2J: no such field")
+    code, _, err = command(train, "--config", "x" * 100_000 + ".yaml")
+    assert code == 2 and len(err) < 1100 and err.endswith("xxx.yaml: cannot be read: File name too long\n")
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (lambda raw: raw[: len(raw) // 2], "its list of checkpoints cannot be read: Unterminated string"),
+        (lambda raw: b"{}", "its list of checkpoints cannot be read"),
+        (lambda raw: raw.replace(b"checkpoint_a", b"checkpoint_b"), "does not exist anymore"),
+        (lambda raw: raw.replace(b"checkpoint_a", b"../../run"), "is not in the run's folder"),
+        (lambda raw: raw.replace(b'"val_loss"', b'"val_los"'), "val_loss of checkpoint_a is missing"),
+        (lambda raw: raw.replace(b'"step": 2', b'"step": 2.5'), "the step of checkpoint_a is 2.5"),
+        (lambda raw: raw.replace(b'"seconds": 1.0', b'"seconds": "x"'), "seconds: Input should be a valid number"),
+    ],
+)
+def test_a_damaged_list_of_checkpoints_is_told_in_a_line(command, tmp_path, checkpoint, how, message):
+    run = tmp_path / "runs" / "r"
+    shutil.copytree(checkpoint, run / "checkpoint_a")
+    shutil.copytree(checkpoint, tmp_path / "run", dirs_exist_ok=True)
+    metrics = {"step": 2, "val_loss": 1.0, "seconds": 1.0, "tokens": 10}
+    saved = {"version": 0, "checkpoint_dir_name": "checkpoint_a", "metrics": metrics}
+    lists = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names",
+             "timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")  # fmt: skip
+    state = {"checkpoint_results": [saved], "latest_checkpoint_result": saved, "checkpoint_report_indices": [0],
+             "current_report_index": 1} | {name: [] for name in lists}  # fmt: skip
+    ask = lambda: command(generate, "--run_name", "r", "--prompt", "What is 1 + 1?")  # noqa: E731
+    (run / SNAPSHOT).write_text(json.dumps(state))
+    assert ask()[0] == 0
+    (run / SNAPSHOT).write_bytes(how(json.dumps(state).encode()))
+    code, out, err = ask()
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and not out
+
+
 # --- generate ----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +274,9 @@ def test_sampling_is_repeatable_and_top_1_is_greedy(command, checkpoint):
         (["--prompt", "What is x?"], "character 'x'"),
         (["--prompt", ""], "has 0 tokens"),
         (["--prompt", "1", "--h_cycles", "-1"], "--h_cycles must be at least 0"),
+        (["--prompt", "1", "--h_cycles", 2**70], "--h_cycles must be at least 0 and at most 256"),
+        (["--prompt", "1", "--max_new_tokens", 2**70], "--max_new_tokens must be at least 1 and at most 10,000,000"),
+        (["--prompt", "\udcff"], r"prompt '\udcff' has half a character"),
         (["--prompt", "1", "--temperature", "-1"], "--temperature must be at least 0"),
         (["--prompts_file", "nope"], "nope cannot be read"),
     ],
@@ -254,15 +296,10 @@ def test_generate_without_any_run_says_where_it_looked(command, monkeypatch, tmp
 
 def test_evaluate_scores_with_more_cycles_than_trained(command, checkpoint):
     trained, longer = (
-        json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1]) for more in ([], ["--h_cycles", 4])
+        json.loads(command(evaluate, "--checkpoint", checkpoint, *more)[1])[0] for more in ([], ["--h_cycles", 4])
     )
-    assert trained["step"] == 40 and trained["val_loss"] != longer["val_loss"]
-
-
-def test_evaluate_reports_the_loss_that_a_run_in_bf16_reported(command, tmp_path):
-    session = train_locally(small_config(train__mixed_precision="bf16"), tmp_path / "run")
-    code, out, err = command(evaluate, "--checkpoint", session.last_checkpoint, "--batch_size", 8)
-    assert code == 0 and json.loads(out)["val_loss"] == pytest.approx(session.reports[-1]["val_loss"], rel=1e-6), err
+    assert trained["step"] == 40 and (trained["h_cycles"], longer["h_cycles"]) == (2, 4)
+    assert trained["results"]["synthetic"]["val_loss,none"] != longer["results"]["synthetic"]["val_loss,none"]
 
 
 def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, checkpoint, tmp_path):
@@ -270,7 +307,7 @@ def test_evaluate_reads_another_dataset_with_the_checkpoints_tokenizer(command, 
         '{"prompt": "1 + 2", "response": "3"}\n{"prompt": "2 + 2", "response": "4"}\n'
     )
     code, out, err = command(evaluate, "--checkpoint", checkpoint, "--dataset", tmp_path / "other.jsonl")
-    assert code == 0 and json.loads(out)["val_loss"] > 0, err
+    assert code == 0 and json.loads(out)[0]["results"][str(tmp_path / "other.jsonl")]["val_loss,none"] > 0, err
     code, out, err = command(evaluate, "--checkpoint", checkpoint, "--set", "data.tokenizer=bytes")
     assert (
         code == 2

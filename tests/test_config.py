@@ -71,12 +71,20 @@ def test_a_config_survives_yaml(tmp_path):
         ("data.mixture.sums=3", "data.mixture.sums: should be a section of fields (got 3)"),
         ("data.mixture={my sums: {dataset: a}}", "data.mixture.my sums: String should match pattern"),
         ("data={dataset: a, mixture: {b: {dataset: b}}}", "data.dataset and data.mixture exclude one another"),
+        ("optim.lr=.inf", "optim.lr: should be a finite number (got inf)"),
+        ("train.grad_clip=.nan", "train.grad_clip: should be a finite number (got nan)"),
+        ("train.steps=true", "train.steps: should be a number (got True)"),
+        ("optim.betas=[true, 0.9]", "optim.betas: should be a number (got [True, 0.9])"),
+        ("train.seed=9223372036854775808", "train.seed: should be less than 2^63"),
+        ("model.hrm.h_layers=1000000", "model.hrm.h_layers: should be less than or equal to 1000"),
+        ("train.init_from=[" + "a" * 100_000 + "]", "train.init_from: should be a valid string (got ['aaa"),
+        ("train=" + "[" * 40 + "]" * 40, "train: should be a section of fields (got [[[[...]]]])"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_path(assignment, message):
     with pytest.raises(UserError) as error:
         load_config(overrides=parse_set([assignment]))
-    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
@@ -99,6 +107,52 @@ def test_a_range_of_workers_is_a_text_in_yaml_too_and_comes_back_from_a_checkpoi
 def test_hsdp_does_not_go_with_a_range_of_workers():
     with pytest.raises(UserError, match="equally many workers on every node, which a range does not promise"):
         load_config(overrides={"ray.parallel": "hsdp", "ray.num_workers": "2:4"})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)), "10,000 values"),
+        ("a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30)), "10,000 values"),
+        ("model: &a {hrm: *a}", "an alias stands in what it stands for (line 1, column 8)"),
+        ("model: " + "[" * 100_000, "50 levels"),
+        ("model: [" + "1, " * 20_000 + "]", "10,000 values"),
+        ("model: !!python/object/apply:os.system ['touch x']", "could not determine a constructor"),
+        ("model: !!timestamp x", "could not determine a constructor"),
+        ("model: !!bool maybe", "not a value of tag:yaml.org,2002:bool"),
+        ("model: !!int ''", "not a value of tag:yaml.org,2002:int"),
+        ("train: {seed: 0x" + "f" * 5000 + "}", "more than 64 bits"),
+        ("train: {seed: " + "9" * 5000 + "}", "not a value of tag:yaml.org,2002:int"),
+        ("data: {1: 2}", "the key 1 is no text"),
+        ('data: {dataset: "\\ud800"}', "half a character"),
+        ('data: {dataset: "a\\0"}', "zero byte"),
+    ],
+)  # fmt: skip
+def test_yaml_that_explodes_or_says_what_no_field_takes_is_refused_in_a_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert "c.yaml: not valid YAML: " in str(error.value) and message in str(error.value)
+    assert len(str(error.value)) < 500 and len(str(error.value).splitlines()) == 1
+
+
+def test_yaml_keeps_dates_as_text_and_takes_aliases_and_merged_keys(tmp_path):
+    text = "model: {d_model: &width 32, max_prompt_len: *width}\noptim: {<<: {lr: 0.1, eps: 0.1}, eps: 0.2}\n"
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"ray: {run_name: 2024-05-01}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.model.max_prompt_len, config.optim.lr, config.optim.eps) == (32, 0.1, 0.2)
+    assert config.ray.run_name == "2024-05-01"
+
+
+def test_a_file_without_end_is_no_config():
+    with pytest.raises(UserError, match="/dev/zero: has more than 1,048,576 bytes"):
+        load_config("/dev/zero")
+
+
+def test_of_a_thousand_mistakes_some_are_told():
+    with pytest.raises(UserError) as error:
+        load_config(overrides={f"train.x{i}": 1 for i in range(1000)})
+    assert len(str(error.value).splitlines()) == 11 and str(error.value).endswith("and more mistakes")
 
 
 def test_every_mistake_is_told_at_once():

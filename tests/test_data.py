@@ -1,6 +1,7 @@
 import json
 import re
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -364,8 +365,8 @@ def test_a_conversation_may_have_any_field_and_its_form_is_the_tokenizers(tmp_pa
         ('{"prompt": 5, "response": "b"}\n', r"d\.jsonl:3: field 'prompt' is int, not text$"),
         ("[1]\n", r"d\.jsonl:3: no field 'prompt'; it is not an object"),
         ('{"prompt": "", "response": "b"}\n', r"d\.jsonl:3: the prompt is empty"),
-        (f'{{"prompt": "a", "response": "b", "n": {"9" * 5000}}}\n', r"d\.jsonl:3: cannot be read as JSON: Exceeds"),
-        ("[" * 10**6 + "\n", r"d\.jsonl:3: cannot be read as JSON: maximum recursion depth"),
+        (f'{{"prompt": "a", "response": "b", "n": {"9" * 5000}}}\n', r"d\.jsonl:3: not JSON: Exceeds the limit"),
+        ("[" * 10**6 + "\n", r"d\.jsonl:3: not JSON: nested too deeply"),
         ('{"messages": []}\n', r"d\.jsonl:3: messages must be a list of at least one message$"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', r"d\.jsonl:3: the messages have no assistant's answer"),
         ('{"prompt": [{"role": "bot", "content": "x"}]}\n', r"d\.jsonl:3: a message's role .*: it is 'bot'$"),
@@ -376,6 +377,18 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     file = jsonl(tmp_path / "d.jsonl", *pairs(2), line, *pairs(4))
     with pytest.raises(UserError, match=message):
         load(file)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    file = jsonl(tmp_path / "d.jsonl", *pairs(4))
+    Path(file).write_bytes(b"\xef\xbb\xbf" + Path(file).read_bytes())
+    assert len(load(file).train) == 3
+
+
+def test_a_device_is_no_dataset(tmp_path):
+    (tmp_path / "train.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="train.jsonl: not a file"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

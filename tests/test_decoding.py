@@ -98,21 +98,80 @@ def test_the_host_looks_seldom_and_late_and_answers_are_the_same(kind, monkeypat
     monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", 8)
     assert answers(model, eos_id, batch_size=5) == cut(endless, eos_id)
     longest = max(map(len, cut(endless, eos_id)))
-    assert len(steps) == min(-(-(longest + 1) // 8) * 8, 40) - 1
+    assert len(steps) == min(-(-(longest + 1) // 8) * 8 + 8, 40) - 1
+    assert answers(model, eos_id, batch_size=2) == cut(endless, eos_id)
     monkeypatch.setattr(decoding, "pick", lambda logits, *_: logits.new_full(logits.shape[:1], eos_id).long())
     steps.clear()
     assert answers(model, eos_id, batch_size=5) == [[]] * 5
-    assert len(steps) == 7
+    assert len(steps) == 15
 
 
-@pytest.mark.parametrize("top_k", [None, 5])
-def test_a_token_is_drawn_as_multinomial_draws_it(top_k):
-    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(3))
-    kept = logits if top_k is None else logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    for seed in range(20):
-        drawn = decoding.pick(logits, 0.7, top_k, torch.Generator().manual_seed(seed))
-        expected = torch.multinomial((kept / 0.7).softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(drawn, expected[:, 0])
+@MODELS
+@pytest.mark.parametrize("look_every", [1, 4])
+def test_others_take_the_places_of_samples_that_have_ended_and_answers_are_the_same(kind, look_every, monkeypatch):
+    if look_every > 1:  # as on CUDA
+        monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", look_every)
+        monkeypatch.setattr(decoding, "step_rows", lambda samples, rows, device: rows)
+    model = build(**kind)
+    endless = answers(model, batch_size=1)
+    for eos_id in {endless[0][0], endless[1][4], endless[2][20], endless[3][1]}:
+        expected, scores = cut(endless, eos_id), [[], []]
+        assert answers(model, eos_id, batch_size=1, scores=scores[0]) == expected
+        steps, decode = [], model.decode
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "decode", lambda *arguments: steps.append(1) or decode(*arguments))
+            assert answers(model, eos_id, batch_size=2, scores=scores[1]) == expected
+        assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+        lengths = [min(len(answer) + 1, 40) for answer in expected]
+        idle = 2 * look_every * len(lengths)  # until the host sees that a sample has ended
+        assert len(steps) <= sum(lengths) / 2 + max(lengths) / 2 + idle, "rows are not idle until their batch ends"
+
+
+@MODELS
+def test_a_score_is_the_mean_log_probability_of_the_tokens_and_of_eos(kind):
+    model = build(**kind)
+    eos_id, scores = answers(model)[1][4], []
+    for ids, prompt, score in zip(answers(model, eos_id, scores=scores), PROMPTS, scores):
+        tokens = [*ids, eos_id][:40]
+        state = model.open(1, len(prompt), 40, model.config.hrm.cycles)
+        with torch.no_grad():
+            logits = [model.prefill(torch.tensor([prompt]), [len(prompt)], 1, state)]
+            logits += [model.decode(torch.tensor([token]), state) for token in tokens[:-1]]
+        logprobs = torch.cat(logits).log_softmax(-1)[range(len(tokens)), tokens]
+        assert score == pytest.approx(logprobs.mean().item(), abs=1e-4)
+    assert len(scores) == len(PROMPTS) and min(scores) < max(scores) < 0
+
+
+@MODELS
+def test_what_is_drawn_for_a_prompt_depends_on_its_number_alone(kind):
+    model = build(**kind)
+    sampled = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 3}
+    one = answers(model, batch_size=1, **sampled)
+    assert answers(model, batch_size=3, **sampled) == one
+    assert answers(model, batch_size=2, **sampled | {"numbers": [0, 1, 2, 9, 4]}) != one
+    assert answers(model, batch_size=2, **sampled | {"numbers": [0, 1, 2, 9, 4]})[:3] == one[:3]
+    assert answers(model, batch_size=2, **sampled | {"seed": 4}) != one
+
+
+@pytest.mark.parametrize("top_k, top_p", [(None, 1.0), (5, 1.0), (None, 0.7), (5, 0.7), (1, 1.0), (None, 1e-9)])
+def test_tokens_are_drawn_as_often_as_is_likely_and_no_others(top_k, top_p):
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
+    expected, left = [0.0] * 12, top_p
+    for place, (p, token) in enumerate(sorted(zip((logits[0] / 0.7).softmax(-1).tolist(), range(12)), reverse=True)):
+        expected[token] = p if place < (top_k or 12) else 0.0
+    total = sum(expected)
+    for token in sorted(range(12), key=lambda token: -expected[token]):
+        p = expected[token] / total
+        expected[token], left = (p, left - p) if left > 0 else (0.0, left)
+    expected = torch.tensor(expected) / sum(expected)
+    even = torch.arange(10_000) / 10_000  # every part of the interval as often
+    drawn = decoding.pick(logits.expand(10_000, -1), 0.7, top_k, top_p, even).bincount(minlength=12) / 10_000
+    torch.testing.assert_close(drawn, expected, atol=3e-4, rtol=0)
+    assert ((drawn > 0) == (expected > 0)).all()
+    tiny = decoding.pick(logits.expand(10_000, -1), 1e-42, top_k, top_p, even)
+    assert (tiny == logits.argmax()).all()
+    highest = torch.tensor([1 - 2**-24])
+    assert expected[decoding.pick(logits, 0.7, top_k, top_p, highest)] > 0
 
 
 def test_a_compiled_model_answers_without_compiling():

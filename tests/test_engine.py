@@ -84,7 +84,7 @@ def test_rows_that_only_fill_up_a_size_change_nothing(kind, monkeypatch):
     model = build(**kind)
     asked = requests(model, 12)
     engine = Engine(model, TOKENIZER, rows=8)
-    monkeypatch.setattr(engine, "_size", lambda requests: 8)
+    monkeypatch.setattr(engine_module, "step_rows", lambda *_: 8)
     answers = run(engine, [asked[:1], *[[]] * 30, asked[1:]])
     assert [[token.id for token in answer.tokens] for answer in answers] == [alone(model, r) for r in asked]
 

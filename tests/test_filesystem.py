@@ -76,3 +76,25 @@ def test_a_bucket_that_is_not_there_is_not_waited_for(bucket, waits):
         with pytest.raises(OSError):
             retrying("x", action)
     assert waits == []
+
+
+def test_a_folder_or_a_device_in_place_of_a_file_is_not_waited_for(tmp_path, waits):
+    fs = pyarrow.fs.LocalFileSystem()
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path, "/dev/zero", tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError) as error:
+            filesystem.outlasting("x", lambda: filesystem.read_text(fs, str(path)))
+        assert not isinstance(error.value, StorageError) and not waits
+    with pytest.raises(OSError) as error:  # as a file system says it that is not known to be local
+        fs.open_input_file(str(tmp_path))
+    assert filesystem.is_permanent(error.value)
+
+
+@pytest.mark.parametrize("location", ["a\0b", "a\ud800b"])
+def test_what_no_path_can_be_is_refused(location):
+    with pytest.raises(UserError, match="not a path"):
+        filesystem.resolve(location)
+
+
+def test_the_folder_of_nobody_is_a_path_like_any_other():
+    assert filesystem.resolve("~no_such_user/x")[1].endswith("/~no_such_user/x")

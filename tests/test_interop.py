@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, small_config, train_locally, without_checksums
+from safetensors.torch import load_file, save_file
 
 from hrm_lm.commands.export import main as export
 from hrm_lm.commands.generate import main as generate_main
@@ -354,3 +355,38 @@ def test_an_exported_tokenizer_writes_conversations_as_ours_does_and_keeps_that_
         asked = [{"role": role, "content": text} for role, text in zip(["user", "assistant", "user"][:n], contents)]
         expected = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         assert render(ours, asked) == render(back, asked) == expected
+
+
+def test_a_model_that_is_not_whole_is_refused_and_not_filled_up_with_random_weights(tmp_path, command, export_to):
+    folder = export_to(random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"]))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.L_module.layers.0.mlp.down_proj.weight"
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, folder / "model.safetensors")
+    run = lambda: command(import_, "--input", folder, "--output", tmp_path / "back")  # noqa: E731
+    code, _, err = run()
+    assert code == 2 and f"not a whole model: {name} is missing" in err and not (tmp_path / "back").exists()
+
+    save_file(weights | {name: weights[name].T.contiguous()}, folder / "model.safetensors")
+    code, _, err = run()
+    assert code == 2 and "cannot be loaded" in err and not (tmp_path / "back").exists()
+
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10_000_000}))
+    code, _, err = run()  # before memory is taken for it
+    assert code == 2 and "has no safetensors files for the" in err
+
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
+    code, _, err = run()
+    assert code == 2 and "holds an adapter to another model" in err
+
+
+def test_what_a_config_names_beside_the_model_is_left_out(tmp_path, command, export_to):
+    folder = export_to(random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"]))
+    config = json.loads((folder / "config.json").read_text())
+    names = {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel", "__class__": "x",
+             "quantization_config": {"quant_method": "bitsandbytes"}, "auto_map": {"AutoConfig": "code.Config"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | names))
+    code, _, err = command(import_, "--input", folder, "--output", tmp_path / "back")
+    assert code == 0, err

@@ -27,7 +27,7 @@ from hrm_lm.data.tokenizer import ByteTokenizer, resolve_tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import generate
 from hrm_lm.prepare.pipeline import run_task
-from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, find_files, plan_parts, read_piece
+from hrm_lm.prepare.reading import MAX_RECORD, End, Mapping, Pair, Problem, find_files, plan_parts, read_piece
 from hrm_lm.prepare.tasks import Job, Settings, Source, survey, write_shard
 from hrm_lm.training.checkpoint import load_model
 
@@ -555,3 +555,21 @@ def test_killed_while_reading_and_while_tokenizing_and_given_again_it_finishes_w
     assert code == 0 and out.split(" in ")[0] == undisturbed.split(" in ")[0], err
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
     assert finished and all(shard.stat().st_mtime_ns == before for shard, before in finished.items())
+
+
+def test_a_parquet_row_that_is_no_text_is_left_out_and_no_other(tmp_path):
+    texts = pa.array([b"a", b"\xff", b"c"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": texts, "response": ["x", "y", "z"]}), tmp_path / "t.parquet")
+    items = [item for _, item in read_all(tmp_path)]
+    assert [(item.prompt, item.position) for item in items if isinstance(item, Pair)] == [("a", 1), ("c", 3)]
+    assert [(item.reason, item.position) for item in items if isinstance(item, Problem)] == [("not UTF-8 text", 2)]
+
+
+@pytest.mark.parametrize("name", ["meta.json", ".prepare/plan.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 5000])
+def test_a_damaged_file_of_an_earlier_command_is_named(tmp_path, command, name, text):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(9))))
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text(text)
+    code, _, err = command(main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes")
+    assert code == 2 and f"{name}: damaged: " in err and len(err.splitlines()) == 1

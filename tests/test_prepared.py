@@ -115,8 +115,28 @@ def edit_meta(**fields):
         (break_file("meta.json", lambda raw: raw[: len(raw) // 2]), r"meta\.json: torn or foreign"),
         (break_file("meta.json", lambda raw: b"[]"), r"meta\.json: torn or foreign"),
         (edit_meta(format_version=99), r"meta\.json: format version 99, this program reads 1"),
-        (edit_meta(splits={}), r"meta\.json: torn or foreign: KeyError\('train'\)"),
+        (edit_meta(splits={}), r"meta\.json: torn or foreign: 'train' is missing"),
         (break_file("tokenizer.json", lambda raw: raw.replace(b"9", b"x")), r"tokenizer\.json: is not the one"),
+        (
+            break_file("meta.json", lambda raw: raw.replace(b'"train-00001"', b'"../../train-1"')),
+            "name: String should match",
+        ),
+        (
+            break_file("meta.json", lambda raw: raw.replace(b'"train-00001"', b'"/etc/passwd"')),
+            "name: String should match",
+        ),
+        (break_file("meta.json", lambda raw: raw.replace(b"train-00001.", b"../00001.")), "files.*String should match"),
+        (break_file("meta.json", lambda raw: b"[" * 100_000), "nested too deeply"),
+        (edit_meta(dtype="O"), "dtype: Input should be '|u1'"),
+        (edit_meta(files={"tokenizer.json": [1, "x"]}), "'train-00000.idx' is missing"),
+        (
+            break_file("meta.json", lambda raw: raw.replace(b'"samples": 7', b'"samples": 8')),
+            "not as long as its 8 samples",
+        ),
+        (
+            break_file("meta.json", lambda raw: raw.replace(b'"samples": 7', b'"samples": -7')),
+            "greater than or equal to 0",
+        ),
     ],
 )
 def test_a_torn_or_foreign_folder_is_refused_by_file_and_reason(tmp_path, damage, message):
@@ -124,6 +144,49 @@ def test_a_torn_or_foreign_folder_is_refused_by_file_and_reason(tmp_path, damage
     damage(folder)
     with pytest.raises(UserError, match=message):
         load(folder)
+
+
+def in_file(name, dtype, place, value):
+    """Writes a number over another, and leaves the file's size as it is."""
+
+    def how(raw):
+        array = np.frombuffer(raw, dtype).copy()
+        array[place] = value
+        return array.tobytes()
+
+    return break_file(name, how)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (in_file("train-00001.bin", "u1", 0, 200), r"train sample 8: damaged: it has other tokens than its tokenizer"),
+        *(
+            (in_file("train-00001.idx", "<i8", place, value), "train sample [89]: damaged: its index says where no sample")
+            for place, value in [(0, -1), (1, 0), (1, -5), (2, 2**62), (2, 1), (2, 10**6), (0, 2**63 - 1)]
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", [ModelConfig(), ModelConfig(max_prompt_len=3, max_response_len=2)])
+def test_a_damaged_sample_is_named_before_a_model_reads_it(tmp_path, damage, message, model):
+    folder = write_prepared(tmp_path / "d", sums(20))
+    damage(folder)
+    splits = load(folder, model, truncate=True)
+    with pytest.raises(UserError, match=message):
+        splits.train.lengths(np.arange(20)), splits.train.ragged(np.arange(20))
+    mixed = {name: {"dataset": str(folder)} for name in ("a", "b")}
+    mixture = load_dataset(DataConfig(mixture=mixed, truncate=True), model, seed=0)
+    with pytest.raises(UserError, match=message):
+        mixture.train.lengths(np.arange(40)), mixture.train.ragged(np.arange(40))
+
+
+def test_a_sample_that_ends_behind_its_file_is_named(tmp_path):
+    folder = write_prepared(tmp_path / "d", sums(20))
+    size = (folder / "train-00002.bin").stat().st_size
+    break_file("train-00002.bin", lambda raw: raw[:-1])(folder)
+    break_file("meta.json", lambda raw: raw.replace(f"{size},".encode(), f"{size - 1},".encode()))(folder)
+    with pytest.raises(UserError, match="train sample 20: damaged: it has other tokens than its tokenizer, or too few"):
+        load(folder).train.ragged(np.arange(20))
 
 
 def test_a_folder_without_meta_is_not_taken_for_a_dataset(tmp_path):

@@ -104,6 +104,20 @@ def test_a_dry_run_prints_the_loss_and_then_the_plan(command):
     assert "tokens/s (CPU)" in rows["measured"] and rows["time"].startswith("200 steps of ")
 
 
+def test_a_model_that_does_not_fit_the_machine_gets_its_plan_and_no_loss(command, monkeypatch):
+    monkeypatch.setattr(dry, "host_memory", lambda: 10 * 2**20)
+    code, out, _ = command(main, "--dry_run", 1, "--set=model.d_model=256")
+    assert (
+        code == 0
+        and out.startswith("loss         not computed: a run keeps ")
+        and "7.0 MiB of memory are free for it" in out
+    )
+    assert "time         not measured: a run keeps " in out
+    monkeypatch.undo()
+    code, out, _ = command(main, "--dry_run", 1, "--set=model.d_model=64000", "--set=model.hrm.h_cycles=200")
+    assert code == 0 and out.startswith("loss         not computed: a step takes a CPU too long\nparameters ")
+
+
 def test_a_plan_of_a_vocabulary_without_room_for_special_tokens_is_an_error_of_a_line(command):
     code, _, err = command(main, "--dry_run", 1, "--set=model.vocab_size=2", "--set=train.batch_size=2")
     assert code == 2 and err == "error: model.vocab_size: 2 is less than the 4 tokens of the tokenizer\n"

@@ -1,9 +1,13 @@
 """What the recurrence can do beside the published one: input that is read again, segments, drawn cycle counts, coming to rest."""
 
+import json
+
 import pytest
 import torch
 from conftest import assert_resumes_exactly, assert_same_weights, batches_of, eval_options, small_config, train_locally
 
+from hrm_lm.commands.evaluate import main as evaluate
+from hrm_lm.commands.generate import main as generate
 from hrm_lm.config import Cycles
 from hrm_lm.data.collate import in_place, pack, pack_apart
 from hrm_lm.data.registry import load_dataset
@@ -338,3 +342,27 @@ def test_batches_of_puzzles_reach_the_model_as_those_of_others_do():
     splits = load_dataset(config.data, config.model, 0)
     (batch,) = next(batches_of(splits, config, collate=in_place))
     assert batch.ids.shape[0] == 4 and (batch.labels[batch.label_at >= 0] != -100).any()
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_evaluate_scores_samples_that_halt_beside_fixed_counts_and_says_how_long_they_thought(
+    architecture, command, tmp_path
+):
+    config = small_config(model__architecture=architecture, train__steps=2, train__sample_h_cycles=[1, 3])
+    folder = train_locally(config, tmp_path / "run").last_checkpoint
+    code, out, err = command(evaluate, "--checkpoint", folder, "--h_cycles", "1,auto:1e9:6,auto:1e-9:3,3")
+    assert code == 0, err
+    first, soonest, latest, third = json.loads(out)
+    score = lambda one, name: one["results"]["synthetic"][f"{name},none"]  # noqa: E731
+    assert soonest["h_cycles"] == "auto:1e+09:6" and "mean_h_cycles,none" not in first["results"]["synthetic"]
+    assert 1 <= score(soonest, "mean_h_cycles") <= 2 and score(latest, "mean_h_cycles") == 3
+    assert score(latest, "val_loss") == pytest.approx(score(third, "val_loss"), abs=1e-4)
+    (page,) = tmp_path.glob("evaluations/*/report.html")
+    assert "auto (3.0)" in page.read_text()
+
+    asked = ["--checkpoint", folder, "--prompt", "What is 1 + 2?", "--h_cycles"]
+    (_, fixed, _), (code, auto, err) = command(generate, *asked, "3"), command(generate, *asked, "auto:1e-9:3")
+    assert code == 0 and auto == fixed, err

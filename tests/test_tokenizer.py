@@ -159,5 +159,40 @@ def test_a_model_may_hold_more_tokens_than_its_tokenizer_but_not_fewer():
 def test_a_tokenizer_file_that_says_less_tokens_than_it_has_is_refused(tmp_path):
     fields = dict(type="tokenizers", definition=definition(), pad_id=0, bos_id=1, eos_id=2, vocab_size=5)
     write(tmp_path / "t.json", fields)
-    with pytest.raises(UserError, match="t.json is not a usable tokenizer: it has 6 tokens, its vocab_size says 5"):
+    with pytest.raises(UserError, match="t.json is not a usable tokenizer: it has ids up to 5, its vocab_size says 5"):
         resolve_tokenizer(str(tmp_path / "t.json"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"type": "characters", "characters": "a\ud800"}, "surrogates not allowed"),
+        ({"type": "characters", "characters": 5}, "'int' object has no attribute 'encode'"),
+        ({"type": "characters", "characters": "a", "more": 1}, "unexpected keyword argument"),
+        ({"type": "tokenizers", "definition": 5}, "missing 4 required positional arguments"),
+        (dict(type="tokenizers", definition=definition(), pad_id=0, bos_id=-1, eos_id=2, vocab_size=6), "its bos_id is -1"),
+        (dict(type="tokenizers", definition=definition(), pad_id=0, bos_id=1, eos_id=6, vocab_size=6), "ids up to 6"),
+        (dict(type="tokenizers", definition=definition(), pad_id=0, bos_id=1, eos_id=2, vocab_size=2**40), "at most 10,000,000"),
+        (
+            dict(type="tokenizers", definition=definition(model={"type": "WordLevel", "vocab": {"a": 0, "b": 99}, "unk_token": "a"}),
+                 pad_id=0, bos_id=1, eos_id=2, vocab_size=6),
+            "ids up to 99, its vocab_size says 6",
+        ),
+        (definition(added_tokens=[{"id": 2**40, "content": "</s>"}]), "cannot read it"),
+        (json.loads("[" * 900 + "]" * 900), "not a tokenizer of a known type"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_file_that_no_tokenizer_can_be_made_of_is_refused_in_a_line(tmp_path, fields, message):
+    write(tmp_path / "t.json", fields)
+    with pytest.raises(UserError) as error:
+        resolve_tokenizer(str(tmp_path / "t.json"))
+    assert "t.json is not a usable tokenizer: " in str(error.value) and message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_text_with_a_word_that_the_tokenizer_does_not_know_is_an_error_of_a_line():
+    words = definition(model={"type": "WordLevel", "vocab": VOCABULARY, "unk_token": "<unk>"})
+    tokenizer = PretrainedTokenizer(words, 1, 1, 2, 6)
+    for read in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="the tokenizer cannot read 'a nobody b': WordLevel error: Missing"):
+            read("a nobody b")

@@ -27,6 +27,7 @@ import pyarrow.fs
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import read_text, reason, shown, storage_error
+from hrm_lm.parsing import parse_json
 
 LOCK = ".lock"
 RENEW_S = 5.0
@@ -80,7 +81,7 @@ def _lease(fs: pyarrow.fs.FileSystem, path: str, doing: str, name_flag: str) -> 
     def read() -> dict[str, Any] | None:
         """What the file says; None where there is no file."""
         try:
-            found = json.loads(read_text(fs, path))
+            found = parse_json(read_text(fs, path))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -22,7 +22,8 @@ from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say
 from hrm_lm.config import Config, flatten
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import one_line, without_keys, without_secrets
+from hrm_lm.filesystem import without_keys, without_secrets
+from hrm_lm.parsing import one_line
 from hrm_lm.report.events import EventFiles, scalars, texts
 from hrm_lm.report.runs import plain, read_run
 

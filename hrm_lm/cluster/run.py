@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrm_lm.cluster import run_folder
@@ -74,7 +73,7 @@ def checked_dataset(config: Config) -> Splits:
     except UserError as error:
         named = [config.data.dataset, *(part.dataset for part in config.data.mixture.values())]
         files = [name for name in named if name and ":" not in name and name not in BUILT_IN]
-        missing = [name for name in files if not Path(name).exists()]
+        missing = [name for name in files if not os.path.exists(name)]
         if not (run_folder.in_ray_job() and missing):
             raise
         raise UserError(
@@ -108,7 +107,6 @@ def last_whole(folder: RunFolder) -> Checkpoint:
     kept, last = folder.checkpoints()
     earlier = sorted((metrics["step"], path) for path, metrics in kept if path != last)
     for path in [last, *(path for _, path in reversed(earlier))]:
-        assert path is not None  # the caller has seen that there are checkpoints
         try:
             return read_checkpoint(path, folder.fs, for_resume=True)
         except DamagedCheckpoint as error:
@@ -199,7 +197,6 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     if not folder.has_checkpoints():
         return {"step": 0}
     kept, last = folder.checkpoints()
-    assert last is not None
     metrics = next(metrics for path, metrics in kept if path == last)
     seconds = metrics["seconds"]
     summary = {"step": metrics["step"]}

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.fs
+from pydantic import ConfigDict, TypeAdapter
 
 from hrm_lm.cluster.lock import locked
 from hrm_lm.cluster.ray_private import SNAPSHOT
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, read_text, resolve, without_secrets, write_text
+from hrm_lm.parsing import is_text, one_line, short
 
 JOB_STORAGE = Path("~/hrm_lm_runs").expanduser()
 
@@ -43,7 +45,7 @@ def outliving(location: str, flag: str) -> str:
     A relative folder would be in the job's temporary copy of the working directory. It goes under the default storage
     instead, and the user is told. flag: the command's flag that gave it.
     """
-    if not in_ray_job() or "://" in location or Path(location).expanduser().is_absolute():
+    if not in_ray_job() or "://" in location or os.path.isabs(os.path.expanduser(location)):
         return location
     path = os.path.normpath(JOB_STORAGE / location)
     say(f"{flag} {location} would vanish with this job's temporary working directory; writing to {path}")
@@ -61,6 +63,10 @@ def without_placeholder(metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics | {"val_loss": math.nan} if metrics["val_loss"] == NO_VAL_LOSS else metrics
 
 
+METRICS = TypeAdapter(dict[str, float], config=ConfigDict(strict=True))
+"""What a run reports with a checkpoint; `step` is an int."""
+
+
 class RunFolder:
     """A run's folder in storage. `location`: the storage's folder or URI.
 
@@ -68,8 +74,8 @@ class RunFolder:
     """
 
     def __init__(self, location: str, name: str):
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"ray.run_name: {name!r} cannot name a folder")
+        if not name or "/" in name or name.startswith(".") or not is_text(name):
+            raise UserError(f"ray.run_name: {short(name)} cannot name a folder")
         self.name = name
         self.fs, self.storage = resolve(location)
         self.path = f"{self.storage}/{name}"
@@ -105,10 +111,11 @@ class RunFolder:
 
         outlasting(f"{self.uri}: cannot be written", attempt)
 
-    def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
+    def checkpoints(self) -> tuple[list[tuple[str, dict[str, Any]]], str]:
         """The kept checkpoints with their metrics, best `val_loss` first, and the last checkpoint; as paths in `fs`.
 
-        A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others.
+        A checkpoint that was saved without a validation has NaN for its `val_loss` and stands behind the others. Raises
+        UserError where the list is damaged.
         """
         from ray.train import Result
 
@@ -117,16 +124,32 @@ class RunFolder:
             result = outlasting(
                 f"{self.uri}: cannot be read", partial(Result.from_path, self.path, storage_filesystem=self.fs)
             )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {error}") from None
-        kept = [(checkpoint.path, without_placeholder(metrics)) for checkpoint, metrics in result.best_checkpoints]
+        except UserError:
+            raise
+        except Exception as error:  # Ray promises none of its own for a damaged list
+            what = one_line(error) or type(error).__name__
+            raise UserError(f"{self.uri}: its list of checkpoints cannot be read: {what}") from None
+        found = [(checkpoint.path, metrics) for checkpoint, metrics in result.best_checkpoints]
+        try:
+            for path, metrics in found:
+                if missing := {"step", "val_loss", "seconds", "tokens"} - METRICS.validate_python(metrics).keys():
+                    raise ValueError(f"{min(missing)} of {os.path.basename(path)} is missing")
+                if type(metrics["step"]) is not int:
+                    raise ValueError(f"the step of {os.path.basename(path)} is {metrics['step']}")
+                if path != f"{self.path}/{os.path.basename(path)}" or os.path.basename(path).startswith("."):
+                    raise ValueError(f"{short(path)} is not in the run's folder")
+            if not result.checkpoint or result.checkpoint.path not in dict(found):
+                raise ValueError("its last checkpoint is missing")
+        except ValueError as error:
+            raise UserError(f"{self.uri}: its list of checkpoints is damaged: {one_line(error)}") from None
+        kept = [(path, without_placeholder(metrics)) for path, metrics in found]
 
         def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, float, int]:
             # Two of the same step: the first was damaged, and the one of the longer name was saved in its place.
             val_loss, step = item[1]["val_loss"], item[1]["step"]
             return (True, -step, -len(item[0])) if math.isnan(val_loss) else (False, val_loss, -len(item[0]))
 
-        return sorted(kept, key=rank), result.checkpoint.path if result.checkpoint else None
+        return sorted(kept, key=rank), result.checkpoint.path
 
     def lock(self, kind: Literal["run", "sweep"] = "run") -> AbstractContextManager[None]:
         """Keeps a second command of this name away (`hrm_lm.cluster.lock`). kind: what the name is of."""

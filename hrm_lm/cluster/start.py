@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from hrm_lm.errors import RunFailed
+from hrm_lm.parsing import one_line, printable
 
 DASHBOARD_PORTS = range(20_000, 32_768)
 """Ports that no other component of Ray takes. Those get ports from the system, which gives 32768 and up, or
@@ -34,7 +35,7 @@ def started_ray() -> Iterator[None]:
     try:
         init_ray()
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunFailed(f"Ray did not start: {' '.join(str(error).split())[:500]}") from None
+        raise RunFailed(f"Ray did not start: {one_line(error)}") from None
     try:
         yield
     except KeyboardInterrupt:
@@ -85,4 +86,4 @@ def free_port() -> int:
 
 def say(line: str) -> None:
     """Tells the user what the driver does. Standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -2,16 +2,16 @@
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from hrm_lm.commands.flags import add_checkpoint_flags, check_cycles
+from hrm_lm.commands.flags import add_checkpoint_flags, add_sampling_flags, check_cycles, sampling_of
 from hrm_lm.errors import UserError
 from hrm_lm.inference.generate import chosen_checkpoint, chosen_cycles, generate
 from hrm_lm.models.contract import EvalOptions
+from hrm_lm.parsing import parse_json
 from hrm_lm.training.checkpoint import load_model
 
 
@@ -27,20 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="more prompts, a line each; of a .jsonl file the field `prompt` of each, and answers are then JSON strings",
     )
     add_checkpoint_flags(parser)
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer (default: the model's max_response_len)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--top_k", type=int, help="sample from the likeliest so many tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    add_sampling_flags(parser)
     parser.add_argument("--dataset", help="accepted for the guide's sake: the checkpoint brings its tokenizer")
     args = parser.parse_args(argv)
     check_cycles(args)
-    if not 0 <= args.temperature < math.inf:
-        raise UserError(f"--temperature must be at least 0, not {args.temperature}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be at least 0 and less than 2^63, not {args.seed}")
-    for name in ("max_new_tokens", "top_k"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    sampling = sampling_of(args)
 
     prompts, as_json = list(args.prompt), bool(args.prompts_file) and args.prompts_file.endswith(".jsonl")
     if args.prompts_file:
@@ -50,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
-        model, tokenizer, _ = load_model(folder, device)
-    options = EvalOptions(cycles=chosen_cycles(model.config.hrm, args.h_cycles, args.l_cycles))
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "seed")}
+        model, tokenizer, checkpoint = load_model(folder, device)
+    options = EvalOptions(cycles=chosen_cycles(checkpoint.config, args.h_cycles, args.l_cycles))
     for answer in generate(model, tokenizer, prompts, options, **sampling):
         print(json.dumps(answer, ensure_ascii=False) if as_json else answer)
     return 0
@@ -71,7 +61,7 @@ def read_prompts(file: str, as_json: bool) -> list[str]:
     prompts = []
     for number, line in texts.items():
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompts.append(str(parse_json(line)["prompt"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--prompts_file: {file}:{number}: not a JSON object with a field 'prompt'") from None
     return prompts

@@ -15,7 +15,9 @@ COMMANDS = {
     "tune": ("hrm_lm.commands.tune", "search a config's fields with Ray Tune"),
     "prepare": ("hrm_lm.commands.prepare", "tokenize a corpus into a dataset for the trainer"),
     "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
-    "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on held-out samples"),
+    "predict": ("hrm_lm.commands.predict", "answer the records of files, over all of a cluster"),
+    "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on tasks, with a page of pictures and answers"),
+    "lm_eval": ("hrm_lm.commands.lm_eval", "run lm-evaluation-harness on a checkpoint"),
     "report": ("hrm_lm.commands.report", "make a page on a run, or on several side by side"),
     "export": ("hrm_lm.commands.export", "turn a checkpoint into a Transformers folder"),
     "import": ("hrm_lm.commands.import_", "turn a Transformers folder into a checkpoint"),
@@ -49,12 +51,11 @@ def run_command(command: Callable[[], int]) -> int:
     """The exit code of a command: 2 for bad input, 1 for a failed run, 130 for Ctrl-C; a traceback is a bug."""
     try:
         return command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UserError, RunFailed) as error:
+        from hrm_lm.parsing import printable  # the list of commands does without
+
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the same command, for a run with the same --run_name, goes on from what was saved"
         print(f"interrupted; {message}", file=sys.__stderr__, flush=True)

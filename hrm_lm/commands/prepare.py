@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     settings = Settings(**{field.name: args[field.name] for field in fields(Settings)})
     for name in POSITIVE:
-        if (value := getattr(settings, name)) is not None and value <= 0:
-            raise UserError(f"--{name} must be more than 0, not {value}")
+        if (value := getattr(settings, name)) is not None and not 0 < value < 2**31:
+            raise UserError(f"--{name} must be more than 0 and less than 2^31, not {value}")
     if not 0 < settings.val_fraction < 1:
         raise UserError(f"--val_fraction must be between 0 and 1, not {settings.val_fraction}")
     if settings.train_tokenizer not in (None, "bpe"):

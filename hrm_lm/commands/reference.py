@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hrm_lm.config import Config, Section
+from hrm_lm.config import Config, is_section
 from hrm_lm.tuning.space import TuneSection
 
 HEAD = """# Configuration reference
@@ -68,10 +68,6 @@ def fields_of(section: type[BaseModel], path: str) -> Iterator[tuple[str, FieldI
         yield f"{path}.{name}", field
         if get_origin(kind) is dict and is_section(get_args(kind)[1]):
             yield from fields_of(get_args(kind)[1], f"{path}.{name}.<name>")
-
-
-def is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def type_name(kind: Any, limits: Sequence[Any] = ()) -> str:

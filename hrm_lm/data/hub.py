@@ -24,7 +24,8 @@ from hrm_lm.data.splits import Splits
 from hrm_lm.data.text import named_tokenizer, splits_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import one_line, storage_error
+from hrm_lm.filesystem import storage_error
+from hrm_lm.parsing import one_line
 
 PREFIX = "hf:"
 READ_TOGETHER = 1024

@@ -14,6 +14,7 @@ from hrm_lm.data.text import named_tokenizer, splits_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import storage_error
+from hrm_lm.parsing import one_line, parse_json
 
 
 class Record(NamedTuple):
@@ -58,7 +59,9 @@ def read_jsonl(path: Path, fields: Fields) -> list[Record]:
     """Raises UserError with the file and line of what is wrong; blank lines are skipped."""
     records = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        if not path.is_file() and path.exists():  # a folder or a device, which may have no end
+            raise UserError(f"{path}: not a file")
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -77,15 +80,16 @@ def read_jsonl(path: Path, fields: Fields) -> list[Record]:
 def pairs_of(line: str, fields: Fields, place: str) -> list[Pair]:
     """The pairs of a line, at least one. Raises UserError, with the place, where the line has none."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
-        raise UserError(f"{place}: cannot be read as JSON: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON: {one_line(error)}") from None
     try:
         return fields.pairs(record)
     except Missing as missing:
-        there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is not an object"
+        fields_there = one_line(", ".join(map(repr, record))) if isinstance(record, dict) else ""
+        there = f"it has {fields_there}" if isinstance(record, dict) else "it is not an object"
         hint = f"; {there} (data.prompt_field and data.response_field name the fields)"
         raise UserError(f"{place}: {missing}" + hint * missing.reason.startswith("no field")) from None
 

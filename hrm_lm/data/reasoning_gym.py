@@ -9,13 +9,12 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-import yaml
-
 from hrm_lm.config import DataConfig
 from hrm_lm.data.endless import endless_dataset
 from hrm_lm.data.splits import Splits
 from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.parsing import one_line, parse_yaml
 
 SEED_SIZE = 4096
 """Questions of a seed: some tasks plan so many at once, some take long to set up."""
@@ -58,8 +57,8 @@ class ReasoningGymTask:
         if self.name in UNSEEDED:
             raise UserError(f"{self.shown}: its questions are others every time, so none can be held out")
         try:
-            options = {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in assignments)}
-        except yaml.YAMLError:
+            options = {key: parse_yaml(value) for key, _, value in (a.partition("=") for a in assignments)}
+        except ValueError:
             raise UserError(f"{self.shown}: a value of {','.join(assignments)} is not valid YAML") from None
         known = DATASETS[self.name][1].__dataclass_fields__.keys() - {"seed", "size"}  # those are ours
         for option in options.keys() - known:
@@ -69,13 +68,16 @@ class ReasoningGymTask:
         )
         try:
             self.create(0)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"{self.shown}: {error or 'an option has an impossible value'}") from None
+        except Exception as error:  # a task may stumble over its options in any way
+            raise UserError(f"{self.shown}: {one_line(error) or 'an option has an impossible value'}") from None
 
     block_size = SEED_SIZE
 
     def entry(self, block: int, i: int) -> dict[str, Any]:
-        return self.create(block)[i]
+        try:
+            return self.create(block)[i]
+        except Exception as error:
+            raise UserError(f"{self.shown}: makes no question of these options: {one_line(error)}") from None
 
     def score(self, answer: str, entry: dict[str, Any]) -> float:
         """The verdict of the task's own verifier, from 0 to 1; where that would be unsafe, whether it is the answer."""

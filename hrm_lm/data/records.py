@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow
 
-from hrm_lm.data.chat import Chat, Malformed
+from hrm_lm.data.chat import Chat, Malformed, checked
 from hrm_lm.errors import UserError
 
 DEFAULTS = ("prompt", "response")
@@ -116,6 +116,26 @@ class Fields(NamedTuple):
                 raise
         try:
             return self.chat.samples(messages)
+        except Malformed as malformed:
+            raise Missing(malformed.reason, malformed.detail) from None
+
+    def prompt_of(self, record: Any) -> str:
+        """What is to be answered: the record's prompt, or all of its conversation but an answer that comes last. Raises
+        Missing where there is neither.
+        """
+        try:
+            prompt = fill_template(self.prompt, record)
+            prompt.encode()
+            return prompt
+        except UnicodeEncodeError:  # JSON can say "\ud800"
+            raise Missing("not Unicode text, but half a character") from None
+        except Missing:
+            messages = self._messages(record)
+            if messages is None:
+                raise
+        try:
+            asked = checked(messages)
+            return self.chat.prompts([asked[:-1] if asked[-1]["role"] == "assistant" and asked[1:] else asked])[0]
         except Malformed as malformed:
             raise Missing(malformed.reason, malformed.detail) from None
 

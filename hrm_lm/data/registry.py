@@ -7,9 +7,9 @@ the function reads the rest from `config.dataset`.
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.jsonl import build_jsonl_dataset
@@ -20,6 +20,7 @@ from hrm_lm.data.text import TextSplit, named_tokenizer, text_splits  # text_spl
 from hrm_lm.data.tokenizer import CHARACTERS, SimpleTokenizer, same_tokens, tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_secrets
+from hrm_lm.parsing import short
 
 __all__ = ["BUILT_IN", "Splits", "is_function", "load_dataset", "text_splits"]
 
@@ -75,7 +76,7 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
         return function(BUILT_IN[base])(config, seed)
     if is_prepared(name):
         return load_prepared(name, config.cache_gb, sharing)
-    if Path(name).exists() or name.endswith(".jsonl"):
+    if os.path.exists(name) or name.endswith(".jsonl"):
         return build_jsonl_dataset(config, seed)
     if is_function(name):
         splits = function(name)(config, seed)
@@ -92,7 +93,7 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
             ) from None
         return splits
     raise UserError(
-        f"data.dataset: {name!r} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
+        f"data.dataset: {short(name)} is neither a known name ({', '.join(BUILT_IN)}), nor an existing file or folder, "
         "nor module:function"
     )
 

@@ -6,15 +6,16 @@ compares two tokenizers by how they read text.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import pyarrow.fs
 
-from hrm_lm.config import ModelConfig
+from hrm_lm.config import MOST_TOKENS, ModelConfig
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import read_text, resolve, storage_error, without_secrets
+from hrm_lm.parsing import one_line, parse_json, short
 
 BYTES, CHARACTERS = "bytes", "characters"
 """Names of tokenizers that need no file. CHARACTERS is made of a corpus: the characters that occur in it."""
@@ -109,7 +110,7 @@ class PretrainedTokenizer:
     Truncation and padding that it stores are taken out: they would cut texts and put padding into samples.
     chat_template: how conversations are written, in Jinja (`hrm_lm.data.chat`); None for the plain form.
     vocab_size: more than every id. Checkpoints imported by older versions have the model's here, which is larger than
-    the tokenizer needs. Raises ValueError where the definition cannot be read or has more tokens than `vocab_size`.
+    the tokenizer needs. Raises ValueError where the definition cannot be read or has ids beyond `vocab_size`.
     """
 
     def __init__(
@@ -126,25 +127,35 @@ class PretrainedTokenizer:
         except ImportError:
             raise UserError("this tokenizer needs the tokenizers library: pip install 'hrm-lm[tokenizers]'") from None
         self.definition = definition | {key: None for key in ("truncation", "padding") if key in definition}
-        try:
+        with _library_errors("the tokenizers library cannot read it", ValueError):
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"the tokenizers library cannot read it: {error}") from None
-        if self.tokenizer.get_vocab_size() > vocab_size:
-            raise ValueError(f"it has {self.tokenizer.get_vocab_size()} tokens, its vocab_size says {vocab_size}")
         if not isinstance(chat_template, str | None):
             raise ValueError(f"its chat_template is {type(chat_template).__name__}, not a text")
+        numbers = {"vocab_size": vocab_size, "pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
+        if strange := [name for name, number in numbers.items() if type(number) is not int or number < 0]:
+            raise ValueError(f"its {strange[0]} is {short(numbers[strange[0]])}")
+        largest = max(pad_id, bos_id, eos_id, *self.tokenizer.get_vocab().values())
+        if not largest < vocab_size <= MOST_TOKENS:
+            raise ValueError(f"it has ids up to {largest}, its vocab_size says {vocab_size} (at most {MOST_TOKENS:,})")
         self.pad_id, self.bos_id, self.eos_id, self.vocab_size = pad_id, bos_id, eos_id, vocab_size
         self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _library_errors(f"the tokenizer cannot read {text[:60]!r}"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            with _library_errors("the tokenizer cannot read one of the texts"):
+                return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except UserError:
+            for text in texts:
+                self.encode(text)  # tells which it is
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode([int(i) for i in ids])
+        with _library_errors("the tokenizer cannot make a text of its tokens"):
+            return self.tokenizer.decode([int(i) for i in ids])
 
     def to_json(self) -> str:
         fields = {name: getattr(self, name) for name in ("pad_id", "bos_id", "eos_id", "vocab_size", "definition")}
@@ -153,16 +164,33 @@ class PretrainedTokenizer:
         return json.dumps({"type": "tokenizers", **fields}, ensure_ascii=False)
 
 
+@contextmanager
+def _library_errors(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """What the `tokenizers` library raises becomes an error of this kind. A text without an unknown token is an Exception
+    there, and a definition that it does not expect may be a panic, which is none.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {one_line(error)}") from None
+
+
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Raises ValueError where the text is not a tokenizer's."""
-    fields = json.loads(text)
+    fields = parse_json(text)
     kind = fields.pop("type", None) if isinstance(fields, dict) else None
-    if kind == "characters":
-        return SimpleTokenizer(**fields)
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "tokenizers":
-        return PretrainedTokenizer(**fields)
+    try:
+        if kind == "characters":
+            fields["characters"].encode()  # a text, and no half characters in it
+            return SimpleTokenizer(**fields)
+        if kind == "tokenizers":
+            return PretrainedTokenizer(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(one_line(error)) from None
     raise ValueError("not a tokenizer of a known type")
 
 
@@ -194,14 +222,14 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
         if fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
             path, shown = f"{path}/tokenizer.json", f"{shown.rstrip('/')}/tokenizer.json"
         text = read_text(fs, path)
-        fields = json.loads(text)
+        fields = parse_json(text)
         if not isinstance(fields, dict) or "type" in fields:
             return tokenizer_from_json(text)
         beside = {}
         for name in ("tokenizer_config.json", "chat_template.jinja"):
             with suppress(FileNotFoundError):
                 beside[name] = read_text(fs, f"{path.rpartition('/')[0]}/{name}")
-        names = json.loads(beside.get("tokenizer_config.json", "{}"))
+        names = parse_json(beside.get("tokenizer_config.json", "{}"))
         template = beside.get("chat_template.jinja", names.get("chat_template"))
         if isinstance(template, list):  # several, by name
             template = next((each["template"] for each in template if each["name"] == "default"), None)
@@ -211,7 +239,7 @@ def resolve_tokenizer(name: str, flag: str = "data.tokenizer", special_ids: Mapp
     except OSError as error:
         raise storage_error(f"{flag}: {shown} cannot be read", error) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag}: {shown} is not a usable tokenizer: {error}") from None
+        raise UserError(f"{flag}: {shown} is not a usable tokenizer: {one_line(error)}") from None
 
 
 def hugging_face_tokenizer(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from hrm_lm.config import Cycles
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.models.cache import Decoding
 from hrm_lm.models.contract import LanguageModel, Precision, autocast
-from hrm_lm.models.decoding import graphed, padded, pick
+from hrm_lm.models.decoding import draws, graphed, padded, pick, step_rows
 
 PROMPT_TOKENS = 1 << 13
 """Prompts that join at a step have so many tokens together, or are a single prompt: running requests wait for them."""
@@ -40,7 +41,7 @@ class Request:
     top_k: int | None = None
     """Draws from so many of the likeliest tokens; None: from all."""
     top_p: float = 1.0
-    """Draws from the fewest of the likeliest tokens that have this probability together (arXiv 1904.09751)."""
+    """Draws from the fewest of the likeliest tokens that have this probability together."""
     seed: int = 0
     stop: tuple[str, ...] = ()
     """Texts that end the answer, which is cut before the first of them."""
@@ -101,7 +102,7 @@ class Answer:
 
     request: Request
     reader: Reader
-    generator: torch.Generator | None
+    draws: np.ndarray | None
     """What its tokens are drawn with; None where the likeliest are taken."""
     tokens: list[Token] = field(default_factory=list)
     """Without EOS. Those of a stop text are among them."""
@@ -172,9 +173,8 @@ class Engine:
             )
         if not 0 < request.max_new_tokens <= limits.max_response_len:
             raise ValueError(f"{request.max_new_tokens} new tokens; this model gives 1 to {limits.max_response_len}")
-        drawn = request.temperature > 0
-        generator = torch.Generator(self.device).manual_seed(request.seed) if drawn else None
-        answer = Answer(request, Reader(self.tokenizer, request.stop), generator)
+        drawn = draws(request.seed, 0, request.max_new_tokens) if request.temperature > 0 else None
+        answer = Answer(request, Reader(self.tokenizer, request.stop), drawn)
         self.waiting.append(answer)
         return answer
 
@@ -189,7 +189,7 @@ class Engine:
         for lane in self.lanes.values():
             self._leave(lane)
             if lane.running:
-                ids = torch.zeros(self._size(len(lane.running)), dtype=torch.long)
+                ids = torch.zeros(step_rows(len(lane.running), self.rows, self.device), dtype=torch.long)
                 ids[: len(lane.running)] = torch.tensor([answer.tokens[-1].id for answer in lane.running])
                 logits = lane.decode(ids.to(self.device), lane.decoding)
                 self._extend(lane.running, logits[: len(lane.running)])
@@ -199,16 +199,9 @@ class Engine:
             self._leave(lane)
         return changed
 
-    def _size(self, requests: int) -> int:
-        """How many rows a step takes: on CUDA a power of two, so that few graphs serve all."""
-        return min(1 << (requests - 1).bit_length(), self.rows) if self.device.type == "cuda" else requests
-
     def _leave(self, lane: Lane) -> None:
-        for row in reversed(range(len(lane.running))):
-            if lane.running[row].finish_reason:
-                lane.decoding.drop(row)
-                lane.running[row] = lane.running[-1]
-                lane.running.pop()
+        if ended := [row for row, answer in enumerate(lane.running) if answer.finish_reason]:
+            lane.running = lane.decoding.drop(ended).of(lane.running)
 
     def _join(self) -> list[Answer]:
         """Reads prompts of requests that wait, in the order in which they came, as far as there is room."""
@@ -252,9 +245,14 @@ class Engine:
     def _extend(self, answers: list[Answer], logits: Tensor) -> None:
         """Gives each answer its next token. logits: (B, V)."""
         ids = logits.argmax(-1)
+        alike: dict[tuple[float, int | None, float], dict[int, float]] = {}
         for row, answer in enumerate(answers):
-            if answer.generator:
-                ids[row] = draw(logits[row].float(), answer.request, answer.generator)
+            if answer.draws is not None:
+                how = (answer.request.temperature, answer.request.top_k, answer.request.top_p)
+                alike.setdefault(how, {})[row] = float(answer.draws[len(answer.tokens)])
+        for how, uniforms in alike.items():
+            rows = list(uniforms)
+            ids[rows] = pick(logits[rows], *how, torch.tensor(list(uniforms.values())).to(self.device))
         tokens = [Token(token) for token in ids.tolist()]
         asked = [row for row, answer in enumerate(answers) if answer.request.logprobs is not None]
         if asked:
@@ -267,15 +265,3 @@ class Engine:
                 tokens[row] = Token(tokens[row].id, own[i], tuple(pairs))
         for answer, token in zip(answers, tokens):
             answer.append(token, self.tokenizer.eos_id)
-
-
-def draw(logits: Tensor, request: Request, generator: torch.Generator) -> Tensor:
-    """A token as `request` has it drawn. logits: (V,) float32. Returns a 0-dim tensor."""
-    logits = logits / request.temperature
-    if request.top_k or request.top_p < 1:
-        likeliest, tokens = logits.topk(min(request.top_k or len(logits), len(logits)))
-        probabilities = likeliest.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = torch.where(before < request.top_p, likeliest, -torch.inf)  # the first always is
-        logits = torch.full_like(logits, -torch.inf).scatter(0, tokens, kept)
-    return pick(logits[None], 1.0, None, generator)[0]

@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
+
 from hrm_lm.cluster.run_folder import RunFolder, newest_run, run_locations
-from hrm_lm.config import Cycles, HRMConfig
+from hrm_lm.config import MOST_CYCLES, Config, Cycles, Halting
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import local_copy, without_secrets
+from hrm_lm.filesystem import local_copy, resolve, without_secrets
 from hrm_lm.models.contract import EvalOptions, LanguageModel
 from hrm_lm.models.decoding import generate_ids
+from hrm_lm.parsing import is_text
 
 
 def generate(
@@ -28,6 +31,8 @@ def generate(
     unknown characters.
     """
     options = options or EvalOptions(cycles=model.config.hrm.cycles)
+    if broken := [prompt for prompt in prompts if not is_text(prompt.replace("\0", ""))]:
+        raise UserError(f"prompt {broken[0][:60]!r} has half a character")
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if not 0 < len(ids) <= model.config.max_prompt_len:
@@ -41,13 +46,20 @@ def generate(
 
 @contextmanager
 def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: str | None) -> Iterator[Path]:
-    """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's.
-    Says on stderr which it is.
+    """The checkpoint that is meant (`find_checkpoint`), as a local folder."""
+    fs, path = find_checkpoint(checkpoint, run_name, save_dir)
+    with local_copy(path, fs) as folder:
+        yield folder
+
+
+def find_checkpoint(
+    checkpoint: str | None, run_name: str | None, save_dir: str | None
+) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's. Says on
+    stderr which it is. Returns a file system and the path in it.
     """
     if checkpoint:
-        with local_copy(checkpoint) as folder:
-            yield folder
-        return
+        return resolve(checkpoint)
     locations = run_locations(save_dir)
     if run_name:
         runs = [RunFolder(location, run_name) for location in locations]
@@ -62,22 +74,24 @@ def chosen_checkpoint(checkpoint: str | None, run_name: str | None, save_dir: st
     else:
         best = f"{run.path}/best_checkpoint"  # a sweep's
         print(f"using {run.uri_of(best)}", file=sys.stderr)
-    with local_copy(best, run.fs) as folder:
-        yield folder
+    return run.fs, best
 
 
-def chosen_cycles(trained: HRMConfig, h_cycles: int | None, l_cycles: int | None) -> Cycles:
-    """The counts given, and the trained counts in place of None.
+def chosen_cycles(config: Config, h_cycles: int | Halting | None, l_cycles: int | None) -> Cycles:
+    """The counts given, and in place of None those that a model of this config was trained to answer with.
 
     Raises UserError for a count that the model cannot take: a model with a core takes at least 1 H-cycle, a model without
     a core takes no H-cycle.
     """
-    if h_cycles and not trained.h_cycles:
+    trained, hrm = config.cycles, config.model.hrm
+    if h_cycles and not hrm.h_cycles:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    if h_cycles == 0 and trained.h_cycles:
+    if h_cycles == 0 and hrm.h_cycles:
         raise UserError("--h_cycles must be at least 1, not 0: this model has an HRM core, and it answers through it")
-    h, l = trained.h_cycles, trained.l_cycles
-    return Cycles(h if h_cycles is None else h_cycles, l if l_cycles is None else l_cycles)
+    l = trained.l if l_cycles is None else l_cycles
+    if isinstance(h_cycles, Halting):
+        return Cycles(h_cycles.most or min(4 * trained.h, MOST_CYCLES), l, h_cycles.residual)
+    return Cycles(trained.h if h_cycles is None else h_cycles, l)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,10 @@ output = model.generate(**inputs)
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
+Log-likelihoods want the prompt marked, too. lm-evaluation-harness does not mark it: its `--model hf` reads the prompt causally
+and scores another model than this one. vLLM's log-likelihoods (`prompt_logprobs`) read the continuation as a part of the
+prompt. `hrm-lm lm_eval --model hrm_lm` scores a checkpoint as it was trained.
+
 ## Config of the run
 
 ```yaml

@@ -1,6 +1,5 @@
 """Transformers folder -> checkpoint. The command is `hrm_lm.commands.import_`."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -8,54 +7,94 @@ from typing import Any
 
 import torch
 
-from hrm_lm.config import Config, parse_config
+from hrm_lm.config import MOST_TOKENS, Config, parse_config
 from hrm_lm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, model_vocab_size, resolve_tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import read_text, reason, resolve
 from hrm_lm.interop.hrm_text import from_hrm_text, require_transformers
 from hrm_lm.models.build import build_model
+from hrm_lm.parsing import one_line, parse_json, short
 from hrm_lm.training.checkpoint import Progress, save_model
 
 
 def import_(source: Path, output: Path) -> None:
-    """Writes the checkpoint folder `output`, float32. Raises UserError where the folder holds another kind of model."""
-    transformers = require_transformers()
+    """Writes the checkpoint folder `output`, float32. Raises UserError where the folder holds another kind of model, or less
+    than a whole model.
+    """
     if output.exists():
         raise UserError(f"--output: {output} is there already; give another path")
-    model_type = read_json(source / "config.json").get("model_type")
-    if model_type != "hrm_text":
-        raise UserError(f"{source / 'config.json'}: model_type is {model_type!r}, not 'hrm_text'")
-    hf_config = transformers.HrmTextConfig.from_pretrained(source)
+    hf_config = read_config(source / "config.json")
     config, tokenizer = config_of(hf_config, source), read_tokenizer(source, hf_config)
-    try:
-        # Not pickles, and not code that the folder may bring along.
-        hf_model = transformers.HrmTextForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    model = build_model(config.model, model_vocab_size(config.model, tokenizer))
-    model.load_state_dict(
-        from_hrm_text(hf_model.state_dict(), config.model.hrm.h_layers, hf_config.embedding_scale), strict=True
-    )
+    vocab_size = model_vocab_size(config.model, tokenizer)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_model(config.model, vocab_size).parameters())
+    held = sum(file.stat().st_size for file in source.glob("*.safetensors") if file.is_file())
+    if count > held:  # before that much memory is taken
+        raise UserError(f"{source}: has no safetensors files for the {count:,} parameters of its config.json")
+    model = build_model(config.model, vocab_size)
+    weights = read_weights(source, hf_config)
+    model.load_state_dict(from_hrm_text(weights, config.model.hrm.h_layers, hf_config.embedding_scale), strict=True)
     output.mkdir(parents=True)
     save_model(output, model, config, tokenizer, Progress())
 
 
+def read_config(file: Path):
+    """The `HrmTextConfig` of a config.json. What else the file says may name code, adapters and kernels: it is left out."""
+    transformers = require_transformers()
+    fields = read_json(file)
+    if fields.get("model_type") != "hrm_text":
+        raise UserError(f"{file}: model_type is {short(fields.get('model_type'))}, not 'hrm_text'")
+    known = {*transformers.HrmTextConfig.__annotations__, "rope_theta", "rope_scaling"}
+    try:
+        return transformers.HrmTextConfig(**{name: value for name, value in fields.items() if name in known})
+    except Exception as error:  # of many kinds, by which of the library's checks it fails
+        raise UserError(f"{file}: not a config of HRM-Text: {one_line(error)}") from None
+
+
+def read_weights(source: Path, hf_config) -> dict[str, torch.Tensor]:
+    """All weights of HrmTextForCausalLM, float32. Neither pickles are read nor code that the folder brings along."""
+    transformers = require_transformers()
+    if (source / "adapter_config.json").exists():
+        raise UserError(f"{source}: holds an adapter to another model; merge the two, and save the whole model")
+    transformers.utils.logging.set_verbosity_error()  # what is missing is told below
+    try:
+        hf_model, info = transformers.HrmTextForCausalLM.from_pretrained(
+            source,
+            config=hf_config,
+            generation_config=transformers.GenerationConfig(),
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of many kinds, by where its loader stumbles
+        raise UserError(f"{source}: cannot be loaded: {one_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):  # these are random now
+        raise UserError(f"{source}: not a whole model: {missing[0]} is missing in its safetensors files")
+    return hf_model.state_dict()
+
+
 def config_of(hf_config, source: Path) -> Config:
     """A config whose model is theirs; raises UserError for what this project's model does not have."""
-    rope = hf_config.rope_parameters
+    rope = hf_config.rope_parameters or {}
+    sizes = "vocab_size hidden_size num_attention_heads intermediate_size num_layers_per_stack H_cycles L_cycles"
+    for name in [*sizes.split(), "max_position_embeddings"]:
+        if not 1 <= getattr(hf_config, name) <= MOST_TOKENS:
+            raise UserError(f"{source / 'config.json'}: {name} is {short(getattr(hf_config, name))}")
     needed = {
         "hidden_act": (hf_config.hidden_act, "silu"),
         "rms_norm_eps": (hf_config.rms_norm_eps, 1e-6),
         "attention_bias": (hf_config.attention_bias, False),
         "mlp_bias": (hf_config.mlp_bias, False),
         "tie_word_embeddings": (hf_config.tie_word_embeddings, False),
-        "rope_type": (rope["rope_type"], "default"),
-        "rope_theta": (float(rope["rope_theta"]), 10_000.0),
+        "rope_type": (rope.get("rope_type"), "default"),
+        "rope_theta": (rope.get("rope_theta"), 10_000.0),
         "head_dim": (hf_config.head_dim, hf_config.hidden_size // hf_config.num_attention_heads),
         "intermediate_size": (hf_config.intermediate_size, math.ceil(hf_config.intermediate_size / 256) * 256),
     }
     for name, (value, supported) in needed.items():
         if value != supported:
-            difference = f"{name} is {value!r}; this project's model has only {supported!r}"
+            difference = f"{name} is {short(value)}; this project's model has only {supported!r}"
             raise UserError(f"{source / 'config.json'}: {difference}")
     H, L = hf_config.H_cycles, hf_config.L_cycles
     padded = [1] * (H - len(hf_config.L_bp_cycles)) + list(hf_config.L_bp_cycles)
@@ -94,11 +133,14 @@ def read_tokenizer(source: Path, hf_config) -> Tokenizer:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        fields = parse_json(read_text(*resolve(str(file))))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{file}: cannot be read: {reason(error)}") from None
     except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
+        raise UserError(f"{file}: not JSON: {one_line(error)}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: not a JSON object")
+    return fields
 
 
 if __name__ == "__main__":

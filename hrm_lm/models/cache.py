@@ -6,14 +6,16 @@ changes from token to token are tensors that keep their place in memory, written
 the step from a token to the next one can be captured as a CUDA graph, and the host only counts along.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hrm_lm.config import Cycles
+
+T = TypeVar("T")
 
 READ_STEP = {"cpu": 1, "cuda": 128}
 """By the kind of device: attention reads a multiple of so many cached places, hiding what is not filled yet. So shapes
@@ -90,17 +92,16 @@ class Cursor:
         """The host's part of `advance`, for a step that is replayed on the device."""
         self._fill([filled + 1 for filled in self.filled])
 
-    def drop(self, row: int) -> None:
-        """The last sample takes the place of sample `row`."""
-        *others, last = self.filled
+    def drop(self, moves: "Moves") -> None:
+        """Samples end."""
         for kept in (self.place, self.hidden):
-            if kept is not None:
-                kept[row] = kept[len(others)]
-        self._fill([last if i == row else filled for i, filled in enumerate(others)])
+            moves.make(kept)
+        self._fill(moves.of(self.filled))
 
     def _fill(self, filled: list[int]) -> None:
         self.filled, self.samples = filled, len(filled)
-        self.keys = -(-(max(filled, default=0) + 1) // self.step) * self.step
+        # A sample that has ended may go on beyond the capacity until it is dropped.
+        self.keys = min(-(-(max(filled, default=0) + 1) // self.step) * self.step, self.capacity)
 
 
 def first(x: Tensor, rows: int) -> Tensor:
@@ -157,14 +158,34 @@ class KVCache:
                 mine, theirs = (first(side, len(rows)).gather(2, index) for side in (own, others))
                 first(own, len(rows)).scatter_(2, index, torch.where(rows[:, None, None, None], theirs, mine))
 
-    def drop(self, row: int) -> None:
-        """The last sample takes the place of sample `row`. To be called before the cursor's."""
-        last = self.cursor.samples - 1
-        if row != last:
-            # Of a prompt that is looked back at, the last place counts as the next token's.
-            seen = self.cursor.filled[last] + 1
-            for kept in (self.k, self.v):
-                kept[row, :, :seen] = kept[last, :, :seen]
+    def drop(self, moves: "Moves") -> None:
+        """Samples end. To be called before the cursor's."""
+        # Of a prompt that is looked back at, the last place counts as the next token's.
+        seen = max((self.cursor.filled[row] + 1 for row in moves.sources), default=0)
+        for kept in (self.k, self.v):
+            moves.make(kept[:, :, :seen])
+
+
+class Moves:
+    """Where samples go when others end: the last samples that stay take the rows of those that end."""
+
+    def __init__(self, ended: Collection[int], samples: int, device: torch.device):
+        self.left = samples - len(ended)
+        """The samples that stay."""
+        self.targets = [row for row in ended if row < self.left]
+        self.sources = [row for row in range(self.left, samples) if row not in ended]
+        self._index = torch.tensor([self.targets, self.sources], dtype=torch.long).to(device, non_blocking=True)
+
+    def make(self, rows: Tensor) -> None:
+        """Moves the rows of a tensor."""
+        if self.targets:
+            targets, sources = self._index
+            rows.index_copy_(0, targets, rows.index_select(0, sources))
+
+    def of(self, rows: Sequence[T]) -> list[T]:
+        """What the host knows of the rows that stay, as they are now."""
+        moved = dict(zip(self.targets, self.sources))
+        return [rows[moved.get(row, row)] for row in range(self.left)]
 
 
 @dataclass
@@ -195,10 +216,12 @@ class Decoding:
         """What the shapes of a step follow, beside the number of its tokens."""
         return (self.cursor.keys, *(cache.cursor.keys for cache in self.memory[:1]))
 
-    def drop(self, row: int) -> None:
-        """Sample `row` ends. The last sample takes its place."""
+    def drop(self, rows: Collection[int]) -> "Moves":
+        """The samples of these rows end. Returns how the others move, so that the samples that are there are the first rows."""
+        moves = Moves(rows, self.cursor.samples, self.cursor.device)
         kept = [cache for caches in self.caches for cache in caches] + self.memory
         for cache in kept:
-            cache.drop(row)
+            cache.drop(moves)
         for cursor in {id(cache.cursor): cache.cursor for cache in kept}.values():
-            cursor.drop(row)
+            cursor.drop(moves)
+        return moves

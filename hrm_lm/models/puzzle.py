@@ -9,7 +9,7 @@ distance. `h_cycles: 0` is the baseline without recurrence, as for `HRMPrefixLM`
 `model.hrm.inject: add` and `train.segments`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hrm_lm.config import Cycles, ModelConfig
 from hrm_lm.data.collate import in_place
 from hrm_lm.models import cache
-from hrm_lm.models.cache import Cursor
+from hrm_lm.models.cache import Cursor, Moves
 from hrm_lm.models.layers import lecun_normal_, rotary
 from hrm_lm.models.prefix_lm import TokenStream
 
@@ -30,10 +30,12 @@ class Decoding(cache.Decoding):
     last: Tensor
     """(rows,): the last place of each sample."""
 
-    def drop(self, row: int) -> None:
+    def drop(self, rows: Collection[int]) -> Moves:
+        moves = super().drop(rows)
         for kept in (self.answers, self.last):
-            kept[row] = kept[self.cursor.samples - 1]
-        self.cursor.drop(row)
+            moves.make(kept)
+        self.cursor.drop(moves)  # which no cache has
+        return moves
 
 
 class HRMPuzzle(TokenStream):

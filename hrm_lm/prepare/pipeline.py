@@ -19,26 +19,23 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.fs
 
-from hrm_lm.cluster.lock import locked
 from hrm_lm.data.chat import Chat
-from hrm_lm.data.prepared.format import META, write_file
+from hrm_lm.data.prepared.format import write_file
 from hrm_lm.data.prepared.writer import write_meta
 from hrm_lm.data.records import Fields
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, resolve, retrying, shown, without_keys, without_secrets
+from hrm_lm.filesystem import outlasting, resolve, shown, without_keys
 from hrm_lm.prepare.reading import Piece, find_files, plan_parts
 from hrm_lm.prepare.recipe import Recipe, sources_of
 from hrm_lm.prepare.report import by_source, describe, merge_drops
-from hrm_lm.prepare.tasks import WORK, Job, Settings, Source, find_duplicates, last_kept, survey, write_shard
+from hrm_lm.prepare.tasks import Job, Settings, Source, find_duplicates, last_kept, survey, write_shard
 from hrm_lm.prepare.tokenizer import corpus_tokenizer, fixed_tokenizer
 
 GROUPED_TOGETHER = 1 << 20
@@ -67,7 +64,9 @@ def prepare(
     fs, path = resolve(output)
     sizes = [file.num_bytes for file, _ in files]
     shard_bytes = (
-        int(settings.shard_mb * 2**20) if settings.shard_mb else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
+        max(int(settings.shard_mb * 2**20), 1)
+        if settings.shard_mb
+        else min(max(sum(sizes) // 256, 16 << 20), 256 << 20)
     )
     parts = plan_parts([file for file, _ in files], shard_bytes)
     job = Job(settings, sources, parts, fs, path, strict, fixed is None and settings.train_tokenizer is None)
@@ -79,13 +78,12 @@ def prepare(
     }
     plan |= {"recipe": without_keys(recipe.model_dump())} if recipe else {}
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    if not finished(job, output, fingerprint):
-        with locked(fs, job.folder, f"--output {without_secrets(output)} is being written", "--output", "--output"):
-            if not finished(job, output, fingerprint):  # by the command that held the lock
+    if not job.finished(output, fingerprint):
+        with job.lock(output):
+            if not job.finished(output, fingerprint):  # by the command that held the lock
                 together = max(READ_TOGETHER // shard_bytes, 1)
                 write_dataset(job, files, fixed, fingerprint, together, recipe)
-    # It may have been left by a run that was killed here.
-    outlasting(f"--output {without_secrets(output)}: cannot be used", lambda: remove(job))
+    job.remove_work(output)
     return job.read_json("report.json")
 
 
@@ -100,7 +98,7 @@ def write_dataset(
     """Runs the three steps and writes the dataset's description. Raises UserError as `prepare` does.
 
     files: the input with times of modification. fixed: the tokenizer that does not depend on the corpus.
-    fingerprint: what `finished` looks for. together: how many parts a task of Ray reads.
+    fingerprint: what `Output.finished` looks for. together: how many parts a task of Ray reads.
     """
     from hrm_lm.cluster.start import started_ray  # it needs PyTorch; the tasks, which import this file, do not
 
@@ -156,47 +154,6 @@ def write_dataset(
     write_meta(fs, path, tokenizer, shards, fields=fields, duplicates=report["duplicates"], plan=fingerprint, **more)
 
 
-def remove(job: Job) -> None:
-    """Removes the work folder; another try finds nothing more to remove."""
-    with suppress(FileNotFoundError):
-        job.fs.delete_dir(job.folder)
-
-
-def finished(job: Job, output: str, fingerprint: str) -> bool:
-    """Whether `output` holds the result already. Begins the work where `output` is empty.
-
-    fingerprint: of the input and the settings. Raises UserError where `output` holds anything else.
-    """
-    location = without_secrets(output)
-    what, folder = f"--output {location}: cannot be used", pyarrow.fs.FileSelector(job.output, allow_not_found=True)
-    try:
-        there = {info.base_name for info in retrying(what, lambda: job.fs.get_file_info(folder))}
-        if META in there:
-            same = False
-            with suppress(ValueError, AttributeError):  # the file is not one that this program wrote
-                same = job.read_json(META).get("plan") == fingerprint
-            if not same:
-                raise UserError(
-                    f"--output {location}: holds a dataset of other input or settings; give another --output"
-                )
-            return True
-        if WORK in there:
-            with suppress(FileNotFoundError):  # a run was killed before it wrote the plan
-                if job.read_json(f"{WORK}/plan.json")["plan"] != fingerprint:
-                    raise UserError(
-                        f"--output {location}: holds an unfinished dataset of other input or settings; finish that, delete it, "
-                        "or give another --output"
-                    )
-                return False
-        elif there:
-            raise UserError(f"--output {location}: is not empty; give another --output")
-        retrying(what, lambda: job.fs.create_dir(job.folder, recursive=True))
-        write_file(job.fs, job.work("plan.json"), json.dumps({"plan": fingerprint}).encode())
-    except OSError as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
-    return False
-
-
 def run_step(
     job: Job, name: str, title: str, items: Iterable[Any], task: Callable[..., dict[str, Any]], together: int = 1
 ) -> list[dict[str, Any]]:
@@ -213,7 +170,7 @@ def run_step(
     done = job.list()
     for i in range(len(items)):
         if f"{name}-{i:05d}.json" in done:
-            results[i] = job.read_json(f"{WORK}/{name}-{i:05d}.json")
+            results[i] = job.read_json(f"{job.WORK}/{name}-{i:05d}.json")
     rows = [{"i": i} for i in range(len(items)) if i not in results]
     print(f"{title}: {len(rows)} of {len(items)} task(s) to do", file=sys.stderr, flush=True)
     if rows:

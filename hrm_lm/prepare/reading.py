@@ -26,6 +26,7 @@ from hrm_lm.data.hub import CORRUPT, PREFIX, READ_TOGETHER, HubDataset, records
 from hrm_lm.data.records import Fields, Missing, Template, fill_template
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, retrying, shown, without_secrets
+from hrm_lm.parsing import one_line, parse_json
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
@@ -157,7 +158,7 @@ def find_files(locations: list[str], flag: str = "--input") -> list[tuple[Piece,
             else:
                 raise UserError(f"{flag} {place}: does not exist")
         except OSError as error:
-            raise UserError(f"{what}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{what}: {one_line(error)}") from None
         for i in sorted(infos, key=lambda i: i.path):
             if kind := file_format(i.path):
                 found[i.path] = (Piece(fs, i.path, *kind, i.size), i.mtime_ns or 0)
@@ -320,7 +321,7 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, str] | Problem | End]:
                     skipping, offset, rest = True, offset + len(rest), b""
     except UNREADABLE as error:
         raise_if_storage(error, piece)
-        yield Problem("unreadable from here on", number + 1, " ".join(str(error).split())[:200])
+        yield Problem("unreadable from here on", number + 1, one_line(error))
         yield End(number)
 
 
@@ -329,9 +330,9 @@ def raise_if_storage(error: Exception, piece: Piece) -> None:
 
     A storage that fails today may work tomorrow, so the file's pairs must not be counted as damaged and left out.
     """
-    message = " ".join(str(error).split())
+    message = str(error)
     if getattr(error, "errno", None) or any(name in message for name in STORAGE_SAYS):
-        raise UserError(f"{piece.path}: cannot be read: {message}") from None
+        raise UserError(f"{piece.path}: cannot be read: {one_line(message)}") from None
 
 
 def open_stream(piece: Piece):
@@ -380,14 +381,16 @@ def read_jsonl(piece: Piece) -> Iterator[tuple[int, Any] | Problem | End]:
     for item in read_lines(piece):
         if isinstance(item, (Problem, End)):
             yield item
-            continue
-        number, line = item
-        if not line or line.isspace():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError):
-            yield Problem("not JSON", number, line[:80])
+        elif item[1] and not item[1].isspace():
+            yield parse_line(*item)
+
+
+def parse_line(number: int, line: str) -> tuple[int, Any] | Problem:
+    """The record of a line of JSONL, with the line's number."""
+    try:
+        return number, parse_json(line)
+    except ValueError:
+        return Problem("not JSON", number, line[:80])
 
 
 def read_csv(piece: Piece) -> Iterator[tuple[int, Any] | Problem | End]:
@@ -430,6 +433,18 @@ def read_parquet(
     piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]
 ) -> Iterator[tuple[int, Any] | Problem]:
     """columns_of: the columns to read; raises Missing where one of them lacks."""
+    for item in read_batches(piece, columns_of):
+        if isinstance(item, Problem):
+            yield item
+        else:
+            for row, record in enumerate(records_of(item[1]), start=item[0]):
+                yield record._replace(position=row) if isinstance(record, Problem) else (row, record)
+
+
+def read_batches(
+    piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]
+) -> Iterator[tuple[int, pyarrow.RecordBatch] | Problem]:
+    """Rows together, with the number of the first of them."""
     row = 0
     try:
         with open_file(piece) as stream:
@@ -442,12 +457,23 @@ def read_parquet(
                 yield from no_row(missing, row, sum(file.metadata.row_group(i).num_rows for i in groups))
                 return
             for batch in file.iter_batches(1024, row_groups=groups, columns=columns):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
+                yield row + 1, batch
+                row += len(batch)
     except UNREADABLE as error:
         raise_if_storage(error, piece)
-        yield Problem("unreadable from here on", row + 1, " ".join(str(error).split())[:200])
+        yield Problem("unreadable from here on", row + 1, one_line(error))
+
+
+def records_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[dict[str, Any] | Problem]:
+    """Each row. A Problem takes the place of a row that Python has no values for."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield Problem("not UTF-8 text" if isinstance(error, UnicodeDecodeError) else one_line(error), 0)
 
 
 def no_row(missing: Missing, row: int, count: int) -> Iterator[Problem]:
@@ -471,7 +497,7 @@ def read_table(piece: Piece, columns_of: Callable[[pyarrow.Schema], list[str]]) 
         try:
             yield from enumerate(records(table, first, end), start=first + 1)
         except CORRUPT as error:
-            yield Problem("unreadable rows", first + 1, " ".join(str(error).split())[:200], end - first)
+            yield Problem("unreadable rows", first + 1, one_line(error), end - first)
 
 
 @lru_cache(maxsize=4)  # for each process: it has many parts of a table

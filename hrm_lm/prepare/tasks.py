@@ -4,7 +4,6 @@ Every task is a pure function of the input, of the settings and of what earlier 
 """
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,16 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.fs
 
+from hrm_lm.cluster.output import Output
 from hrm_lm.data.chat import Chat
-from hrm_lm.data.prepared.format import write_file
+from hrm_lm.data.prepared.format import META, write_file
 from hrm_lm.data.prepared.writer import ShardWriter
 from hrm_lm.data.tokenizer import Tokenizer, tokenizer_from_json
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import outlasting, read_bytes, retrying, shown, storage_error
+from hrm_lm.filesystem import outlasting, shown
 from hrm_lm.prepare.reading import Mapping, Pair, Piece, Problem, read_piece
 
-WORK = ".prepare"
-"""The folder in the output that holds what the steps leave, until all is done."""
 GROUPS = 256
 """Ranges of hashes, by their first byte."""
 ENCODED_TOGETHER = 256
@@ -81,8 +79,10 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Output):
     """What a task needs to know."""
+
+    WORK, RESULT, HOLDS = ".prepare", META, "a dataset"
 
     settings: Settings
     sources: list[Source]
@@ -97,29 +97,6 @@ class Job:
 
     def source(self, part: int) -> Source:
         return self.sources[self.parts[part][0].source]
-
-    @property
-    def folder(self) -> str:
-        return f"{self.output}/{WORK}"
-
-    def work(self, name: str) -> str:
-        return f"{self.folder}/{name}"
-
-    def read_json(self, name: str) -> Any:
-        """A file of the output. Raises FileNotFoundError, ValueError, and UserError where it cannot be read."""
-        path = f"{self.output}/{name}"
-        try:
-            return json.loads(retrying(f"{shown(self.fs, path)}: cannot be read", lambda: read_bytes(self.fs, path)))
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise storage_error(f"{shown(self.fs, path)}: cannot be read", error) from None
-
-    def list(self) -> set[str]:
-        """The names in the work folder. Raises UserError where it cannot be read."""
-        folder = pyarrow.fs.FileSelector(self.folder)
-        what = f"{shown(self.fs, self.folder)}: cannot be read"
-        return {info.base_name for info in outlasting(what, lambda: self.fs.get_file_info(folder))}
 
 
 class Drops:

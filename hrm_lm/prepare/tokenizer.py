@@ -16,7 +16,7 @@ from hrm_lm.data.tokenizer import (
 )  # fmt: skip
 from hrm_lm.errors import UserError
 from hrm_lm.prepare.recipe import special_texts
-from hrm_lm.prepare.tasks import WORK, Drops, Job, Settings, read_part
+from hrm_lm.prepare.tasks import Drops, Job, Settings, read_part
 
 TRAINING_CHARS = 1 << 26
 """Characters of text that `train_bpe` learns from, spread over the corpus."""
@@ -40,7 +40,7 @@ def fixed_tokenizer(settings: Settings) -> Tokenizer | None:
 def corpus_tokenizer(job: Job, surveyed: list[dict[str, Any]]) -> Tokenizer:
     """The tokenizer that is made of the corpus. After a kill, it is the tokenizer that the first run made."""
     with suppress(FileNotFoundError):
-        return tokenizer_from_json(json.dumps(job.read_json(f"{WORK}/{TOKENIZER}")))
+        return tokenizer_from_json(json.dumps(job.read_json(f"{job.WORK}/{TOKENIZER}")))
     tokenizer: Tokenizer
     if job.characters:
         tokenizer = SimpleTokenizer.from_texts(result["characters"] for result in surveyed)

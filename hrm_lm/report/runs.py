@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.fs
-import yaml
 
 from hrm_lm.config import Config, flatten
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, read_text, shown, without_keys
+from hrm_lm.parsing import one_line, parse_json, parse_yaml
 from hrm_lm.report.events import EventFiles, Written, written
 
 PLACES = ("ray.run_name", "ray.storage_path")
@@ -94,14 +94,14 @@ def read_run(fs: pyarrow.fs.FileSystem, path: str) -> Run:
         raise UserError(f"{name}: a checkpoint; give the folder of its run")
     events = outlasting(f"{name}: cannot be read", lambda: EventFiles(fs, path).new())
     try:
-        values, told = without_keys(yaml.safe_load(config)), text("result.json")
+        values, told = without_keys(parse_yaml(config)), text("result.json")
         if of_trial:  # to which Tune adds a line for each report
-            result, run = trial_written([json.loads(line) for line in (told or "").split("\n")[:-1]])
+            result, run = trial_written([parse_json(line) for line in (told or "").split("\n")[:-1]])
         else:
-            result, run = json.loads(told or "{}"), written(events)
+            result, run = parse_json(told or "{}"), written(events)
         return Run(path.rpartition("/")[2], flatten(values), result, run)
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise UserError(f"{name}: torn or foreign: {' '.join(str(error).split())[:200]}") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: torn or foreign: {one_line(error)}") from None
 
 
 def last_config(fs: pyarrow.fs.FileSystem, path: str) -> str | None:

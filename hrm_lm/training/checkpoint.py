@@ -32,19 +32,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import torch
-import yaml
+from pydantic import ConfigDict, TypeAdapter, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hrm_lm.config import Config, flatten, parse_config
+from hrm_lm.config import Config, Count, flatten, parse_config
 from hrm_lm.data.tokenizer import Tokenizer, model_vocab_size, tokenizer_from_json
 from hrm_lm.errors import DamagedCheckpoint, UserError
-from hrm_lm.filesystem import one_line, read_bytes, retrying, shown, storage_error, without_keys
+from hrm_lm.filesystem import read_bytes, retrying, shown, storage_error, without_keys
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.lora import add_lora, is_factor, merge_lora
+from hrm_lm.parsing import one_line, parse_json, parse_yaml, short
 from hrm_lm.training.checkpoint_files import (
+    SIZES,
     check_bytes,
     check_file,
     empty_folder,
@@ -69,27 +71,28 @@ FIXED = (
 )
 
 
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # a file's fields are checked, see FIELDS
 @dataclass
 class Progress:
     """What a run knows besides its weights."""
 
-    step: int = 0
+    step: Count = 0
     val_loss: float | None = None
     val_exact_match: float | None = None
     best_val_loss: float | None = None
-    best_step: int | None = None
-    stale_validations: int = 0
+    best_step: Count | None = None
+    stale_validations: Count = 0
     """Validations since the best validation."""
     seconds: float = 0.0
     """Spent training, over all restarts up to here; validation and checkpoints not counted."""
-    tokens: int = 0
-    num_train_samples: int = 0
-    window: int = 0
+    tokens: Count = 0
+    num_train_samples: Count = 0
+    window: Count = 0
     """The window that the last trained batch came from (`hrm_lm.data.sampler`)."""
-    window_step: int = 0
+    window_step: Count = 0
     """The number of that window's first batch. Without both fields a resume counts from the first window."""
-    rollbacks: int = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)
+    rollbacks: Count = 0
+    left_out: list[tuple[Count, Count]] = field(default_factory=list)
     """The first and the last of the steps (from 1) that each rollback made the run leave out."""
     watched: dict[str, float] = field(default_factory=dict)
     """Counts and the running statistics of the loss (`hrm_lm.training.stability.WATCHED`)."""
@@ -103,6 +106,10 @@ class Progress:
             self.stale_validations += 1
 
 
+FIELDS = TypeAdapter(Progress)
+SCALER = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
 @dataclass
 class Checkpoint:
     """What a checkpoint says of itself, without its tensors."""
@@ -114,6 +121,8 @@ class Checkpoint:
     scaler: dict
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     """Sizes and checksums of the files with the tensors that were asked for; of older checkpoints nothing."""
+    shapes: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Of these tensors, by kind and name."""
 
 
 class Snapshot:
@@ -281,37 +290,43 @@ def read_checkpoint(path: str | Path, fs: pyarrow.fs.FileSystem | None = None, f
     file = "trainer_state.json"
     try:
         fields = unsealed(text(file))
-        version, scaler = fields.pop("format_version"), fields.pop("scaler")
+        version, scaler = fields.pop("format_version"), SCALER.validate_python(fields.pop("scaler"))
         if version != FORMAT_VERSION:
-            raise UserError(f"{name}/trainer_state.json: format version {version}, this program reads {FORMAT_VERSION}")
+            raise UserError(
+                f"{name}/trainer_state.json: format version {short(version)}, this program reads {FORMAT_VERSION}"
+            )
         workers, files = fields.pop("workers", 1), records(fields.pop("files", {}))
-        progress = Progress(**fields)
+        progress = FIELDS.validate_json(json.dumps(fields))
+        if scaler and scaler.keys() != torch.amp.GradScaler("cpu").state_dict().keys():
+            raise ValueError("its scaler is not whole")
+        if not progress.window <= progress.window_step <= progress.step:
+            raise ValueError("its window begins after its step")
         for rank in range(1, workers):
             file = f"files-{rank:05d}.json"
             files |= records(unsealed(text(file))["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{name}/{file}: torn or foreign: {error!r}") from None
+        raise DamagedCheckpoint(f"{name}/{file}: torn or foreign: {one_line(error)}") from None
     try:
-        raw = yaml.safe_load(text("config.yaml"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"{name}/config.yaml: torn or foreign: {one_line(error)}") from None
+        raw = parse_yaml(text("config.yaml"))
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{name}/config.yaml: torn or foreign: {error}") from None
     config = parse_config(raw or {}, source=f"{name}/config.yaml")
     try:
         tokenizer = tokenizer_from_json(text("tokenizer.json"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{name}/tokenizer.json: torn or foreign: {error}") from None
-    needed = {}
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{name}/tokenizer.json: torn or foreign: {one_line(error)}") from None
+    needed, shapes = {}, {}
     for kind in ["model"] + ["average"] * bool(config.train.ema_decay) + ["optimizer"] * for_resume:
         saved = {file: record for file, record in files.items() if file.split("/")[0].split(".")[0] == kind}
         found = read(name, partial(_tensor_files, fs, f"{path}/{kind}"))
         sizes = {info.path.removeprefix(f"{path}/"): info.size for info in found}
         if missing := sorted(saved.keys() - sizes.keys()) or ([] if found else [f"{kind}.safetensors"]):
             raise DamagedCheckpoint(f"{name}: not a whole checkpoint: {missing[0]} is missing")
-        _check_tensors(fs, found, f"{name}/{kind}")
+        shapes[kind] = _check_tensors(fs, found, f"{name}/{kind}")
         if files and (strange := sorted(sizes.keys() - saved.keys())):
             raise DamagedCheckpoint(f"{name}/{strange[0]}: torn or foreign: this checkpoint was written without it")
         needed |= saved
-    return Checkpoint(Path(path), config, tokenizer, progress, scaler, needed)
+    return Checkpoint(Path(path), config, tokenizer, progress, scaler, needed, shapes)
 
 
 def check_contents(
@@ -438,7 +453,12 @@ def state_tensors(state: "TrainState") -> list[Tensor]:
 def load_model(path: str | Path, device: torch.device | None = None) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
     """A checkpoint's model, ready for inference; with averaged weights where there is an average."""
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint.config.model, model_vocab_size(checkpoint.config.model, checkpoint.tokenizer))
+    sizes = checkpoint.config.model, model_vocab_size(checkpoint.config.model, checkpoint.tokenizer)
+    with torch.device("meta"):  # the config may ask for more memory than there is, and than there are weights
+        shell = build_model(*sizes)
+        add_lora(shell, checkpoint.config.train.lora)
+        _check_fit(shell.state_dict(), checkpoint.shapes["model"], checkpoint.path / "model")
+    model = build_model(*sizes)
     load_weights(checkpoint, model)
     return model.to(device or torch.device("cpu")).eval(), checkpoint.tokenizer, checkpoint
 
@@ -475,18 +495,18 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         saved = reader.read_metadata().state_dict_metadata
-        _check_fit(own, {name: parts.size for name, parts in saved.items()}, path)
+        _check_fit(own, {name: list(parts.size) for name, parts in saved.items()}, path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(own, storage_reader=reader, no_dist=True)  # each worker reads what it needs
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: torn or foreign: {error}") from None
+        raise DamagedCheckpoint(f"{path}: torn or foreign: {one_line(error)}") from None
 
 
 @torch.no_grad()
 def _copy(own: dict[str, Tensor], saved: dict[str, Tensor], source: Path) -> None:
     """Copies whole tensors into `own`, sharded or not. Raises UserError where names or shapes differ."""
-    _check_fit(own, {name: tensor.shape for name, tensor in saved.items()}, source)
+    _check_fit(own, {name: list(tensor.shape) for name, tensor in saved.items()}, source)
     for name, tensor in own.items():
         value = saved[name].to(tensor.device)
         if _is_sharded(tensor):
@@ -496,13 +516,13 @@ def _copy(own: dict[str, Tensor], saved: dict[str, Tensor], source: Path) -> Non
         tensor.copy_(value)
 
 
-def _check_fit(own: dict[str, Tensor], saved: dict[str, torch.Size], source: Path) -> None:
-    for name in own.keys() | saved.keys():
+def _check_fit(own: dict[str, Tensor], saved: dict[str, list[int]], source: Path) -> None:
+    for name in sorted(own.keys() | saved.keys()):
         if name not in saved or name not in own:
             where = "is missing in it" if name not in saved else "is not in this model"
-            raise UserError(f"{source}: {name} {where}; the model's config differs from the checkpoint's")
-        if saved[name] != own[name].shape:
-            shapes = f"has shape {tuple(saved[name])}, this model's has {tuple(own[name].shape)}"
+            raise UserError(f"{source}: {one_line(name)} {where}; the model's config differs from the checkpoint's")
+        if saved[name] != list(own[name].shape):
+            shapes = f"has shape {short(tuple(saved[name]))}, this model's has {tuple(own[name].shape)}"
             raise UserError(f"{source}: {name} {shapes}")
 
 
@@ -512,7 +532,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file.parent}: not a whole checkpoint: {file.name} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise DamagedCheckpoint(f"{file}: torn or foreign: {error}") from None
+        raise DamagedCheckpoint(f"{file}: torn or foreign: {one_line(error)}") from None
 
 
 def _tensor_files(fs: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
@@ -520,35 +540,43 @@ def _tensor_files(fs: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileI
     folder, file = fs.get_file_info([path, f"{path}.safetensors"])
     if folder.type != pyarrow.fs.FileType.Directory:
         return [file] if file.is_file else []
-    return [part for part in fs.get_file_info(pyarrow.fs.FileSelector(path)) if part.extension == "safetensors"]
+    return [
+        part
+        for part in fs.get_file_info(pyarrow.fs.FileSelector(path))
+        if part.is_file and part.extension == "safetensors"
+    ]
 
 
-def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], name: str) -> None:
-    """Checks from the headers alone that the files of one set of tensors are not cut and that no part is missing."""
+def _check_tensors(fs: pyarrow.fs.FileSystem, files: list[pyarrow.fs.FileInfo], name: str) -> dict[str, list[int]]:
+    """Checks from the headers alone that the files of one set of tensors are not cut and that no part is missing. Returns
+    the tensors' shapes.
+    """
     sizes: dict[str, int] = {}  # elements of each tensor that there are
     ends: dict[str, list[int]] = {}  # and its shape, as far as the parts reach
     for file in files:
         what = f"{shown(fs, file.path)}: cannot be read"
         try:
             header = retrying(what, partial(_read_header, fs, file))
-            sharding = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+            sharding = parse_json(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
             for tensor, entry in header.items():
                 shape = entry["shape"]
-                offsets = sharding[tensor]["saved_offsets"] if sharding else [0] * len(shape)
+                offsets = _counts(sharding[tensor]["saved_offsets"] if sharding else [0] * len(shape), len(shape))
                 sizes[tensor] = sizes.get(tensor, 0) + math.prod(shape)
                 reach = [offset + length for offset, length in zip(offsets, shape)]
-                ends[tensor] = [max(pair) for pair in zip(ends.get(tensor, reach), reach)]
+                ends[tensor] = [max(pair) for pair in zip(ends.get(tensor, reach), reach, strict=True)]
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise DamagedCheckpoint(f"{shown(fs, file.path)}: torn or foreign: {error}") from None
+            raise DamagedCheckpoint(f"{shown(fs, file.path)}: torn or foreign: {one_line(error)}") from None
         except OSError as error:
             raise storage_error(what, error) from None
     for tensor, size in sizes.items():
         if size != math.prod(ends[tensor]):
-            raise DamagedCheckpoint(f"{name}: not whole: a part of {tensor} is missing")
+            raise DamagedCheckpoint(f"{name}: not whole: a part of {one_line(tensor)} is missing")
+    return ends
 
 
 def _read_header(fs: pyarrow.fs.FileSystem, info: pyarrow.fs.FileInfo) -> dict[str, Any]:
-    """The header of a .safetensors file; raises ValueError where the file's size is not what the header says.
+    """The header of a .safetensors file; raises ValueError, KeyError or TypeError where it is no such header, or where the
+    file's size is not what the header says.
 
     Format: 8 bytes with the header's length, the header as JSON, the tensors' bytes.
     """
@@ -556,9 +584,23 @@ def _read_header(fs: pyarrow.fs.FileSystem, info: pyarrow.fs.FileInfo) -> dict[s
         (length,) = struct.unpack("<Q", file.read(8))
         if length > info.size - 8:
             raise ValueError(f"the file is cut in its header, at {info.size} bytes")
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    size = 8 + length + max(ends, default=0)
+        header = parse_json(file.read(length))
+    size = 8 + length
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = _counts(entry["data_offsets"], 2)
+            if end - begin != math.prod(_counts(entry["shape"])) * SIZES.get(entry["dtype"], 0):
+                raise ValueError(f"{name} does not have the bytes of its shape and dtype {short(entry['dtype'])}")
+            size = max(size, 8 + length + end)
     if info.size != size:
         raise ValueError(f"the file has {info.size} bytes, its header says {size}")
     return header
+
+
+def _counts(values: Any, length: int | None = None) -> list[int]:
+    """A list of counts, `length` of them if that is given. Raises ValueError for anything else."""
+    if not (isinstance(values, list) and len(values) == (len(values) if length is None else length)):
+        raise ValueError(f"{short(values)} is not a list of {'' if length is None else f'{length} '}counts")
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{short(values)} are not counts")
+    return values

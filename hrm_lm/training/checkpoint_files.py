@@ -11,10 +11,13 @@ from typing import Any
 
 import pyarrow.fs
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
+from hrm_lm.config import Count
 from hrm_lm.errors import DamagedCheckpoint
 from hrm_lm.filesystem import retrying, shown, storage_error
+from hrm_lm.parsing import one_line, parse_json
 
 CHUNK = 1 << 24
 """Bytes that are written or read at a time."""
@@ -23,6 +26,11 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """The names that safetensors has for the dtypes of models and optimizers."""
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+"""Bytes of a value, by these names."""
+
+
+RECORDS = TypeAdapter(dict[str, dict[str, Count]], config=ConfigDict(strict=True))
 
 
 def write_file(fs: pyarrow.fs.FileSystem, path: str, pieces: Sequence[bytes | memoryview]) -> dict[str, int]:
@@ -86,15 +94,18 @@ def sealed(fields: dict[str, Any]) -> str:
 
 def unsealed(text: str) -> dict[str, Any]:
     """What `sealed` was given, or fields that were never sealed. Raises ValueError where they have changed."""
-    fields = json.loads(text)
+    fields = parse_json(text)
     if isinstance(fields, dict) and "crc32" in fields and fields.pop("crc32") != _crc32_of(fields):
         raise ValueError("its bytes are not those that were written")
     return fields
 
 
 def records(fields: Any) -> dict[str, dict[str, int]]:
-    """The records of files as a checkpoint has them. Raises AttributeError, KeyError, TypeError or ValueError otherwise."""
-    return {name: {key: int(record[key]) for key in ("size", "crc32")} for name, record in fields.items()}
+    """The records of files as a checkpoint has them. Raises ValueError otherwise."""
+    found = RECORDS.validate_python(fields)
+    if strange := [name for name, record in found.items() if record.keys() != {"size", "crc32"}]:
+        raise ValueError(f"the record of {one_line(strange[0])} is not whole")
+    return found
 
 
 def _crc32_of(fields: dict[str, Any]) -> int:

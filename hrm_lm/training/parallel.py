@@ -54,7 +54,7 @@ def parallelize(model: LanguageModel, config: Config, device: torch.device, worl
     model.set_reshard_after_backward(False)  # FSDP would do it after every application; see `forget_gathered`
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes to what they return
     register_fsdp_forward_method(model.head, "losses")
-    for method in ("prefill", "decode"):
+    for method in ("open", "prefill", "decode"):
         register_fsdp_forward_method(model, method)
     return model
 

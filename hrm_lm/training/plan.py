@@ -31,12 +31,14 @@ DRAWN = 1000
 """Steps whose cycles the mean is taken of."""
 CPU_FLOPS = 1e10
 """Of a step that a CPU still measures: some tenths of a second."""
+BLOCK_FLOPS = 5e7
+"""What a CPU computes in the time that a block takes beside its products, forward and backward: a millisecond."""
 
 
-def plan(config: Config, device: torch.device) -> str:
+def plan(config: Config, device: torch.device, obstacle: str | None = None) -> str:
     """A table of about ten lines. Where a step does not take long, this trains a new model for a few steps.
 
-    Raises UserError for a vocabulary that no tokenizer has.
+    obstacle: why no step is to be taken, if none is. Raises UserError for a vocabulary that no tokenizer has.
     """
     least, workers = config.ray.workers
     config = config.for_workers(workers)
@@ -74,8 +76,10 @@ def plan(config: Config, device: torch.device) -> str:
     }
     if device.type == "cuda":
         rows["memory"] += f"; this GPU has {size(torch.cuda.mem_get_info(device)[1])}"
-    if device.type != "cuda" and flops * parts > CPU_FLOPS:
-        rows["time"] = "not measured: a step takes a CPU too long"
+    if obstacle is None and device.type != "cuda" and cpu_work(config, flops) * parts > CPU_FLOPS:
+        obstacle = "a step takes a CPU too long"
+    if obstacle:
+        rows["time"] = f"not measured: {obstacle}"
     else:
         rows |= measured(config, vocab_size, device, flops)
     width = max(map(len, rows))
@@ -109,6 +113,13 @@ def mean_flops(model: LanguageModel, config: Config, tokens: int, labels: int, s
 
     drawn = Counter(cycles_of(config, step) for step in range(DRAWN))
     return config.train.segments * sum(count * of(cycles) for cycles, count in drawn.items()) / DRAWN
+
+
+def cpu_work(config: Config, flops: float) -> float:
+    """FLOPs that a CPU could do in the time of a micro-batch of `flops`: many small blocks take long, too."""
+    hrm, (cycles, _) = config.model.hrm, most_cycles(config)
+    applied = cycles.h * (hrm.h_layers + cycles.l * hrm.l_layers) or hrm.h_layers + hrm.l_layers
+    return flops + BLOCK_FLOPS * (applied + config.model.encoder_layers + config.model.decoder_layers)
 
 
 def activation_bytes(model: LanguageModel, config: Config, prompts: int, labels: int) -> float:

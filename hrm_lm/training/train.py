@@ -1,6 +1,9 @@
 """`python -m hrm_lm.training.train`: the guide's form of `hrm-lm train`, and the dry run that it defaults to."""
 
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hrm_lm.config import Config
@@ -10,6 +13,8 @@ if TYPE_CHECKING:
 
 STEP_FLOPS = 3e11
 """Of a dry run's step on CPU: some seconds."""
+LONGEST = 10 * STEP_FLOPS
+"""Of a step of a single sample on CPU: a minute. A model that takes longer gets its plan, and no loss."""
 
 
 def dry_run(config: Config) -> None:
@@ -23,8 +28,45 @@ def dry_run(config: Config) -> None:
         from hrm_lm.errors import UserError
 
         raise UserError("train.mixed_precision: fp16 needs a CUDA GPU; use bf16 or none on CPU")
-    print(f"loss {random_loss(config, device):.4f}", flush=True)
-    print(plan(config, device))
+    obstacle = too_large(config, device)
+    if obstacle is None:
+        try:
+            print(f"loss {random_loss(config, device):.4f}", flush=True)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            obstacle = "a step takes more memory than there is"
+    if obstacle:
+        print(f"loss         not computed: {obstacle}")
+    print(plan(config, device, obstacle))
+
+
+def too_large(config: Config, device: "torch.device") -> str | None:
+    """Why a dry run takes no step, if that is known beforehand."""
+    import torch
+
+    from hrm_lm.models.build import build_model
+    from hrm_lm.training.memory import kept_bytes
+    from hrm_lm.training.plan import VOCABULARY, cpu_work, mean_flops, size
+
+    with torch.device("meta"):
+        model = build_model(config.model, config.model.vocab_size or VOCABULARY)
+    kept = sum(kept_bytes(model, config).values())
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    elif cpu_work(config, mean_flops(model, config, 48, 16, 1)) > LONGEST:
+        return "a step takes a CPU too long"
+    else:
+        memory = int(0.7 * host_memory())  # Linux ends a process that takes too much, without a word
+    return f"a run keeps {size(kept)}, and {size(memory)} of memory are free for it" if kept > memory else None
+
+
+def host_memory() -> int:
+    """Bytes that are free."""
+    with suppress(OSError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def random_loss(config: Config, device: "torch.device") -> float:

@@ -28,6 +28,7 @@ from hrm_lm.config import (
 )
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import without_keys, without_secrets
+from hrm_lm.parsing import one_line, short
 
 # distribution -> how many numbers it takes; None: any number of any values
 DISTRIBUTIONS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "choice": None, "grid": None}
@@ -111,11 +112,8 @@ class Sweep:
         known, tune = flatten(self.config.to_dict()), self.tune
         for dotted, (kind, values) in self.space.items():
             if dotted.startswith("ray."):
-                raise UserError(f"{self.path}: search_space: {dotted}: the ray section is the same for all trials")
-            if secret := next((value for value in values if without_keys(value) != value), None):
                 raise UserError(
-                    f"{self.path}: search_space: {dotted}: Tune writes options into files, and {without_keys(secret)} "
-                    "has keys; give them to every node in its environment (AWS_ACCESS_KEY_ID, say)"
+                    f"{self.path}: search_space: {one_line(dotted)}: the ray section is the same for all trials"
                 )
             ends = values if DISTRIBUTIONS[kind] is None else [values[0], values[1] - (kind == "randint")]
             for value in ends:
@@ -126,8 +124,13 @@ class Sweep:
                     if any(item["type"] != "value_error" for item in error.errors()):
                         message = "; ".join(explain(error, Config))
                         raise UserError(f"{self.path}: search_space: {message}") from None
+            if secret := next((value for value in values if without_keys(value) != value), None):
+                raise UserError(
+                    f"{self.path}: search_space: {dotted}: Tune writes options into files, and {without_keys(secret)} "
+                    "has keys; give them to every node in its environment (AWS_ACCESS_KEY_ID, say)"
+                )
             if dotted not in known:
-                raise UserError(f"{self.path}: search_space: {dotted} is a section, not a field")
+                raise UserError(f"{self.path}: search_space: {one_line(dotted)} is a section, not a field")
         steps, val_every = self.config.train.steps, self.config.train.val_every
         if tune.scheduler != "fifo" and not 0 < val_every < steps:
             raise UserError(
@@ -172,7 +175,7 @@ class Sweep:
 
 
 def _distribution(path: str, dotted: str, spec: dict[str, list[Any]]) -> tuple[str, list[Any]]:
-    place = f"{path}: search_space: {dotted}"
+    place = f"{path}: search_space: {one_line(dotted)}"
     if len(spec) != 1 or next(iter(spec)) not in DISTRIBUTIONS:
         raise UserError(f"{place}: needs one of {', '.join(DISTRIBUTIONS)}, such as {{choice: [1, 2]}}")
     ((kind, values),) = spec.items()
@@ -183,12 +186,13 @@ def _distribution(path: str, dotted: str, spec: dict[str, list[Any]]) -> tuple[s
         return kind, [_number(value) for value in values]
     try:
         values = [int(v) if kind == "randint" else float(v) for v in values]
-    except (TypeError, ValueError):
-        raise UserError(f"{place}: {kind} takes numbers, not {values}") from None
-    if len(values) != count or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{place}: {kind} takes numbers, not {short(values)}") from None
+    least = {"loguniform": 0, "quniform": 2}.get(kind)  # which of the numbers must be positive, if any
+    if len(values) != count or not values[0] < values[1] or (least is not None and not values[least] > 0):
         wants = {2: "[low, high]", 3: "[low, high, step]"}[count]
-        positive = ", both positive" if kind == "loguniform" else ""
-        raise UserError(f"{place}: {kind} takes {wants} with low < high{positive}, not {values}")
+        positive = {"loguniform": ", both positive", "quniform": " and a positive step"}.get(kind, "")
+        raise UserError(f"{place}: {kind} takes {wants} with low < high{positive}, not {short(values)}")
     return kind, values
 
 

@@ -16,6 +16,7 @@ from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.start import say, started_ray
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.filesystem import without_keys
+from hrm_lm.parsing import parse_yaml
 from hrm_lm.training.validation import metric_names
 from hrm_lm.tuning.results import Trial, best_trial, read_trials, write_results
 from hrm_lm.tuning.space import Sweep
@@ -40,7 +41,7 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
             raise UserError(
                 f"sweep {folder.name!r} is already in {folder.uri}; --resume continues it, --run_name makes another"
             )
-        if without_keys(yaml.safe_load(folder.read("sweep.yaml"))) != written:
+        if without_keys(saved_sweep(folder)) != written:
             raise UserError(
                 f"sweep {folder.name!r} was started with another sweep file; --resume takes the one it was started with"
             )
@@ -79,6 +80,14 @@ def run_sweep(sweep: Sweep, folder: RunFolder, resume: bool) -> list[Trial]:
             f"no trial succeeded; {folder.uri}/trials.csv has each one's error, the first: {trials[0].error}"
         )
     return trials
+
+
+def saved_sweep(folder: RunFolder) -> Any:
+    """What a sweep's sweep.yaml says. Raises UserError where it is damaged."""
+    try:
+        return parse_yaml(folder.read("sweep.yaml"))
+    except ValueError as error:
+        raise UserError(f"{folder.uri}/sweep.yaml: damaged: {error}; give another --run_name") from None
 
 
 def build_tuner(

@@ -7,17 +7,18 @@ the last, the present and the next, and samples come in an order by blocks (`hrm
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Set
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow.fs
 import torch
+from pydantic import BaseModel, Field
 
-from hrm_lm.data.flat import FlatSplit
+from hrm_lm.config import Count
+from hrm_lm.data.flat import FlatSplit, Promise
 from hrm_lm.data.order import Blocks, Seed
 from hrm_lm.data.prepared.cache import RemoteFiles, cache_folder
 from hrm_lm.data.prepared.format import FORMAT_VERSION, META, TOKENIZER
@@ -25,6 +26,7 @@ from hrm_lm.data.splits import Limits, Prompt, Split, Splits, too_long
 from hrm_lm.data.tokenizer import tokenizer_from_json
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, read_bytes, resolve, without_secrets
+from hrm_lm.parsing import one_line, parse_json, short
 
 
 class MappedShard:
@@ -60,18 +62,20 @@ class PreparedSplit(FlatSplit):
         self,
         meta: dict[str, Any],
         dtype: np.dtype,
+        vocab_size: int,
         folder: str,
         shown: str,
         remote: RemoteFiles | None = None,
         limits: Limits | None = None,
     ):
-        """meta: the split's part of meta.json. folder: where its files are, or come to be. shown: the split's name for
-        messages. limits: what is longer is cut.
+        """meta: the split's part of meta.json. vocab_size: of its tokenizer. folder: where its files are, or come to be.
+        shown: the split's name for messages. limits: what is longer is cut.
         """
         self.meta, self.folder, self.shown, self.remote = meta, folder, shown, remote
         self.places = lambda i: f"{shown} sample {i + 1}"
         self._expected: list[tuple[int, int]] | None = None
-        super().__init__([shard["samples"] for shard in meta["shards"]], dtype, self._map, limits)
+        promise = Promise(vocab_size, Limits(meta["longest_prompt"], meta["longest_response"]))
+        super().__init__([shard["samples"] for shard in meta["shards"]], dtype, self._map, limits, promise)
 
     def _map(self, home: int) -> MappedShard:
         return MappedShard(f"{self.folder}/{self.meta['shards'][home]['name']}")
@@ -127,12 +131,13 @@ class PreparedSplit(FlatSplit):
 
     def fitted(self, limits: Limits, truncate: bool) -> Split:
         """Knows from meta.json how long the longest sample is, and opens no shard. A prepared prompt is never empty."""
-        longest = (self.meta["longest_prompt"], self.meta["longest_response"])
-        if longest[0] <= limits.prompt and longest[1] <= limits.response:
+        assert self.promise is not None
+        vocab_size, longest = self.promise
+        if longest.prompt <= limits.prompt and longest.response <= limits.response:
             return self
         if not truncate:
             raise too_long(f"{self.shown}: the longest", longest, limits)
-        cut = PreparedSplit(self.meta, self.dtype, self.folder, self.shown, self.remote, limits)
+        cut = PreparedSplit(self.meta, self.dtype, vocab_size, self.folder, self.shown, self.remote, limits)
         cut.blocks, cut.validation = self.blocks, self.validation
         return cut
 
@@ -188,8 +193,8 @@ def load_prepared(location: str, cache_gb: float | None = None, sharing: int = 1
         raise UserError(f"{shown}/{TOKENIZER}: is not the one that {META} was written with; prepare it again")
     try:
         tokenizer = tokenizer_from_json(text.decode())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{shown}/{TOKENIZER}: not a tokenizer: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{shown}/{TOKENIZER}: not a tokenizer: {one_line(error)}") from None
 
     remote = None
     if not isinstance(fs, pyarrow.fs.LocalFileSystem):
@@ -197,8 +202,8 @@ def load_prepared(location: str, cache_gb: float | None = None, sharing: int = 1
         remote = RemoteFiles(fs, path, meta["files"], folder, limit)
         path = str(folder)
     train, val = (
-        PreparedSplit(meta["splits"][split], np.dtype(meta["dtype"]), path, f"{shown}: {split}", remote)
-        for split in ("train", "val")
+        PreparedSplit(part, np.dtype(meta["dtype"]), tokenizer.vocab_size, path, f"{shown}: {split}", remote)
+        for split, part in ((split, meta["splits"][split]) for split in ("train", "val"))
     )
     if remote:
         train.validation = tuple(val.files())
@@ -226,16 +231,39 @@ def _blocks(train: PreparedSplit, files: dict[str, tuple[int, str]], share: floa
     return Blocks(np.diff(train.starts), sizes, room / 4)
 
 
+class ShardMeta(BaseModel):
+    name: Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+    samples: Count
+
+
+class SplitMeta(BaseModel):
+    longest_prompt: Count
+    longest_response: Count
+    shards: list[ShardMeta]
+
+
+class Meta(BaseModel):
+    """What is read of meta.json."""
+
+    dtype: Literal["|u1", "<u2", "<u4", "<u8"]
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], tuple[Count, str]]
+    splits: dict[Literal["train", "val"], SplitMeta]
+
+
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
+    """What meta.json says. Raises UserError where it does not fit together; the files are held against it later."""
     try:
-        meta = json.loads(raw)
+        meta = parse_json(raw)
         version = meta["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{place}: format version {version}, this program reads {FORMAT_VERSION}")
-        np.dtype(meta["dtype"]), meta["files"][TOKENIZER]
-        for split in ("train", "val"):
-            there = meta["splits"][split]
-            there["longest_prompt"], there["longest_response"], [shard["samples"] for shard in there["shards"]]
+            raise UserError(f"{place}: format version {short(version)}, this program reads {FORMAT_VERSION}")
+        Meta.model_validate_json(raw, strict=True)
+        files, width = meta["files"], np.dtype(meta["dtype"]).itemsize
+        meta["splits"]["train"], meta["splits"]["val"], files[TOKENIZER]
+        for shard in (shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]):
+            index, tokens = (files[f"{shard['name']}{suffix}"][0] for suffix in (".idx", ".bin"))
+            if index != 8 * (2 * shard["samples"] + 1) or tokens % width:
+                raise ValueError(f"the files of {shard['name']} are not as long as its {shard['samples']} samples")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: torn or foreign: {error!r}") from None
+        raise UserError(f"{place}: torn or foreign: {one_line(error)}") from None
     return meta
