@@ -156,7 +156,8 @@ class LocalSession:
         return False
 
     def checkpoints(self):
-        return map(nullcontext, sorted(self.folder.glob("step_*"), reverse=True))
+        found = sorted(self.folder.glob("step_*"), reverse=True)
+        return ((f"{self.folder.name}/{path.name}", nullcontext(path)) for path in found)
 
     def report(self, metrics, snapshot):
         snapshot.write(pyarrow.fs.LocalFileSystem(), str(self.folder / f"step_{metrics['step']:06d}"))

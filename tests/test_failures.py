@@ -1,17 +1,30 @@
 """What a run does when workers fail; without Ray's processes."""
 
+import logging
 from types import SimpleNamespace
 
 import pyarrow.fs
 import pytest
 from conftest import Remote, each_fails_once
 from ray.exceptions import ActorDiedError
-from ray.train import FailureConfig, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train import (
+    BackendConfig,
+    ControllerError,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
+from ray.train.v2._internal.callbacks import backend_setup
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.logging import LoggingManager
 
-from hrm_lm.cluster.failures import FailurePolicy, write_list
+from hrm_lm.cluster.failures import FailurePolicy, TrainController, write_list
 from hrm_lm.cluster.ray_private import check_storage
+from hrm_lm.cluster.run import explain_failure
 from hrm_lm.errors import StorageError, UserError
 from hrm_lm.filesystem import storage_error
 
@@ -41,6 +54,18 @@ def test_what_may_heal_is_tried_again_and_each_attempt_is_told(failure, reason, 
     assert capsys.readouterr().err == ""
 
 
+def test_what_stopped_workers_that_were_starting_is_told(capsys):
+    failed = WorkerGroupStartupFailedError("One of the worker actors failed to initialize due to error:\nTraceback")
+    failed.__cause__ = ActorDiedError()
+    assert FailurePolicy(FailureConfig()).make_decision(ControllerError(failed)) == FailureDecision.RETRY
+    assert capsys.readouterr().err.startswith("ActorDiedError: The actor died unexpectedly")
+
+
+def test_a_run_that_failed_says_what_to_do_next():
+    told = explain_failure(ActorDiedError(), "r").splitlines()  # Ray Train's controller was killed
+    assert told[0].startswith("training failed: The actor") and "--run_name r goes on from what was saved" in told[1]
+
+
 def test_storage_that_is_away_may_heal_and_a_missing_file_does_not():
     assert type(storage_error("x: cannot be read", OSError("AWS Error NETWORK_CONNECTION"))) is StorageError
     assert type(storage_error("x: cannot be read", FileNotFoundError(2, ""))) is UserError
@@ -60,6 +85,21 @@ def test_the_list_of_checkpoints_outlasts_storage_that_is_away_and_a_kill_leaves
     assert path.read_text() == "first"
     write_list(manager(pyarrow.fs.LocalFileSystem(), "third"))
     assert path.read_text() == "third" and not killed.exists()
+
+
+def test_a_run_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits, monkeypatch, capsys):
+    shutdown = logging.getLogger(backend_setup.__name__)
+
+    def configure(_):  # Ray Train's, which resets levels too, asks Ray for its worker's id
+        shutdown.setLevel(logging.NOTSET)
+
+    monkeypatch.setattr(LoggingManager, "configure_controller_logger", configure)
+    monkeypatch.setattr(TrainController, "_start", lambda self: None)  # what follows needs Ray's processes
+    config = RunConfig(name="r", storage_path=str(tmp_path), storage_filesystem=Remote(fails=each_fails_once()))
+    run = TrainRunContext(config, {}, ScalingConfig(), BackendConfig(), DataConfig())
+    TrainController(train_run_context=run, train_fn_ref=None, scaling_policy=None, failure_policy=None)
+    assert len(waits) >= 4 and f"{tmp_path}/r: cannot be read or written: AWS" in capsys.readouterr().err
+    assert not shutdown.isEnabledFor(logging.WARNING), "a traceback after each worker's death"
 
 
 def test_a_worker_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits):

@@ -8,6 +8,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 
 import pyarrow.fs
 import pytest
@@ -110,6 +111,43 @@ def test_a_lease_in_object_storage_that_a_killed_run_left_is_taken_over(bucket, 
     with folder.lock():
         assert json.loads(folder.read(".lock"))["process"] == os.getpid()
     assert "waiting up to 0.5 s for the lease of process 77 on host far to expire" in capsys.readouterr().err
+
+
+def test_a_command_waits_for_storage_that_is_away_while_it_takes_its_lease(tmp_path, waits, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "LEASE_S", 0)  # Remote leaves a file behind when it fails to write
+    monkeypatch.setattr(lock, "SETTLE_S", 0)
+    folder = RunFolder(str(tmp_path), "r")
+    folder.fs = Remote(fails=each_fails_once())
+    with folder.lock():
+        assert json.loads(folder.read(".lock"))["process"] == os.getpid() and len(waits) >= 3
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/r: cannot be written: AWS Error" in told and "/.lock: the lease cannot be taken: AWS" in told
+
+
+def test_a_lease_whose_owner_could_not_renew_it_while_storage_was_away_is_not_taken_over(tmp_path, monkeypatch):
+    folder, away, now = RunFolder(str(tmp_path), "r"), [], 0.0
+
+    def fails(method, path):
+        if method == "open_input_file" and now > lock.LEASE_S / 2 and not away:
+            raise OSError("AWS Error SLOW_DOWN")
+
+    def sleep(seconds, renews=True):
+        nonlocal now
+        now += seconds
+        if away and renews:  # the owner comes first
+            folder.write(".lock", json.dumps({"id": "x", "process": 77, "renewed": 1}))
+
+    def outage(_):
+        sleep(lock.LEASE_S, renews=False)
+        away.append("back by now")
+
+    monkeypatch.setattr("hrm_lm.filesystem.sleep", outage)
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    folder.write(".lock", json.dumps({"id": "x", "process": 77, "renewed": 0}))
+    folder.fs = Remote(fails)
+    with pytest.raises(UserError, match="run 'r' is being trained by process 77"):
+        with folder.lock():
+            pytest.fail("two runs of a name")
 
 
 def test_of_two_runs_that_start_at_once_in_object_storage_the_last_to_write_its_lease_trains(bucket, monkeypatch):

@@ -5,14 +5,19 @@ Ray Train has no public place for either. Left alone, it starts the workers agai
 at the log level that this project gives it.
 """
 
+import logging
 from typing import Any
 
 import pyarrow.fs
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.callbacks import backend_setup
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution import controller
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api import data_parallel_trainer
 
 from hrm_lm.cluster.preemption import Preempted
 from hrm_lm.cluster.scaling import ScalingPolicy
@@ -26,10 +31,10 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
         options["failure_policy"] = FailurePolicy(self.run_config.failure_config)
-        options["callbacks"] = [*options["callbacks"], SafeList()]
         if self.scaling_config.elasticity_enabled:
             steps = self.train_loop_config["config"]["train"]["steps"]
             options["scaling_policy"] = ScalingPolicy(self.scaling_config, steps)
+        data_parallel_trainer.TrainController = TrainController  # it cannot be handed over
         return super()._initialize_and_run_controller(**options)
 
 
@@ -61,13 +66,20 @@ class FailurePolicy(DefaultFailurePolicy):
         return decision
 
 
-class SafeList(ControllerCallback):
-    """Lives in Ray Train's controller, which writes the list of a run's checkpoints in place, and ends the run where that
-    fails. With this, storage that is away or full is waited for, and a kill leaves the list as it was.
+class TrainController(controller.TrainController):
+    """Reads a run's list of checkpoints when it starts, and then writes it in place; where that fails, Ray Train's own ends the
+    run. Here storage that is away or full is waited for, and a kill leaves the list as it was.
     """
 
-    def after_controller_start(self, train_run_context: Any) -> None:
+    def __init__(self, *, train_run_context: TrainRunContext, **options: Any):
         CheckpointManager._write_state_to_storage = write_list
+        run = train_run_context.run_config
+        outlasting(
+            f"{shown(run.storage_filesystem, f'{run.storage_path}/{run.name}')}: cannot be read or written",
+            lambda: controller.TrainController.__init__(self, train_run_context=train_run_context, **options),
+        )
+        # After each failure it would log the traceback of what FailurePolicy tells in a line. Ray Train's own start resets levels.
+        logging.getLogger(backend_setup.__name__).setLevel(logging.ERROR)
 
 
 def write_list(manager: CheckpointManager) -> None:
@@ -98,8 +110,10 @@ def user_error(error: BaseException) -> UserError | None:
     return (StorageError if isinstance(failure, StorageError) else UserError)(f"worker {rank}: {failure}")
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     # The texts of these wrappers begin with all that Ray knows of a worker.
     for wrapped in ("controller_failure", "health_check_failure"):
         error = getattr(error, wrapped, error)
+    if isinstance(error, WorkerGroupStartupFailedError):
+        error = error.__cause__ or error
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -26,7 +26,7 @@ import pyarrow.fs
 
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import read_text, reason, shown, storage_error
+from hrm_lm.filesystem import outlasting, read_text, reason, shown
 from hrm_lm.parsing import parse_json
 
 LOCK = ".lock"
@@ -46,11 +46,12 @@ def locked(fs: pyarrow.fs.FileSystem, folder: str, doing: str, name_flag: str, p
     that would name another folder, and a folder on another file system.
     """
     path = f"{folder}/{LOCK}"
-    try:
+
+    def opened() -> TextIO | None:
         fs.create_dir(folder, recursive=True)
-        local = open(path, "a+") if isinstance(fs, pyarrow.fs.LocalFileSystem) else None  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{shown(fs, folder)}: cannot be written: {reason(error)}") from None
+        return open(path, "a+") if isinstance(fs, pyarrow.fs.LocalFileSystem) else None
+
+    local = outlasting(f"{shown(fs, folder)}: cannot be written", opened)
     with _file_lock(local, doing, name_flag, place_flag) if local else _lease(fs, path, doing, name_flag):
         yield
 
@@ -98,15 +99,16 @@ def _lease(fs: pyarrow.fs.FileSystem, path: str, doing: str, name_flag: str) -> 
 
     def take() -> None:
         found = first = read()
-        if first is not None:
-            say(f"waiting up to {LEASE_S:g} s for the lease of {_holder(first)} to expire")
-        waited_from = time.monotonic()
-        while found is not None and time.monotonic() < waited_from + LEASE_S:
-            time.sleep(RENEW_S / 5)
-            found = read()
-            if found is not None and found != first:
-                raise _refusal(doing, _holder(found), name_flag)
-        write()
+        if not is_own(found):  # it is, where storage went away after the lease was written
+            if first is not None:
+                say(f"waiting up to {LEASE_S:g} s for the lease of {_holder(first)} to expire")
+            waited_from = time.monotonic()
+            while found is not None and time.monotonic() < waited_from + LEASE_S:
+                time.sleep(RENEW_S / 5)
+                found = read()
+                if found is not None and found != first:
+                    raise _refusal(doing, _holder(found), name_flag)
+            write()
         time.sleep(SETTLE_S)
         if not is_own(found := read()):
             raise _refusal(doing, _holder(found or {}), name_flag)
@@ -129,10 +131,8 @@ def _lease(fs: pyarrow.fs.FileSystem, path: str, doing: str, name_flag: str) -> 
 
     keeper = threading.Thread(target=keep, name="lease", daemon=True)
     try:
-        try:
-            take()
-        except OSError as error:
-            raise storage_error(f"{shown(fs, path)}: the lease cannot be taken", error) from None
+        # While storage is away, the lease's owner cannot renew it. So the wait for it begins anew when storage is back.
+        outlasting(f"{shown(fs, path)}: the lease cannot be taken", take)
         keeper.start()
         yield
     finally:

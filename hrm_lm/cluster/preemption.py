@@ -80,7 +80,7 @@ class Reached:
 
     def __init__(self, fs: pyarrow.fs.FileSystem, folder: str):
         self._fs, self._path = fs, f"{folder}/.reached"
-        self._period = 1 if isinstance(fs, pyarrow.fs.LocalFileSystem) else 10  # seconds
+        self._period = 1 if isinstance(fs, pyarrow.fs.LocalFileSystem) else 2  # seconds
         self.before = 0
         """The steps taken before the workers were started again."""
         with suppress(OSError, ValueError), fs.open_input_stream(self._path) as stream:

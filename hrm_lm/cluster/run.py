@@ -153,7 +153,7 @@ def fit(config: Config, folder: RunFolder, scaling: "ScalingConfig") -> dict[str
     )
     outcome = wait_for(trainer)
     if isinstance(outcome, BaseException):
-        status = {"status": "failed", "error": explain_failure(outcome)}
+        status = {"status": "failed", "error": explain_failure(outcome, folder.name)}
     else:
         status = {key: outcome[key] for key in ("status", "error") if key in outcome}
     return status | summarize(folder)
@@ -179,15 +179,18 @@ def wait_for(trainer: "TorchTrainer") -> dict[str, Any] | BaseException:
     return outcome[0]
 
 
-def explain_failure(error: BaseException) -> str:
-    """A line or two for what stopped the workers. Raises UserError if a UserError stopped them."""
+def explain_failure(error: BaseException, run_name: str) -> str:
+    """Two lines: what stopped the workers, and what to do. Raises UserError if a UserError stopped them."""
     from hrm_lm.cluster.failures import user_error
 
     if told := user_error(error):
         raise told from None
     print(error, file=sys.stderr)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"training failed: {lines[-1].strip() if lines else type(error).__name__}"
+    return (
+        f"training failed: {lines[-1].strip() if lines else type(error).__name__}\n"
+        f"the same command with --run_name {run_name} goes on from what was saved"
+    )
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:

@@ -50,6 +50,11 @@ def scored(metrics: dict[str, Any], *names: str) -> dict[str, Any]:
     return dict.fromkeys(names, math.nan) | metrics
 
 
+def named(checkpoint: ray.train.Checkpoint | ray.tune.Checkpoint) -> tuple[str, AbstractContextManager[Path]]:
+    """What `Session.checkpoints` gives of a checkpoint."""
+    return shown(checkpoint.filesystem, checkpoint.path), opened(checkpoint)
+
+
 @contextmanager
 def opened(checkpoint: ray.train.Checkpoint | ray.tune.Checkpoint) -> Iterator[Path]:
     """The checkpoint as a local folder, downloaded once a node. Raises UserError where it cannot be read.
@@ -127,15 +132,17 @@ class RayTrainSession:
             self._reached.close()
         self.copy_events()
 
-    def checkpoints(self) -> Iterator[AbstractContextManager[Path]]:
+    def checkpoints(self) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
         last = ray.train.get_checkpoint() or self._start_from
         if last is None:
             return
         kept = sorted(ray.train.get_all_reported_checkpoints(), key=lambda c: (c.metrics["step"], c.checkpoint.path))
         self._listed = {Path(item.checkpoint.path).name for item in kept}
-        yield opened(last)
+        if self._reached and kept:  # the last one may be damaged
+            self._reached.before = max(self._reached.before, kept[-1].metrics["step"])
+        yield named(last)
         for checkpoint in (item.checkpoint for item in reversed(kept) if item.checkpoint.path != last.path):
-            yield opened(checkpoint)
+            yield named(checkpoint)
 
     def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         name = f"checkpoint_{metrics['step']:08d}"
@@ -200,9 +207,9 @@ class TuneSession:
     def preempted(self, step: int) -> bool:
         return False
 
-    def checkpoints(self) -> Iterator[AbstractContextManager[Path]]:
+    def checkpoints(self) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
         if self.start_from:
-            yield opened(self.start_from)
+            yield named(self.start_from)
 
     def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         assert snapshot, "a worker alone writes the whole checkpoint"

@@ -342,11 +342,11 @@ def check_contents(
         check_file(fs or pyarrow.fs.LocalFileSystem(), f"{checkpoint.path}/{name}", checkpoint.files[name])
 
 
-def whole_checkpoint(folder: Path, device: torch.device, world_size: int) -> Checkpoint:
+def whole_checkpoint(folder: Path, name: str, device: torch.device, world_size: int) -> Checkpoint:
     """The checkpoint in a local folder, to go on from. Raises DamagedCheckpoint, and tells it on standard error.
 
     All workers of a run must call it, and for all of them it ends alike. The workers of a node read its files for one
-    another.
+    another. name: of the checkpoint in messages, as the folder may be a copy.
     """
     damage, share = None, (0, 1)
     if world_size > 1 and "LOCAL_RANK" in os.environ:  # torchrun and Ray Train set both
@@ -355,15 +355,15 @@ def whole_checkpoint(folder: Path, device: torch.device, world_size: int) -> Che
         checkpoint = read_checkpoint(folder, for_resume=True)
         check_contents(checkpoint, share=share)
     except DamagedCheckpoint as error:
-        damage = error
-        print(f"{error}\nlooking for the checkpoint before it", file=sys.stderr, flush=True)
+        damage = DamagedCheckpoint(str(error).replace(str(folder), name))
+        print(f"{damage}\nlooking for the checkpoint before it", file=sys.stderr, flush=True)
     if world_size > 1:
         import torch.distributed as dist
 
         is_damaged = torch.tensor(damage is not None, dtype=torch.int32, device=device)
         dist.all_reduce(is_damaged, op=dist.ReduceOp.MAX)
         if is_damaged.item() and damage is None:
-            damage = DamagedCheckpoint(f"{folder}: damaged, as another worker has found")
+            damage = DamagedCheckpoint(f"{name}: damaged, as another worker has found")
     if damage:
         raise damage
     return checkpoint
@@ -494,8 +494,9 @@ def _fill(own: dict[str, Tensor], path: Path) -> None:
 
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
-        saved = reader.read_metadata().state_dict_metadata
-        _check_fit(own, {name: list(parts.size) for name, parts in saved.items()}, path)
+        saved = reader.read_metadata()
+        reader.read_metadata = lambda: saved  # else `dcp.load` reads the headers of all files again
+        _check_fit(own, {name: list(parts.size) for name, parts in saved.state_dict_metadata.items()}, path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(own, storage_reader=reader, no_dist=True)  # each worker reads what it needs

@@ -189,18 +189,18 @@ def train(config: Config, session: Session) -> dict[str, Any]:
 def restore(state: TrainState, session: Session, splits: Splits) -> Progress:
     """Continues from the session's last whole checkpoint, or starts from `train.init_from`'s weights, or from nothing."""
     damage = None
-    for opened in session.checkpoints():
+    for name, opened in session.checkpoints():
         with opened as folder:
             try:
-                checkpoint = whole_checkpoint(folder, state.device, state.world_size)
+                checkpoint = whole_checkpoint(folder, name, state.device, state.world_size)
             except DamagedCheckpoint as error:
                 damage = error
                 continue
             if not same_tokens(checkpoint.tokenizer, splits.tokenizer):
-                raise UserError(f"{folder}: was trained with another tokenizer than the dataset now has")
+                raise UserError(f"{name}: was trained with another tokenizer than the dataset now has")
             if checkpoint.progress.num_train_samples != len(splits.train):
                 raise UserError(
-                    f"{folder}: was trained on {checkpoint.progress.num_train_samples} samples, the dataset now has "
+                    f"{name}: was trained on {checkpoint.progress.num_train_samples} samples, the dataset now has "
                     f"{len(splits.train)}: the sample order would change"
                 )
             load_state(checkpoint, state)

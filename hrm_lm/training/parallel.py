@@ -34,12 +34,15 @@ def parallelize(model: LanguageModel, config: Config, device: torch.device, worl
     if world_size == 1:
         return model
     if config.ray.parallel == "ddp":
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # What PyTorch 2.13 would rather have it called, 2.11 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
     mesh = _mesh(config.ray.parallel, device, world_size)
     policy = MixedPrecisionPolicy()
     if config.train.mixed_precision == "bf16":

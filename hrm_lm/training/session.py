@@ -31,9 +31,10 @@ class Session(Protocol):
         same on all ranks.
         """
 
-    def checkpoints(self) -> Iterator[AbstractContextManager[Path]]:
-        """The checkpoints to continue from, each as a local folder, the last one first; on every rank the same. The next
-        one is asked for where a checkpoint is damaged."""
+    def checkpoints(self) -> Iterator[tuple[str, AbstractContextManager[Path]]]:
+        """The checkpoints to continue from, the last one first; on every rank the same. Of each its name for messages, and
+        a local folder with its files. The next one is asked for where a checkpoint is damaged.
+        """
 
     def report(self, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         """Hands metrics over on every rank, and has a snapshot written, perhaps while training goes on. What several ranks
