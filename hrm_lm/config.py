@@ -413,7 +413,7 @@ class DataConfig(Section):
     """What a run trains on."""
 
     dataset: str | None = None
-    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, `hf:<name or folder>[,option=value...]`, a
+    """What to train on: `synthetic`, `task:<name>[,option=value...]`, `reasoning_gym:<task>[,option=value...]`, `hf:<name or folder>[,option=value...]`, a
     .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`, which is code of your
     own."""
     mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixtureMember] = {}
@@ -432,7 +432,7 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the samples that is held out where the dataset brings no validation split."""
     val_samples: Annotated[int, Field(ge=1, le=4096)] = 500
-    """How many validation samples are drawn where the dataset is endless (`reasoning_gym:`)."""
+    """How many validation samples are drawn where the dataset is endless (`task:`, `reasoning_gym:`)."""
     max_val_samples: Positive | None = 16_384
     """How many validation samples a validation reads at most, of each dataset, spread evenly over what is held out. With
     null it reads all of them."""

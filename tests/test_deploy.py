@@ -19,7 +19,7 @@ from conftest import ROOT, kill_processes_with, processes_with, wait_until
 from packaging.requirements import Requirement
 
 LAUNCHER = ["cluster.yaml", "deploy/gcp.yaml", "deploy/on_premise.yaml"]
-MANIFESTS = ["rayjob.yaml", "rayjob_kueue.yaml", "raycluster.yaml", "raycluster_redis.yaml"]
+MANIFESTS = ["rayjob.yaml", "rayjob_kueue.yaml", "raycluster.yaml", "raycluster_redis.yaml", "rayservice.yaml"]
 
 
 def read(path: str) -> dict:
@@ -28,7 +28,7 @@ def read(path: str) -> dict:
 
 def cluster_spec(manifest: str) -> dict:
     spec = read(f"deploy/{manifest}")["spec"]
-    return spec.get("rayClusterSpec", spec)
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 # --- ray up ------------------------------------------------------------------------------------------------------
@@ -124,6 +124,8 @@ def test_ray_up_brings_a_cluster_whose_workers_come_for_a_run_and_go_when_idle()
 
 def test_pods_of_all_manifests_are_alike():
     first, *others = (cluster_spec(name) for name in MANIFESTS)
+    serve = {"name": "serve", "containerPort": 8000}  # KubeRay makes the service for a port of this name
+    others[-1]["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"].remove(serve)
     for other in others:
         assert other["headGroupSpec"] == first["headGroupSpec"]
         assert [group["template"] for group in other["workerGroupSpecs"]] == [
@@ -155,6 +157,24 @@ def test_a_rayjobs_command_is_taken_and_a_later_attempt_goes_on(name, monkeypatc
     ((ray, resume),) = seen
     assert (ray.run_name, resume, ray.use_gpu, ray.wait_for_nodes) == ("arithmetic", "auto", True, True)
     assert ray.storage_path == "s3://BUCKET/runs" and spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"]
+
+
+def test_a_rayservices_application_is_taken(monkeypatch):
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+    from ray.serve.schema import ServeDeploySchema
+
+    from hrm_lm.commands import serve
+    from hrm_lm.errors import UserError
+
+    schema = ServeDeploySchema(**yaml.safe_load(read("deploy/rayservice.yaml")["spec"]["serveConfigV2"]))
+    (application,) = schema.applications
+    assert application.import_path == "hrm_lm.commands.serve:application"
+    flags = serve.parse_args(application.args)
+    assert (flags.replicas, flags.gpus_per_replica, flags.save_dir) == ("1:4", 1, "s3://BUCKET/runs")
+    assert schema.http_options.request_timeout_s > flags.timeout  # the server's own limit tells more
+    monkeypatch.delenv("HRM_LM_API_KEY", raising=False)
+    with pytest.raises(UserError, match="HRM_LM_API_KEY must be set"):
+        build(serve.application, application.args)
 
 
 def test_a_queues_job_has_a_fixed_size_with_room_for_its_workers():

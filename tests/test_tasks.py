@@ -185,7 +185,7 @@ def test_a_run_on_a_task_resumes_bit_for_bit(tmp_path):
         ("sudoku,hints=2", "a share of hints is from 0 to 1"),
         ("maze,size=8", "odd number of rows"),
         ("prefix_parity,val_length=[]", "val_length must be an integer, or a list of such"),
-        ("prefix_parity,length=0", "lengths are at least 1"),
+        ("prefix_parity,length=0", "lengths are from 1 to 100,000"),
         ("prefix_sums,modulus=11", "modulus must be from 2 to 10"),
         ("addition,length=[1", "not valid YAML"),
         ("arc,version=3", "version is 1 or 2"),

@@ -5,6 +5,7 @@ without importing Ray. Look at these three first when Ray is updated.
 import logging
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partialmethod
@@ -34,6 +35,34 @@ def agent_on_any_port() -> Iterator[None]:
         yield
     finally:
         RayParams.__init__ = usual
+
+
+def started_by_this_process() -> bool:
+    """Whether `ray.init` has started a Ray here, and has not joined a cluster."""
+    from ray._private import worker
+
+    return worker._global_node is not None and worker._global_node.is_head()
+
+
+def publish(board: str, name: str, text: str) -> None:
+    """Puts a text where all processes of the cluster may read it (`published`), in place of the last one of this name."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(f"{board}:{name}", f"{time.time()} {text}", namespace=board.encode())
+
+
+def published(board: str, fresh: float) -> list[str]:
+    """The texts of a board that have been there for less than `fresh` seconds. Others' processes have ended."""
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
+
+    texts, space = [], board.encode()
+    for key in sorted(_internal_kv_list(f"{board}:", namespace=space)):
+        then, _, text = (_internal_kv_get(key, namespace=space) or b"0 ").decode().partition(" ")
+        if time.time() - float(then) < fresh:
+            texts.append(text)
+        else:
+            _internal_kv_del(key, namespace=space)
+    return texts
 
 
 def quiet_logging():

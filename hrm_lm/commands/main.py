@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": ("hrm_lm.commands.prepare", "tokenize a corpus into a dataset for the trainer"),
     "generate": ("hrm_lm.commands.generate", "answer prompts with a checkpoint"),
     "predict": ("hrm_lm.commands.predict", "answer the records of files, over all of a cluster"),
+    "serve": ("hrm_lm.commands.serve", "answer requests over HTTP, with a page to try it on"),
     "evaluate": ("hrm_lm.commands.evaluate", "score a checkpoint on tasks, with a page of pictures and answers"),
     "lm_eval": ("hrm_lm.commands.lm_eval", "run lm-evaluation-harness on a checkpoint"),
     "report": ("hrm_lm.commands.report", "make a page on a run, or on several side by side"),
@@ -38,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: a dataset of one's own is a module beside the command
-    module = importlib.import_module(COMMANDS[name][0])
-    return run_command(lambda: module.main(rest))
+    return run_command(lambda: importlib.import_module(COMMANDS[name][0]).main(rest))  # Ctrl-C may come meanwhile, too
 
 
 def usage() -> str:

@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
-import yaml
 
 from hrm_lm.config import DataConfig
 from hrm_lm.data.endless import endless_dataset
@@ -25,10 +24,13 @@ from hrm_lm.data.tasks.sequences import DIGITS, addition, prefix_sums
 from hrm_lm.data.tasks.sudoku import BOXES, minimal_puzzles, variants, with_givens, with_hints
 from hrm_lm.data.tokenizer import SimpleTokenizer, Tokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.parsing import parse_yaml
 
 Question = tuple[str, str, dict[str, Any]]
 """Question, answer, and what makes it easy or hard."""
-Range = tuple[int, int]
+LARGEST_MAZE = 201
+LONGEST = 100_000
+"""Elements of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class Maze(NamedTask):
 
     def check(self) -> None:
         for size in (self.size, self.least, *self.val_size):
-            if size < 5 or size % 2 == 0:
-                raise ValueError(f"a maze has an odd number of rows, at least 5, not {size}")
+            if not 5 <= size <= LARGEST_MAZE or size % 2 == 0:
+                raise ValueError(f"a maze has an odd number of rows from 5 to {LARGEST_MAZE}, not {size}")
         if self.least > self.size:
             raise ValueError(f"least ({self.least}) is more than size ({self.size})")
 
@@ -139,8 +141,10 @@ class Sequence(NamedTask):
         raise NotImplementedError
 
     def check(self) -> None:
-        if not 1 <= self.least <= self.length or any(length < 1 for length in self.val_length):
-            raise ValueError(f"lengths are at least 1, and least ({self.least}) is at most length ({self.length})")
+        if not all(1 <= length <= LONGEST for length in (self.least, self.length, *self.val_length)):
+            raise ValueError(f"lengths are from 1 to {LONGEST:,}")
+        if self.least > self.length:
+            raise ValueError(f"least ({self.least}) is more than length ({self.length})")
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,8 @@ class Questions:
             if option not in known:
                 raise UserError(f"{self.shown}: has no option {option!r}; it has {', '.join(known) or 'none'}")
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
+                value = parse_yaml(text)
+            except ValueError:
                 raise UserError(f"{self.shown}: {assignment} is not valid YAML") from None
             default = known[option].default
             single = default if not isinstance(default, tuple) else (default or (0,))[0]

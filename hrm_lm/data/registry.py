@@ -69,7 +69,7 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
     name = config.dataset
     if name is None:
         raise UserError(
-            "no dataset: give --dataset synthetic, reasoning_gym:<task>, hf:<name>, a .jsonl file, a folder with "
+            "no dataset: give --dataset synthetic, task:<name>, reasoning_gym:<task>, hf:<name>, a .jsonl file, a folder with "
             "train.jsonl, or a prepared dataset"
         )
     if (base := name.partition(":")[0]) in BUILT_IN:

@@ -106,6 +106,8 @@ class Answer:
     """What its tokens are drawn with; None where the likeliest are taken."""
     tokens: list[Token] = field(default_factory=list)
     """Without EOS. Those of a stop text are among them."""
+    offsets: list[int] = field(default_factory=list)
+    """Where in the text each token begins."""
     text: str = ""
     """As far as it is certain: a character may take several tokens, and what may begin a stop text is held back."""
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
@@ -116,6 +118,7 @@ class Answer:
             self.finish_reason = "stop"
         else:
             self.tokens.append(token)
+            self.offsets.append(len(self.text) + len(self.reader.held))
             if len(self.tokens) == self.request.max_new_tokens:
                 self.finish_reason = "length"
         new = [] if token.id == eos_id else [token.id]
@@ -180,6 +183,11 @@ class Engine:
 
     def cancel(self, answer: Answer) -> None:
         answer.finish_reason = answer.finish_reason or "cancelled"
+
+    def clear(self) -> None:
+        """Forgets all requests, and lets go of the caches: after a step that failed nobody knows what they hold."""
+        self.waiting.clear()
+        self.lanes.clear()
 
     @torch.inference_mode()
     @torch.compiler.set_stance("force_eager")

