@@ -102,7 +102,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def training_flops(model: LanguageModel, batch: AnyBatch, cycles: Cycles) -> int:
     """Of a forward and backward pass, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter:
-        model(batch, cycles)[-1].losses.sum().backward()
+        model(batch, cycles).predictions[-1].losses.sum().backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

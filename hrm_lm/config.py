@@ -8,6 +8,7 @@ points at it. Sections are frozen: a config is a value.
 
 import copy
 import difflib
+import math
 import os
 import posixpath
 import re
@@ -58,6 +59,41 @@ class Cycles(NamedTuple):
 
     h: int
     l: int
+    halt: float | None = None
+    """Where a model does not learn: a sample takes no further H-cycle once |z' - z| / |z'|, over the states of all its tokens,
+    is no more than this. `h` is then the most that it takes."""
+
+    @property
+    def name(self) -> int | str:
+        """What `--h_cycles` says for the H-cycles."""
+        return self.h if self.halt is None else f"auto:{self.halt:g}:{self.h}"
+
+
+class Halting(NamedTuple):
+    """`--h_cycles auto`: each sample takes H-cycles until its states rest."""
+
+    residual: float = 0.05
+    """See `Cycles.halt`."""
+    most: int | None = None
+    """The most H-cycles; None for four times the trained count."""
+
+
+def parse_h_cycles(text: str) -> int | Halting:
+    """What `--h_cycles` says: a count, or `auto[:RESIDUAL[:MOST]]`. Raises UserError."""
+    auto, *numbers = text.split(":")
+    try:
+        if auto == "auto" and len(numbers) <= 2:
+            halting = Halting(*(kind(number) for kind, number in zip((float, int), numbers)))
+            count, is_right = halting.most or 1, 0 < halting.residual < math.inf and halting.most != 0
+        else:
+            count, is_right = int(text), True
+    except ValueError:
+        is_right, count = False, 0
+    if not is_right:
+        raise UserError(f"--h_cycles {text}: expected a count, such as 4, or auto, auto:0.05, auto:0.05:16")
+    if not 0 <= count <= MOST_CYCLES:
+        raise UserError(f"--h_cycles must be at least 0 and at most {MOST_CYCLES}, not {count}")
+    return halting if auto == "auto" else count
 
 
 class Workers(NamedTuple):
@@ -105,6 +141,11 @@ class HRMConfig(Section):
     """Layers of the slow stack."""
     l_layers: Layers = 1
     """Layers of the fast stack."""
+    inject: Literal["none", "add", "gated"] = "none"
+    """Whether L reads the core's input again in each of its applications: not at all, as in HRM-Text; added; or added with a
+    weight for each channel that is learned, while L's own state is damped by another (`hrm_lm.models.hrm`)."""
+    shared: bool = False
+    """Whether H's stack, of `h_layers`, is L's, too (TRM)."""
     backprop_steps: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
     """How many applications of a stack carry gradient. The last applications of H come first, and at least the last
     application of L always counts."""
@@ -133,9 +174,11 @@ class BridgeConfig(Section):
 class ModelConfig(Section):
     """The shape of the model."""
 
-    architecture: Literal["encoder_decoder", "prefix_lm"] = "encoder_decoder"
-    """What the model is made of: an encoder, the HRM core and a decoder, or the published HRM-Text model, which takes
-    prompt and response through the core as a single sequence."""
+    architecture: Literal["encoder_decoder", "prefix_lm", "puzzle"] = "encoder_decoder"
+    """What the model is made of: an encoder, the HRM core and a decoder; the published HRM-Text model, which takes
+    prompt and response through the core as a single sequence; or the core alone, which answers in the prompt's places."""
+    mask: Literal["prefix", "causal"] = "prefix"
+    """What a prompt's tokens see: all of the prompt, or what is before them alone (`prefix_lm` only)."""
     d_model: Width = 64
     """Width of a token's state. It is a multiple of `n_heads`."""
     n_heads: Positive = 4
@@ -270,9 +313,25 @@ class TrainConfig(Section):
     """How many running standard deviations above its running mean, over about 100 steps, the loss of a step is a spike;
     7, say. With `on_nonfinite: rollback` the run goes back and leaves out the steps around a spike. Otherwise spikes are
     told and counted. With null nothing looks for spikes."""
+    objective: Literal["response", "all"] = "response"
+    """Which tokens are labels: those of the response, or those of the prompt, too (`prefix_lm` with `model.mask: causal`).
+    Validation is on the response's."""
+    segments: Rounds = 1
+    """How many times a training step takes its batch through the core. Each segment goes on from the states where the one
+    before ended, has a loss and a backward pass of its own, and gradient does not flow from segment to segment. So
+    memory is that of one segment, and validation takes `segments` times the H-cycles (HRM's deep supervision)."""
     sample_h_cycles: tuple[Rounds, Rounds] | None = None
     """The least and the most H-cycles that a training step takes; each step draws its count between them. A model
     trained with a fixed count is right only at that count."""
+    h_cycles_distribution: Literal["uniform", "poisson", "log_normal"] = "uniform"
+    """How `sample_h_cycles` are drawn. Of `poisson` and `log_normal`, draws beyond the least and the most count as these."""
+    h_cycles_mean: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    """The mean of `poisson` and `log_normal`."""
+    h_cycles_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
+    """The standard deviation of the logarithm of `log_normal`."""
+    fixed_point: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of a penalty on |z' - z|^2 / |z'|^2, where z and z' are the core's last two states of H, as a mean over tokens: it
+    makes the recurrence come to rest. With 0 there is no penalty."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a running average of the weights. Validation, generation and export use the average where it is
     kept. With 0 no average is kept."""
@@ -354,7 +413,7 @@ class DataConfig(Section):
     """What a run trains on."""
 
     dataset: str | None = None
-    """What to train on: `synthetic`, `reasoning_gym:<task>[,option=value...]`, `hf:<name or folder>[,option=value...]`, a
+    """What to train on: `synthetic`, `task:<name>[,option=value...]`, `reasoning_gym:<task>[,option=value...]`, `hf:<name or folder>[,option=value...]`, a
     .jsonl file, a folder with train.jsonl, a prepared dataset (folder or URI), or `module:function`, which is code of your
     own."""
     mixture: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MixtureMember] = {}
@@ -373,7 +432,7 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the samples that is held out where the dataset brings no validation split."""
     val_samples: Annotated[int, Field(ge=1, le=4096)] = 500
-    """How many validation samples are drawn where the dataset is endless (`reasoning_gym:`)."""
+    """How many validation samples are drawn where the dataset is endless (`task:`, `reasoning_gym:`)."""
     max_val_samples: Positive | None = 16_384
     """How many validation samples a validation reads at most, of each dataset, spread evenly over what is held out. With
     null it reads all of them."""
@@ -459,9 +518,27 @@ class Config(Section):
     """Where a run takes place and where it is kept."""
 
     @model_validator(mode="after")
+    def _stream(self):
+        if self.model.mask == "causal" and self.model.architecture != "prefix_lm":
+            raise ValueError(f"model.mask: causal is for prefix_lm alone, not for {self.model.architecture}")
+        if self.train.objective == "all" and self.model.mask != "causal":
+            raise ValueError(
+                "train.objective: all needs model.architecture prefix_lm with model.mask causal: a prompt's tokens must "
+                "not see those that they predict"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _core_to_sample(self):
-        if self.train.sample_h_cycles and not self.model.hrm.h_cycles:
-            raise ValueError("train.sample_h_cycles: model.hrm.h_cycles is 0, so there is no HRM core to cycle")
+        train = self.train
+        named = {
+            "sample_h_cycles": train.sample_h_cycles,
+            "segments": train.segments > 1,
+            "fixed_point": train.fixed_point,
+        }
+        for name, asked in named.items():
+            if asked and not self.model.hrm.h_cycles:
+                raise ValueError(f"train.{name}: model.hrm.h_cycles is 0, so there is no HRM core to cycle")
         return self
 
     @model_validator(mode="after")
@@ -487,6 +564,8 @@ class Config(Section):
             raise ValueError(
                 "train.packing: model.bridge.type prefix puts vectors before each response; use cross_attention"
             )
+        if self.train.packing and self.model.architecture == "puzzle":
+            raise ValueError("train.packing does not go with model.architecture puzzle, whose samples are of one size")
         if self.train.packing and self.train.batch_tokens is None:
             raise ValueError("train.packing needs train.batch_tokens, such as 32768: it fills batches up to that")
         return self
@@ -535,6 +614,12 @@ class Config(Section):
                 f"train.grad_accum_steps ({self.ray.workers.most} * {self.train.grad_accum_steps})"
             )
         return self
+
+    @property
+    def cycles(self) -> Cycles:
+        """The cycles that a trained model answers with: those of all segments of a step."""
+        hrm = self.model.hrm
+        return Cycles(hrm.h_cycles * self.train.segments, hrm.l_cycles)
 
     @property
     def shares(self) -> int:

@@ -244,7 +244,10 @@ def poisoned(bad=(), bad_losses=(), spikes=(), rank: int = 0) -> Callable[..., N
             poisons[id(state)] = factor, offset, state  # which keeps the id
 
             def parallel(*arguments):
-                return [p._replace(losses=p.losses * factor + offset) for p in model(*arguments)]
+                output = model(*arguments)
+                return output._replace(
+                    predictions=[p._replace(losses=p.losses * factor + offset) for p in output.predictions]
+                )
 
             state.parallel = parallel
         number, mine = state.step + 1, state.rank == rank

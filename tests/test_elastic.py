@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from hrm_lm.cluster import scaling
 from hrm_lm.cluster.run_folder import RunFolder
 from hrm_lm.cluster.scaling import ScalingPolicy
-from hrm_lm.data.collate import IGNORE, join
+from hrm_lm.data.collate import IGNORE, Stream, join
 from hrm_lm.data.loading import train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import batch_rows
@@ -38,7 +38,7 @@ def test_a_smaller_group_shares_the_same_batch_in_micro_batches_that_are_no_larg
         """Labels of three steps, micro-batches of each worker, and the size of the largest micro-batch."""
         group = config.for_workers(world_size)
         step_rows, rows = batch_rows(splits.train, group)
-        collate = layout(SimpleNamespace(collate=join), rows)
+        collate = layout(SimpleNamespace(collate=join, stream=Stream()), rows)
         workers = [
             train_batches(splits.train, splits.tokenizer, collate, group.train, 0, rank, world_size, rows=step_rows)
             for rank in range(world_size)

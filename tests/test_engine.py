@@ -34,7 +34,7 @@ def build(**overrides):
 
 def requests(model, count: int, **options) -> list[Request]:
     """Of random prompts, lengths and cycle counts."""
-    draw, (h, l) = random.Random(0), model.config.hrm.cycles
+    draw, (h, l, _) = random.Random(0), model.config.hrm.cycles
 
     def one() -> Request:
         prompt = [draw.randrange(4, TOKENIZER.vocab_size) for _ in range(draw.randint(1, 24))]

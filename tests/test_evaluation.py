@@ -413,8 +413,10 @@ def test_tasks_and_results_may_be_in_a_bucket_and_keys_reach_no_file(command, ch
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--h_cycles", "auto"], "--h_cycles auto: a model does not choose its cycles yet"),
-        (["--h_cycles", "1,x"], "--h_cycles 1,x: expected counts, such as 1,2,4,8"),
+        (["--h_cycles", "auto:x"], "--h_cycles auto:x: expected a count, such as 4, or auto"),
+        (["--h_cycles", "2,auto:-1"], "--h_cycles auto:-1: expected a count, such as 4, or auto"),
+        (["--h_cycles", "auto:0.1:300"], "--h_cycles must be at least 0 and at most 256, not 300"),
+        (["--h_cycles", "1,x"], "--h_cycles x: expected a count, such as 4, or auto"),
         (["--h_cycles", "2,0"], "--h_cycles must be at least 1, not 0"),
         (["--tasks", "nothing"], "'nothing' is neither a known name"),
         (["--tasks", "missing.jsonl"], "--tasks missing.jsonl: does not exist"),

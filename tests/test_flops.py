@@ -16,7 +16,7 @@ VOCABULARY = 24
 
 def counted(model, batch, cycles, backprop_steps) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # whose backward recomputes nothing
-        sum(prediction.losses.sum() for prediction in model(batch, cycles, backprop_steps)).backward()
+        sum(prediction.losses.sum() for prediction in model(batch, cycles, backprop_steps).predictions).backward()
     return counter.get_total_flops()
 
 

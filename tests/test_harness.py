@@ -111,7 +111,7 @@ def test_log_likelihoods_are_the_models_own(tmp_path, architecture, h_cycles):
         prompt = tokenizer.encode(context)[-16:] or [tokenizer.bos_id]
         batch = model.collate(Ragged.of([Sample(prompt, tokenizer.encode(text), ends=False)]), tokenizer)
         with torch.no_grad():
-            prediction = model(batch, cycles)[-1]
+            prediction = model(batch, cycles).predictions[-1]
         assert logprob == pytest.approx(-prediction.losses.sum().item(), abs=1e-4)
         said = generate_ids(model, tokenizer, [prompt], EvalOptions(cycles=cycles), max_new_tokens=len(text))
         assert greedy == (said == [tokenizer.encode(text)])

@@ -22,6 +22,7 @@ from hrm_lm.inference.generate import generate
 from hrm_lm.interop.export import hf_tokenizer, hrm_text_config
 from hrm_lm.interop.hrm_text import to_hrm_text
 from hrm_lm.models.build import build_model
+from hrm_lm.models.contract import layout
 from hrm_lm.training.checkpoint import Progress, load_model, save_model
 from hrm_lm.training.step import backprop_steps_of
 
@@ -64,7 +65,7 @@ def their_logits(hf_model, batch):
 
 
 def our_logits(model, batch):
-    return model.head(model.states(batch, model.config.hrm.cycles)[-1])
+    return model.head(model.states(batch, model.config.hrm.cycles)[0][-1])
 
 
 def assert_same_logits(ours, theirs):
@@ -138,7 +139,7 @@ def test_gradients_agree_where_the_windows_do(tmp_path, export_to, shape):
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(export_to(tmp_path / "ours"))
     batch = random_batch()
     hrm = checkpoint.config.model.hrm
-    model.train()(batch, hrm.cycles, backprop_steps_of(hrm, 0, hrm.cycles))[-1].losses.sum().backward()
+    model.train()(batch, hrm.cycles, backprop_steps_of(hrm, 0, hrm.cycles)).predictions[-1].losses.sum().backward()
     torch.nn.functional.cross_entropy(their_logits(hf_model.train(), batch), batch.labels, reduction="sum").backward()
     ours = to_hrm_text({name: p.grad for name, p in model.named_parameters()})
     theirs = {name: p.grad for name, p in hf_model.named_parameters() if p.requires_grad}
@@ -279,7 +280,6 @@ def test_what_transformers_does_not_have_is_refused_in_a_line(tmp_path, command,
     "change, message",
     [
         ({"model_type": "llama"}, "model_type is 'llama', not 'hrm_text'"),
-        ({"prefix_lm": False}, "prefix_lm is False; this project's model has only True"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta is 500000.0"),
         ({"eos_token_id": None}, None),
     ],
@@ -293,6 +293,26 @@ def test_a_folder_of_another_model_is_refused_in_a_line(tmp_path, command, expor
         assert code == 0 and load_model(tmp_path / "back")[1].eos_id == TOKENIZER.eos_id
         return
     assert code == 2 and message in err and len(err.splitlines()) == 1 and not (tmp_path / "back").exists()
+
+
+def test_a_causal_model_is_a_causal_model_there_and_back(tmp_path, command, export_to):
+    folder = random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"], model__mask="causal")
+    exported = export_to(folder)
+    model, *_ = load_model(folder)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    batch = layout(model, None)(Ragged.of([Sample([5, 6, 7, 8, 9], [10, 11])]), TOKENIZER, False)
+    with torch.no_grad():
+        assert_same_logits(our_logits(model, batch), hf_model(input_ids=batch.ids).logits.flatten(0, 1)[batch.label_at])
+    code, _, err = command(import_, "--input", exported, "--output", tmp_path / "back")
+    assert code == 0, err
+    assert load_model(tmp_path / "back")[2].config.model.mask == "causal"
+
+
+@pytest.mark.parametrize("fields", [{"model__hrm__inject": "add"}, {"model__hrm__shared": True}])
+def test_a_recurrence_that_transformers_does_not_have_is_refused(tmp_path, command, fields):
+    folder = random_checkpoint(tmp_path / "ours", **SHAPES["two_cycles"], **fields)
+    code, _, err = command(export, "--checkpoint", folder, "--output", tmp_path / "hf")
+    assert code == 2 and "no counterpart in Transformers" in err and len(err.splitlines()) == 1
 
 
 def test_without_transformers_the_message_says_what_to_install(tmp_path, command, monkeypatch):

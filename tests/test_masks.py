@@ -85,7 +85,7 @@ def test_an_encoder_decoder_with_blocks_predicts_what_it_predicts_with_dense_mas
     model = build_model(small_config().model, VOCAB).eval()
     batch = collate(some((150, 140), (20, 9), (131, 200)), SimpleTokenizer)
     with torch.no_grad():
-        dense = model(batch, model.config.hrm.cycles)[-1].losses
+        dense = model(batch, model.config.hrm.cycles).predictions[-1].losses
         for module in (masks, encoder_decoder):
             monkeypatch.setattr(module, "takes_blocks", lambda *_: True)
         called = []
@@ -94,7 +94,7 @@ def test_an_encoder_decoder_with_blocks_predicts_what_it_predicts_with_dense_mas
         )
         for block in model.decoder:
             block._compiled_call_impl = block._call_impl  # as compiled
-        blocks = model(batch, model.config.hrm.cycles)[-1].losses
+        blocks = model(batch, model.config.hrm.cycles).predictions[-1].losses
     assert len(called) == (1 + 6 + 1) + (collate is pack_apart)  # encoder, core, cross; a padded decoder is causal
     torch.testing.assert_close(blocks, dense, atol=1e-5, rtol=1e-5)
 
@@ -159,7 +159,7 @@ def test_a_compiled_model_with_blocks_is_no_less_exact_than_one_with_dense_masks
         for batch in batches:
             model.zero_grad()
             with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-                losses = model(batch, config.model.hrm.cycles)[-1].losses
+                losses = model(batch, config.model.hrm.cycles).predictions[-1].losses
             losses.sum().backward()
             gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
             results.append({"losses": losses.detach(), "gradients": gradients})

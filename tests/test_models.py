@@ -42,7 +42,7 @@ def batch_of(model: LanguageModel, *some: Sample, round_up: bool = False):
 
 def losses(model: LanguageModel, batch, cycles: Cycles | None = None, **options):
     """The answer's loss of each label, in the order of the samples, and without padding."""
-    return model(batch, cycles or model.config.hrm.cycles, **options)[-1].losses[batch.labels >= 0]
+    return model(batch, cycles or model.config.hrm.cycles, **options).predictions[-1].losses[batch.labels >= 0]
 
 
 @MODELS
@@ -76,7 +76,7 @@ def test_packed_samples_get_the_losses_and_gradients_they_get_in_rows_of_their_o
         layout(model, rows)(Ragged.of(some), SimpleTokenizer, True),
     ):
         model.zero_grad()
-        predictions = model(batch, model.config.hrm.cycles)
+        predictions = model(batch, model.config.hrm.cycles).predictions
         each = torch.stack([prediction.losses[batch.labels >= 0] for prediction in predictions])
         each.sum().backward()
         per_sample = batch.per_sample(predictions[-1].losses.detach())
@@ -96,7 +96,7 @@ def test_losses_made_in_pieces_are_those_made_at_once(monkeypatch):
         each = losses(model.train(), batch_of(model, *some))
         each.sum().backward()
         with torch.no_grad():
-            right = model(batch_of(model, *some), CYCLES)[-1].right
+            right = model(batch_of(model, *some), CYCLES).predictions[-1].right
         results.append((each.detach(), right, [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(results[1], results[0])
 
@@ -137,7 +137,7 @@ def applications_with_gradient(backprop_steps, h_cycles=2, l_cycles=2) -> str:
 
     core = HRMCore(Spy("H"), Spy("L"), d_model=2)
     x = torch.ones(1, 1, 2, requires_grad=True)
-    core(x, None, None, Cycles(h_cycles, l_cycles), backprop_steps)[-1].sum().backward()
+    core(x, None, None, Cycles(h_cycles, l_cycles), backprop_steps).states[-1].sum().backward()
     assert x.grad is not None, "the encoder must learn whatever the window"
     assert core.h_stack.weight.grad is not None and core.l_stack.weight.grad is not None
     return "".join(order)
@@ -173,7 +173,7 @@ def test_the_recurrence_is_the_one_of_the_paper():
         for _ in range(3):
             z_l = l(z_l + z_h, rope)
         z_h = h(z_h + z_l, rope)
-    torch.testing.assert_close(HRMCore(h, l, 8)(x, rope, None, Cycles(2, 3))[-1], z_h)
+    torch.testing.assert_close(HRMCore(h, l, 8)(x, rope, None, Cycles(2, 3)).states[-1], z_h)
 
 
 @ARCHITECTURES
@@ -213,8 +213,8 @@ def test_a_model_can_be_run_with_more_cycles_than_it_was_built_with(architecture
 def test_deep_supervision_gives_a_prediction_of_every_h_cycle_while_training(architecture):
     model = build(model__hrm__deep_supervision=0.5, model__hrm__h_cycles=3, model__architecture=architecture)
     batch = batch_of(model, *samples((4, 3)))
-    assert len(model(batch, Cycles(3, 2))) == 3
-    assert len(model.eval()(batch, Cycles(3, 2))) == 1
+    assert len(model(batch, Cycles(3, 2)).predictions) == 3
+    assert len(model.eval()(batch, Cycles(3, 2)).predictions) == 1
 
 
 @BRIDGES
@@ -235,7 +235,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(kind):
     model = build(**kind).eval()
     some = samples((3, 6), (8, 6))
     batch = batch_of(model, *some)
-    (states,) = model.states(batch, CYCLES)
+    (states,), _ = model.states(batch, CYCLES)
     whole = model.head(states).view(2, 7, VOCAB)
     prompts = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.prompt) for s in some], batch_first=True)
     responses = torch.tensor([s.response for s in some])
@@ -253,3 +253,41 @@ def test_large_and_small_weights_are_drawn_from_one_distribution(monkeypatch):
         drawn.append(layers.lecun_normal_(torch.empty(500, 400), fan_in=400).flatten().sort().values)
     assert drawn[0].std() == pytest.approx(1 / 20, rel=0.01)
     torch.testing.assert_close(*drawn, atol=2e-3, rtol=0.01)
+
+
+# --- a causal mask -----------------------------------------------------------------------------------------------
+
+
+CAUSAL = {"model__architecture": "prefix_lm", "model__mask": "causal"}
+
+
+def test_with_a_causal_mask_a_prompts_tokens_do_not_see_later_ones_and_decoding_agrees():
+    model = build(**CAUSAL).eval()
+    (sample,) = samples((6, 4))
+    states = {}
+    for name, prompt in {"given": sample.prompt, "changed": [*sample.prompt[:4], 5, 6]}.items():
+        batch = layout(model, None, "all")(Ragged.of([sample._replace(prompt=prompt)]), SimpleTokenizer, False)
+        (states[name],), _ = model.states(batch, CYCLES)
+    assert len(states["given"]) == 6 - 1 + 4 + 1, "all tokens but the first, and the end"
+    torch.testing.assert_close(states["given"][:4], states["changed"][:4])
+    assert not torch.allclose(states["given"][4:], states["changed"][4:])
+    decoding = model.open(1, 6, 5, CYCLES)
+    steps = [model.prefill(torch.tensor([sample.prompt]), [6], 1, decoding)]
+    steps += [model.decode(torch.tensor([token]), decoding) for token in sample.response]
+    torch.testing.assert_close(torch.cat(steps), model.head(states["given"][5:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, (64,)])
+def test_labels_of_everything_are_each_samples_tokens_but_its_first_packed_or_not(rows):
+    model = build(**CAUSAL).eval()
+    some = samples((3, 2), (1, 4), (5, 1))
+    batch = layout(model, rows, "all")(Ragged.of(some), SimpleTokenizer, False)
+    tokens = [[*s.prompt, *s.response, SimpleTokenizer.eos_id] for s in some]
+    assert batch.labels.tolist() == [token for row in tokens for token in row[1:]]
+    assert batch.ids.flatten()[batch.label_at].tolist() == [token for row in tokens for token in row[:-1]]
+    responses = layout(model, rows)(Ragged.of(some), SimpleTokenizer, False)
+    ends = [[*s.response, SimpleTokenizer.eos_id] for s in some]
+    assert responses.labels.tolist() == [token for row in ends for token in row]
+    own = torch.cat([torch.arange(len(row) - 1) >= len(s.prompt) - 1 for row, s in zip(tokens, some)])
+    both = [model(each, CYCLES).predictions[-1].losses for each in (batch, responses)]
+    torch.testing.assert_close(both[0][own], both[1])

@@ -21,8 +21,9 @@ PROMPT = "12+34="
 def checkpoint(tmp_path):
     """Makes a checkpoint in a run's folder."""
 
-    def make(tokenizer=DIGITS):
+    def make(tokenizer=DIGITS, mask="prefix"):
         config = small_config(
+            model__mask=mask,
             model__architecture="prefix_lm", model__d_model=32, model__n_heads=2, model__hrm__l_layers=2,
             model__hrm__h_layers=2, model__hrm__h_cycles=2, model__hrm__l_cycles=3,
         )  # fmt: skip
@@ -82,6 +83,14 @@ def test_results_that_are_named_are_the_cards(tmp_path, command, checkpoint):
         where = tmp_path / wrong
         code, _, err = command(export, "--checkpoint", folder, "--output", tmp_path / "no", "--results", where)
         assert code == 2 and wrong in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("mask", ["prefix", "causal"])
+def test_the_card_says_how_prompts_are_read(tmp_path, command, checkpoint, mask):
+    assert command(export, "--checkpoint", checkpoint(mask=mask), "--output", tmp_path / "hf")[0] == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("token_type_ids" in card) == ("llama.cpp** reads prompts causally" in card) == (mask == "prefix")
+    assert ("The model reads prompts causally" in card) == (mask == "causal")
 
 
 # --- llama.cpp ---------------------------------------------------------------------------------------------------

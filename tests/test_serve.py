@@ -76,7 +76,7 @@ def test_without_a_key_only_this_machine_is_served_and_others_get_a_key_that_is_
 def test_flags_say_what_is_served(planned):
     plan, _ = planned("--replicas", "1:4", "--slots", 8, "--h_cycles", 3, "--gpus_per_replica", 0.5)
     assert (plan.least, plan.most, plan.cpus, plan.gpus) == (1, 4, 1, 0.5)
-    assert (plan.settings.slots, plan.settings.cycles, plan.settings.name) == (8, (3, 2), "endless")
+    assert (plan.settings.slots, plan.settings.cycles, plan.settings.name) == (8, (3, 2, None), "endless")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from hrm_lm.commands.flags import add_checkpoint_flags, add_set, check_cycles, cycle_counts
+from hrm_lm.commands.flags import add_checkpoint_flags, add_set, check_cycles
 from hrm_lm.config import parse_set
 from hrm_lm.errors import UserError
 from hrm_lm.evaluation.output import begun
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, workers: int | None = None) -> int:
     fs, path = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
     with local_copy(path, fs) as folder, begun(args.output, None if args.checkpoint else (fs, path)) as output:
         evaluation = evaluate(
-            folder, overrides, args.tasks, args.batch_size, cycle_counts(args.h_cycles), args.l_cycles, args.num_workers,
+            folder, overrides, args.tasks, args.batch_size, args.h_cycles, args.l_cycles, args.num_workers,
             shown=shown(fs, path),
         )  # fmt: skip
         output.write(evaluation)

@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from hrm_lm.config import MOST_CYCLES, MOST_TOKENS, Config
+from hrm_lm.config import MOST_CYCLES, MOST_TOKENS, Config, Halting, parse_h_cycles
 from hrm_lm.errors import UserError
 
 
@@ -40,41 +40,33 @@ def add_set(parser: argparse.ArgumentParser, fields: str) -> None:
     )
 
 
+H_CYCLES = (
+    "H-cycles (default: as trained); auto[:RESIDUAL[:MOST]]: until a sample's states change by less than RESIDUAL of their "
+    "norm (0.05), at most MOST (four times the trained count)"
+)
+
+
 def add_checkpoint_flags(parser: argparse.ArgumentParser, several_cycles: bool = False) -> None:
-    """several_cycles: whether --h_cycles takes several counts, which `cycle_counts` reads."""
+    """several_cycles: whether --h_cycles takes several counts; then it is a list."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or URI")
     which.add_argument("--run_name", help="take this run's or sweep's best checkpoint (default: the newest run's)")
     parser.add_argument("--save_dir", metavar="PATH", help="folder or URI that runs are in (default: runs/)")
     if several_cycles:
         parser.add_argument(
-            "--h_cycles", metavar="N,N,...", help="H-cycles, one count or several (default: as trained)"
+            "--h_cycles", type=cycle_counts, default=[None], metavar="N,N,auto", help=f"{H_CYCLES}; one or several"
         )
     else:
-        parser.add_argument("--h_cycles", type=int, help="H-cycles (default: as trained)")
+        parser.add_argument("--h_cycles", type=parse_h_cycles, metavar="N|auto", help=H_CYCLES)
     parser.add_argument("--l_cycles", type=int, help="L-cycles (default: as trained)")
 
 
-def cycle_counts(text: str | None) -> list[int | None]:
-    """The counts of `--h_cycles 1,2,4`; None stands for the trained count."""
-    if text is None:
-        return [None]
-    counts: list[int | None] = []
-    for part in text.split(","):
-        if part.strip() == "auto":
-            raise UserError("--h_cycles auto: a model does not choose its cycles yet; give counts, such as 1,2,4,8")
-        try:
-            counts.append(int(part))
-        except ValueError:
-            raise UserError(f"--h_cycles {text}: expected counts, such as 1,2,4,8") from None
-    return counts
+def cycle_counts(text: str) -> list[int | Halting]:
+    """What `--h_cycles 1,2,4,auto` says. Raises UserError."""
+    return [parse_h_cycles(part.strip()) for part in text.split(",")]
 
 
 def check_cycles(args: argparse.Namespace) -> None:
-    counts = [args.h_cycles] if isinstance(args.h_cycles, int) else cycle_counts(args.h_cycles)
-    for count in counts:
-        if count is not None and not 0 <= count <= MOST_CYCLES:
-            raise UserError(f"--h_cycles must be at least 0 and at most {MOST_CYCLES}, not {count}")
     if args.l_cycles is not None and not 1 <= args.l_cycles <= MOST_CYCLES:
         raise UserError(f"--l_cycles must be at least 1 and at most {MOST_CYCLES}, not {args.l_cycles}")
 

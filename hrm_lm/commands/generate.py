@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
-        model, tokenizer, _ = load_model(folder, device)
-    options = EvalOptions(cycles=chosen_cycles(model.config.hrm, args.h_cycles, args.l_cycles))
+        model, tokenizer, checkpoint = load_model(folder, device)
+    options = EvalOptions(cycles=chosen_cycles(checkpoint.config, args.h_cycles, args.l_cycles))
     for answer in generate(model, tokenizer, prompts, options, **sampling):
         print(json.dumps(answer, ensure_ascii=False) if as_json else answer)
     return 0

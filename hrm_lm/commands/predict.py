@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         response_field=args.response_field,
         format=args.format or ("jsonl" if has_other else "parquet"),
         n=args.n,
-        cycles=chosen_cycles(model.hrm, args.h_cycles, args.l_cycles),
+        cycles=chosen_cycles(checkpoint.config, args.h_cycles, args.l_cycles),
         **sampling | {"max_new_tokens": args.max_new_tokens or model.max_response_len},
     )
     job = Job(

@@ -129,7 +129,7 @@ def plan_of(args: argparse.Namespace, key: str | None) -> Plan:
         fs=fs,
         checkpoint=path,
         name=name_of(path),
-        cycles=chosen_cycles(checkpoint.config.model.hrm, args.h_cycles, args.l_cycles),
+        cycles=chosen_cycles(checkpoint.config, args.h_cycles, args.l_cycles),
         slots=args.slots,
         max_queue=args.max_queue,
         timeout=args.timeout,

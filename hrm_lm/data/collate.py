@@ -1,8 +1,8 @@
 """Samples to a batch: the one place where BOS, EOS, labels and padding are made.
 
 The model says which layout it wants (`LanguageModel.collate`). `Batch` is the guide's: prompts and responses apart, in
-five tensors. `TokenRows` is a single token stream of prompt and response, which a decoder-only model reads. In both,
-samples stand in rows of their own (`pad`, `join`), or they are packed: they lie end to end in a row (`pack`), or in two
+five tensors. `TokenRows` is a single token stream of prompt and response, which a decoder-only model reads, or of the prompt
+alone, in whose places a puzzle is answered (`in_place`). Samples stand in rows of their own (`pad`, `join`), or they are packed: they lie end to end in a row (`pack`), or in two
 rows, one of prompts and one of responses (`pack_apart`, which makes a `PackedBatch`).
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hrm_lm.data.splits import Ragged, Sample
+from hrm_lm.errors import UserError
 
 IGNORE = -100
 """Label of a position that carries no loss."""
@@ -50,6 +51,11 @@ class Batch(NamedTuple):
         """Tokens and padding."""
         return self.encoder_mask.numel() + self.decoder_mask.numel()
 
+    @property
+    def thought_about(self) -> Tensor:
+        """(B, S) int64: 1 where the core has a token, 0 at padding."""
+        return self.encoder_mask
+
     def per_sample(self, values: Tensor) -> Tensor:
         """(B,): sums over each sample's labels of `values`, which are shaped like `labels`."""
         return values.sum(dim=1)
@@ -82,6 +88,12 @@ class TokenRows(NamedTuple):
     @property
     def num_positions(self) -> int:
         return self.ids.numel()
+
+    @property
+    def thought_about(self) -> Tensor:
+        """(R, T) bool: where the core has a token, and no padding."""
+        used = self.lengths if len(self.ids) == len(self.lengths) else self.lengths.sum(0, keepdim=True)
+        return torch.arange(self.ids.shape[1], device=used.device) < used[:, None]
 
     def per_sample(self, values: Tensor) -> Tensor:
         sums = values.new_zeros(self.num_samples)
@@ -119,9 +131,24 @@ class PackedBatch(NamedTuple):
     def num_positions(self) -> int:
         return self.encoder_ids.numel() + self.decoder_input_ids.numel()
 
+    @property
+    def thought_about(self) -> Tensor:
+        """(1, S) bool: where the core has a token, and no padding."""
+        last = self.decoder_sees_to.amax(dim=1, keepdim=True)
+        return torch.arange(self.encoder_ids.shape[1], device=last.device) <= last
+
     def per_sample(self, values: Tensor) -> Tensor:
         sums = values.new_zeros(self.num_samples)
         return sums.index_add(0, self.label_sample[0], values[0])
+
+
+class Stream(NamedTuple):
+    """How samples are read as single sequences."""
+
+    causal: bool = False
+    """Whether a prompt's tokens see what is before them alone, as a response's do."""
+    everything: bool = False
+    """Whether a prompt's tokens are labels, too, but for the first. It needs `causal`."""
 
 
 Rows = tuple[int, ...]
@@ -165,15 +192,36 @@ def pad(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> Batch
     return Batch(*map(torch.from_numpy, tensors))
 
 
-def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
+def join(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, stream: Stream = Stream()) -> TokenRows:
     """A row for each sample. With `round_up` the width is a `padded_length`, and so is the number of labels."""
     lengths = samples.token_lens
     width = int(padded_length(lengths.max()) if round_up else lengths.max())
     starts = np.arange(len(lengths)) * width
-    return _rows(samples, tokens, starts, len(lengths), width, round_up)
+    return _rows(samples, tokens, starts, len(lengths), width, round_up, stream)
 
 
-def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: int | None = None) -> TokenRows:
+def in_place(samples: Ragged, tokens: SpecialTokens, round_up: bool = False) -> TokenRows:
+    """A row for each sample: its prompt, and BOS, which is the place for the end of a response as long as the prompt. All of
+    these tokens see one another, and the i-th of them predicts the i-th label. Raises UserError for a longer response.
+    """
+    lengths = samples.prompt_lens + 1
+    if (beyond := samples.label_lens > lengths).any():
+        prompt, labels = (side[beyond][0] for side in (samples.prompt_lens, samples.label_lens))
+        raise UserError(
+            f"model.architecture puzzle: a response of {labels - 1} tokens to a prompt of {prompt}: it answers in the prompt's "
+            "places, so a response is at most as long; take encoder_decoder or prefix_lm"
+        )
+    width = int(padded_length(lengths.max()) if round_up else lengths.max())
+    return _rows(samples, tokens, np.arange(len(lengths)) * width, len(lengths), width, round_up, in_place=True)
+
+
+def pack(
+    samples: Ragged,
+    tokens: SpecialTokens,
+    round_up: bool = False,
+    width: int | None = None,
+    stream: Stream = Stream(),
+) -> TokenRows:
     """All samples end to end in one row. width: of that row, which is wider where they do not fit it; None: as wide as
     the samples are long together.
     """
@@ -181,7 +229,7 @@ def pack(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, width: 
     used = int(lengths.sum())
     if width is None or used > width:
         width = int(padded_length(used)) if width or round_up else used
-    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up)
+    return _rows(samples, tokens, np.cumsum(lengths) - lengths, 1, width, round_up, stream)
 
 
 def pack_apart(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, rows: Rows | None = None) -> PackedBatch:
@@ -229,18 +277,29 @@ def pack_apart(samples: Ragged, tokens: SpecialTokens, round_up: bool = False, r
 
 
 def _rows(
-    samples: Ragged, tokens: SpecialTokens, starts: np.ndarray, num_rows: int, width: int, round_up: bool
+    samples: Ragged,
+    tokens: SpecialTokens,
+    starts: np.ndarray,
+    num_rows: int,
+    width: int,
+    round_up: bool,
+    stream: Stream = Stream(),
+    in_place: bool = False,
 ) -> TokenRows:
-    """starts: (B,), where each sample begins in the flattened rows."""
+    """starts: (B,), where each sample begins in the flattened rows. in_place: see the function of that name."""
     prompt_lens, label_lens, sizes = samples.prompt_lens, samples.label_lens, samples.sizes
-    lengths = samples.token_lens
+    lengths = prompt_lens + 1 if in_place else samples.token_lens
     first = np.cumsum(sizes) - sizes  # of each sample in `ids`
     ids = samples.ids.astype(np.int64)
     ids[(first + sizes - 1)[samples.ends]] = tokens.eos_id
     within = np.arange(len(ids)) - np.repeat(first, sizes)
     prompts = np.repeat(prompt_lens, sizes)
-    labels = ids[within > prompts]
-    read = (within != prompts) & (within != np.repeat(sizes - 1, sizes))  # neither BOS's place nor the last label
+    labels = ids[(within > prompts) | (stream.everything & (within > 0) & (within < prompts))]
+    if in_place:
+        ids[first + prompt_lens] = tokens.bos_id
+        read = within <= prompts
+    else:
+        read = (within != prompts) & (within != np.repeat(sizes - 1, sizes))  # neither BOS's place nor the last label
 
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     at = np.repeat(starts, lengths) + within
@@ -249,13 +308,15 @@ def _rows(
     row[at] = ids[read]
     positions, sees_from, sees_to = np.zeros_like(places), places.copy(), places.copy()
     positions[at], sees_from[at] = within, begins
-    sees_to[at] = begins + np.maximum(within, np.repeat(prompt_lens, lengths) - 1)
+    sees_to[at] = begins + np.maximum(within, 0 if stream.causal else np.repeat(prompt_lens - (not in_place), lengths))
 
+    first_at = starts if in_place or stream.everything else starts + prompt_lens - 1
+    label_lens = label_lens + (prompt_lens - 1 if stream.everything else 0)
     count = len(labels)
     most = int(padded_length(count)) if round_up else count
     label_at, label_sample = np.zeros(most, np.int64), np.zeros(most, np.int64)
     steps = np.arange(count) - np.repeat(np.cumsum(label_lens) - label_lens, label_lens)
-    label_at[:count] = np.repeat(starts + prompt_lens - 1, label_lens) + steps
+    label_at[:count] = np.repeat(first_at, label_lens) + steps
     label_sample[:count] = np.repeat(np.arange(len(label_lens)), label_lens)
     labels = np.concatenate([labels, np.full(most - count, IGNORE)])
     shape = (num_rows, width)

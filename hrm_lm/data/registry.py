@@ -28,6 +28,7 @@ BUILT_IN = {
     "synthetic": "hrm_lm.data.synthetic:build_synthetic_dataset",
     "reasoning_gym": "hrm_lm.data.reasoning_gym:build_reasoning_gym_dataset",
     "hf": "hrm_lm.data.hub:build_hub_dataset",
+    "task": "hrm_lm.data.named_tasks:build_task_dataset",
 }
 
 
@@ -68,7 +69,7 @@ def named_dataset(config: DataConfig, seed: int, sharing: int = 1) -> Splits:
     name = config.dataset
     if name is None:
         raise UserError(
-            "no dataset: give --dataset synthetic, reasoning_gym:<task>, hf:<name>, a .jsonl file, a folder with "
+            "no dataset: give --dataset synthetic, task:<name>, reasoning_gym:<task>, hf:<name>, a .jsonl file, a folder with "
             "train.jsonl, or a prepared dataset"
         )
     if (base := name.partition(":")[0]) in BUILT_IN:

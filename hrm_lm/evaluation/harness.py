@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from hrm_lm.config import parse_h_cycles
 from hrm_lm.data.sampler import by_length
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.errors import UserError
@@ -44,7 +45,7 @@ class HarnessModel(LM):
         checkpoint: str | None = None,
         run_name: str | None = None,
         save_dir: str | None = None,
-        h_cycles: int | None = None,
+        h_cycles: int | str | None = None,
         l_cycles: int | None = None,
         mixed_precision: Any = None,
         batch_size: int | str | None = None,
@@ -58,7 +59,8 @@ class HarnessModel(LM):
         with chosen_checkpoint(checkpoint, None if run_name is None else str(run_name), save_dir) as folder:
             self.model, self.tokenizer, saved = load_model(folder, self._device)
         size = int(batch_size) if batch_size and str(batch_size).isdigit() else 64  # which `auto` stands for
-        cycles = chosen_cycles(saved.config.model.hrm, h_cycles, l_cycles)
+        h = None if h_cycles is None else parse_h_cycles(str(h_cycles))
+        cycles = chosen_cycles(saved.config, h, l_cycles)
         self.options = EvalOptions.of(saved.config, cycles=cycles, batch_size=size)
         if mixed_precision:
             self.options = replace(self.options, mixed_precision=mixed_precision)
@@ -105,7 +107,7 @@ class HarnessModel(LM):
         for first in tqdm(range(0, len(order), self.options.batch_size), desc="log-likelihoods", disable=None):
             some = order[first : first + self.options.batch_size]
             batch = Ragged.of([samples[i] for i in some])
-            found[:, some] = losses(self.model, self.tokenizer, batch, self.options)
+            found[:, some], _ = losses(self.model, self.tokenizer, batch, self.options)
         return [(-loss, right == labels) for loss, labels, right in found.T.tolist()]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -134,6 +136,6 @@ class HarnessModel(LM):
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": self.options.mixed_precision,
-            "h_cycles": self.options.cycles.h,
+            "h_cycles": self.options.cycles.name,
             "l_cycles": self.options.cycles.l,
         }

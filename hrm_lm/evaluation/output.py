@@ -31,7 +31,10 @@ class Output(NamedTuple):
 
     def write(self, evaluation: Evaluation) -> None:
         """Raises UserError where the storage cannot be written."""
-        files = {f"results_h{one['h_cycles']}.json": json.dumps(one, indent=1) for one in documents(evaluation)}
+        files = {
+            f"results_h{str(one['h_cycles']).partition(':')[0]}.json": json.dumps(one, indent=1)
+            for one in documents(evaluation)
+        }
         files["samples.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples(evaluation))
         files["report.html"] = page(evaluation)
         for name, text in files.items():

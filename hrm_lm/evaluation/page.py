@@ -32,7 +32,7 @@ h3 { font-size: 16px; margin: 22px 0 6px; }
 def page(evaluation: Evaluation) -> str:
     """The page, as text."""
     name = evaluation.checkpoint.rstrip("/").rpartition("/")[2]
-    lines, cycles = evaluation.lines, [count.h for count in evaluation.cycles]
+    lines, cycles = evaluation.lines, evaluation.points
     whole = [line for line in lines if not line.facet]
     sections = [
         STYLE,
@@ -59,7 +59,7 @@ def page(evaluation: Evaluation) -> str:
         scores(lines, cycles),
         "</div>",
     ]
-    sections += ["<h2>Answers</h2>", f"<p>Greedy answers at {cycles[evaluation.shown]} H-cycles.</p>"]
+    sections += ["<h2>Answers</h2>", f"<p>Greedy answers at {cycles[evaluation.shown][1]} H-cycles.</p>"]
     for task, answered in zip(evaluation.tasks, evaluation.answered, strict=True):
         sections += answers(task, answered[evaluation.shown])
     return page_html(f"Evaluation of {name}", sections)
@@ -68,7 +68,7 @@ def page(evaluation: Evaluation) -> str:
 def lead(evaluation: Evaluation) -> str:
     count = sum(len(task.split) for task in evaluation.tasks)
     tasks = "1 task" if len(evaluation.tasks) == 1 else f"{len(evaluation.tasks)} tasks"
-    counts = ", ".join(str(cycles.h) for cycles in evaluation.cycles)
+    counts = ", ".join(name for _, name in evaluation.points)
     return (
         f"<b>{html.escape(evaluation.checkpoint)}</b> at step {evaluation.step:,}, on {count:,} samples of {tasks}, "
         f"with {counts} H-cycles (trained: {evaluation.trained.h}). Answers are greedy."
@@ -95,9 +95,10 @@ def bars(scores: Sequence[Score]) -> dict:
     return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1.2, width=4)
 
 
-def over_tasks(whole: Sequence[Line], cycles: Sequence[int], trained: int) -> go.Figure:
+def over_tasks(whole: Sequence[Line], cycles: Sequence[tuple[float, str]], trained: int) -> go.Figure:
     """A line for each task against the cycles; at a single count, a bar for each task."""
     figure, colors = go.Figure(), qualitative.Plotly
+    order = in_order(cycles)
     headlines = [[scores[line.headline] for scores in line.scores] for line in whole]
     if len(cycles) == 1:
         chosen = [scores[0] for scores in headlines]
@@ -114,9 +115,10 @@ def over_tasks(whole: Sequence[Line], cycles: Sequence[int], trained: int) -> go
             width=[min(0.6, 0.12 * len(whole) + 0.1)] * len(whole),
         )
     else:
-        for number, (line, values) in enumerate(zip(whole, headlines, strict=True)):
+        for number, (line, unordered) in enumerate(zip(whole, headlines, strict=True)):
+            values = [unordered[which] for which in order]
             figure.add_scatter(
-                x=cycles,
+                x=[cycles[which][0] for which in order],
                 y=[score.value for score in values],
                 error_y=bars(values),
                 mode="lines+markers",
@@ -126,7 +128,7 @@ def over_tasks(whole: Sequence[Line], cycles: Sequence[int], trained: int) -> go
                 hovertemplate=f"{html.escape(line.name)}<br>%{{x}} H-cycles<br>{words(line.headline)} %{{y:.4f}}<extra></extra>",
             )
         logarithmic = against_cycles(figure, cycles)
-        if trained in cycles:
+        if trained in [count for count, _ in cycles]:
             figure.add_vline(x=trained, line=dict(dash="dot", color="#999"))
             place = math.log10(trained) if logarithmic else trained  # an annotation wants it so, a line does not
             figure.add_annotation(
@@ -138,19 +140,25 @@ def over_tasks(whole: Sequence[Line], cycles: Sequence[int], trained: int) -> go
     return figure
 
 
-def against_cycles(figure: go.Figure, cycles: Sequence[int]) -> bool:
+def in_order(cycles: Sequence[tuple[float, str]]) -> list[int]:
+    """The numbers of the cycle counts, the least first."""
+    return sorted(range(len(cycles)), key=lambda which: cycles[which])
+
+
+def against_cycles(figure: go.Figure, cycles: Sequence[tuple[float, str]]) -> bool:
     """Makes the axis of the cycles, and says whether it is logarithmic, as for counts that double."""
-    logarithmic = min(cycles) > 0 and max(cycles) >= 4 * min(cycles)
+    counts, names = zip(*cycles)
+    logarithmic = min(counts) > 0 and max(counts) >= 4 * min(counts)
     figure.update_xaxes(
         title="H-cycles",
         type="log" if logarithmic else "linear",
-        tickvals=list(cycles),
-        ticktext=list(map(str, cycles)),
+        tickvals=counts,
+        ticktext=names,
     )
     return logarithmic
 
 
-def of_facet(lines: Sequence[Line], cycles: Sequence[int]) -> go.Figure:
+def of_facet(lines: Sequence[Line], cycles: Sequence[tuple[float, str]]) -> go.Figure:
     """Of a facet: a line for each value against the cycles; at a single count, a point for each value."""
     figure, shown = go.Figure(), lines[:MOST_LINES]
     headline, facet = lines[0].headline, lines[0].facet
@@ -169,9 +177,9 @@ def of_facet(lines: Sequence[Line], cycles: Sequence[int]) -> go.Figure:
         figure.update_xaxes(title=facet, type="category")
     else:
         for line, color in zip(shown, colors, strict=True):
-            values = [scores[headline] for scores in line.scores]
+            values = [line.scores[which][headline] for which in in_order(cycles)]
             figure.add_scatter(
-                x=list(cycles),
+                x=[cycles[which][0] for which in in_order(cycles)],
                 y=[score.value for score in values],
                 error_y=bars(values),
                 mode="lines+markers",
@@ -193,14 +201,14 @@ def of_facet(lines: Sequence[Line], cycles: Sequence[int]) -> go.Figure:
     return figure
 
 
-def scores(lines: Sequence[Line], cycles: Sequence[int]) -> str:
+def scores(lines: Sequence[Line], cycles: Sequence[tuple[float, str]]) -> str:
     """All scores with their intervals."""
     names = list(dict.fromkeys(name for line in lines for name in line.scores[0]))
     columns = ["task", "samples", "H-cycles"]
     columns += [text for name in names for text in (words(name), f"{LEVEL:.0%} interval")]
     rows = []
     for line in lines:
-        for which, count in enumerate(cycles):
+        for which, (_, count) in enumerate(cycles):
             cells = [line.alias, line.samples, count]
             for name in names:
                 score = line.scores[which].get(name)

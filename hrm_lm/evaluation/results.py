@@ -23,7 +23,9 @@ AT_ONCE = 1 << 22
 """Draws that are held at a time."""
 VERSION = 1
 """Of the tasks' definitions, as `lm_eval` tells it; a change of what a task asks or counts raises it."""
-HIGHER_IS_BETTER = {"val_loss": False}
+MEAN_CYCLES = "mean_h_cycles"
+"""A score of `--h_cycles auto`: the H-cycles that samples took."""
+HIGHER_IS_BETTER = {"val_loss": False, MEAN_CYCLES: False}
 """Of the scores; all others are better when higher."""
 
 
@@ -37,6 +39,8 @@ class Answered:
     answers: list[str | None]
     verdicts: np.ndarray | None
     """(n,), where the task has a verdict."""
+    cycles: np.ndarray | None
+    """(n,): the H-cycles of each, where samples halt."""
 
     @classmethod
     def of(cls, task: Task, done: Sequence[tuple[Slice, Scores]]) -> "Answered":
@@ -51,12 +55,15 @@ class Answered:
         verdicts = (
             None if verdict is None else np.array([verdict(i, a or "") for i, a in enumerate(answers)], dtype=float)
         )
-        return cls(loss, labels, right.astype(float), answers, verdicts)
+        taken = [scores.cycles for _, scores in done if scores.cycles is not None]
+        cycles = np.concatenate(taken)[order].astype(float) if taken else None
+        return cls(loss, labels, right.astype(float), answers, verdicts, cycles)
 
     def ratios(self, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Each score as two arrays (n,): it is the sum of the first over the sum of the second, over any of the samples."""
         one = np.ones_like(self.right)
         scores = {"exact_match": (self.right, one), "val_loss": (self.loss, self.labels)}
+        scores |= {} if self.cycles is None else {MEAN_CYCLES: (self.cycles, one)}
         return scores | ({metric: (self.verdicts, one)} if self.verdicts is not None else {})
 
 
@@ -120,6 +127,18 @@ class Evaluation:
         return lines
 
     @property
+    def points(self) -> list[tuple[float, str]]:
+        """Of each cycle count, the H-cycles that samples took in the mean, and their name."""
+        means = [
+            cycles.h if cycles.halt is None else np.concatenate([one[which].cycles for one in self.answered]).mean()
+            for which, cycles in enumerate(self.cycles)
+        ]
+        names = [
+            str(cycles.h) if cycles.halt is None else f"auto ({mean:.1f})" for cycles, mean in zip(self.cycles, means)
+        ]
+        return list(zip(map(float, means), names))
+
+    @property
     def shown(self) -> int:
         """The number of the cycle count whose answers are shown: as trained, else the first."""
         return self.cycles.index(self.trained) if self.trained in self.cycles else 0
@@ -147,7 +166,8 @@ def group_lines(tasks: Sequence[Task], answered: Sequence[list[Answered]]) -> li
             loss, labels, right = (
                 np.concatenate([getattr(one, name) for one in of_members]) for name in ("loss", "labels", "right")
             )
-            together.append(Answered(loss, labels, right, [], None))
+            taken = [one.cycles for one in of_members if one.cycles is not None]
+            together.append(Answered(loss, labels, right, [], None, np.concatenate(taken) if taken else None))
         count = len(together[0].loss)
         scores = scored(together, "score", np.arange(count))
         lines.append(Line(group, "", count, scores, "exact_match"))
@@ -215,7 +235,7 @@ def document(evaluation: Evaluation, which: int) -> dict[str, Any]:
         for task in evaluation.tasks
     }
     return {
-        "h_cycles": cycles.h,
+        "h_cycles": cycles.name,
         "l_cycles": cycles.l,
         "step": evaluation.step,
         "results": results,
@@ -233,7 +253,7 @@ def document(evaluation: Evaluation, which: int) -> dict[str, Any]:
             for line in lines
         },
         "config": evaluation.config
-        | {"model_args": f"checkpoint={evaluation.checkpoint},h_cycles={cycles.h},l_cycles={cycles.l}"},
+        | {"model_args": f"checkpoint={evaluation.checkpoint},h_cycles={cycles.name},l_cycles={cycles.l}"},
         "model_source": "hrm_lm",
         "model_name": evaluation.checkpoint,
         "date": evaluation.date,
@@ -256,7 +276,7 @@ def samples(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         texts = [tuple(map(tokenizer.decode, task.split[i][:2])) for i in range(len(task.split))]
         for cycles, one in zip(evaluation.cycles, answered, strict=True):
             for i, (prompt, response) in enumerate(texts):
-                row = {"task": task.name, "doc_id": i, "h_cycles": cycles.h, "l_cycles": cycles.l}
+                row = {"task": task.name, "doc_id": i, "h_cycles": cycles.name, "l_cycles": cycles.l}
                 row |= {"prompt": prompt, "target": response, "answer": one.answers[i]}
                 row["facets"] = {name: values[i] for name, values in task.facets.items() if values[i]}
                 row |= {"exact_match": one.right[i], "val_loss": one.loss[i] / max(one.labels[i], 1)}
@@ -271,7 +291,9 @@ def table(evaluation: Evaluation) -> str:
         for which, cycles in enumerate(evaluation.cycles):
             first = ["  " * bool(line.facet) + line.alias, f"{line.samples:,}"] if not which else ["", ""]
             scores = line.scores[which]
-            rows.append([*first, str(cycles.h), *(interval(scores[name]) if name in scores else "" for name in names)])
+            rows.append(
+                [*first, str(cycles.name), *(interval(scores[name]) if name in scores else "" for name in names)]
+            )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows

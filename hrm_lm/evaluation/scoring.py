@@ -51,6 +51,8 @@ class Scores(NamedTuple):
     """(n,) bool: whether each label is the likeliest token. Greedy decoding then gives the response."""
     answers: list[str | None]
     """None where the answer was not wanted."""
+    cycles: np.ndarray | None
+    """(n,): the H-cycles of each sample, where samples halt."""
 
 
 def slices_of(tasks: Sequence[Task], every_cycles: Sequence[Cycles], options: EvalOptions, size: int) -> list[Slice]:
@@ -68,7 +70,7 @@ def slices_of(tasks: Sequence[Task], every_cycles: Sequence[Cycles], options: Ev
             for which, cycles in enumerate(every_cycles):
                 taken = replace(options, cycles=cycles)
                 found.append(Slice(number, which, piece, samples, taken, task.max_new_tokens, answers))
-    return sorted(found, key=lambda one: -len(one.samples.ids) * sum(one.options.cycles))
+    return sorted(found, key=lambda one: -len(one.samples.ids) * (one.options.cycles.h + one.options.cycles.l))
 
 
 def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
@@ -77,7 +79,7 @@ def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
     if options.mixed_precision == "fp16" and next(model.parameters()).device.type != "cuda":
         options = replace(options, mixed_precision="none")  # fp16 is CUDA's alone
     try:
-        sums = losses(model, tokenizer, work.samples, options)
+        sums, cycles = losses(model, tokenizer, work.samples, options)
         loss, labels, right = sums[0], sums[1], sums[1] == sums[2]
         prompts, responses = apart(work.samples)
         known = right & work.samples.ends
@@ -95,20 +97,27 @@ def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
         raise UserError(
             f"--batch_size {options.batch_size}: more than the memory holds; give a smaller one{longest}"
         ) from None
-    return Scores(loss, labels, right, answers)
+    return Scores(loss, labels, right, answers, cycles)
 
 
 @torch.no_grad()
-def losses(model: LanguageModel, tokenizer: Tokenizer, samples: Ragged, options: EvalOptions) -> np.ndarray:
-    """(3, n): what `by_sample` says of each sample, taken `options.batch_size` at a time in their order."""
+def losses(
+    model: LanguageModel, tokenizer: Tokenizer, samples: Ragged, options: EvalOptions
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(3, n): what `by_sample` says of each sample, taken `options.batch_size` at a time in their order; and the H-cycles of
+    each, (n,), where samples halt.
+    """
     device = next(model.parameters()).device
-    found = []
+    found, taken = [], []
     with autocast(device, options.mixed_precision):
         for first in range(0, len(samples.ends), options.batch_size):
             chosen = samples.take(np.arange(first, min(first + options.batch_size, len(samples.ends))))
             batch = to_device(model.collate(chosen, tokenizer, options.round_up), device)
-            found.append(by_sample(model, batch, options))
-    return torch.cat(found, dim=1).cpu().numpy()
+            predictions, thought = model(batch, options.cycles)
+            found.append(by_sample(predictions[-1], batch))
+            if thought is not None and thought.cycles is not None:
+                taken.append(thought.cycles)
+    return torch.cat(found, dim=1).cpu().numpy(), torch.cat(taken).cpu().numpy() if taken else None
 
 
 def apart(samples: Ragged) -> tuple[list[np.ndarray], list[np.ndarray]]:

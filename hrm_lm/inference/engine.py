@@ -134,7 +134,9 @@ class Lane:
     def __init__(self, model: LanguageModel, rows: int, cycles: Cycles):
         most = model.config
         self.decoding: Decoding = model.open(rows, most.max_prompt_len, most.max_response_len, cycles)
-        self.decode = graphed(model) if self.decoding.cursor.device.type == "cuda" else model.decode
+        self.decode = (
+            graphed(model) if self.decoding.cursor.device.type == "cuda" and cycles.halt is None else model.decode
+        )
         self.running: list[Answer] = []
         """In the order of the caches' rows."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hrm_lm.config import Halting
 from hrm_lm.errors import UserError
 from hrm_lm.evaluation.results import RESAMPLES, SEED, Answered, Evaluation
 from hrm_lm.evaluation.scoring import Slice, slices_of
@@ -23,7 +24,7 @@ def evaluate(
     overrides: dict[str, Any],
     tasks: Sequence[str] = (),
     batch_size: int = 256,
-    h_cycles: Sequence[int | None] = (None,),
+    h_cycles: Sequence[int | Halting | None] = (None,),
     l_cycles: int | None = None,
     workers: int | None = None,
     shown: str | None = None,
@@ -40,8 +41,8 @@ def evaluate(
         raise UserError("data.tokenizer: a checkpoint is scored with its own tokenizer; leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() and workers is None else "cpu")
     model, tokenizer, checkpoint = load_model(folder, device)
-    trained = checkpoint.config.model.hrm
-    every_cycles = list(dict.fromkeys(chosen_cycles(trained, h, l_cycles) for h in h_cycles))
+    trained = checkpoint.config.cycles
+    every_cycles = list(dict.fromkeys(chosen_cycles(checkpoint.config, h, l_cycles) for h in h_cycles))
     asked = tasks_of(tasks, folder, checkpoint.config, overrides, tokenizer)
     options = EvalOptions.of(checkpoint.config, batch_size=batch_size)
 
@@ -75,7 +76,7 @@ def evaluate(
         checkpoint=shown or str(folder),
         step=checkpoint.progress.step,
         cycles=every_cycles,
-        trained=trained.cycles,
+        trained=trained,
         tasks=asked,
         answered=answered,
         config=config,

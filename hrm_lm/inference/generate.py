@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.fs
 
 from hrm_lm.cluster.run_folder import RunFolder, newest_run, run_locations
-from hrm_lm.config import Cycles, HRMConfig
+from hrm_lm.config import MOST_CYCLES, Config, Cycles, Halting
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve, without_secrets
@@ -85,18 +85,21 @@ def find_checkpoint(
     return run.fs, best
 
 
-def chosen_cycles(trained: HRMConfig, h_cycles: int | None, l_cycles: int | None) -> Cycles:
-    """The counts given, and the trained counts in place of None.
+def chosen_cycles(config: Config, h_cycles: int | Halting | None, l_cycles: int | None) -> Cycles:
+    """The counts given, and in place of None those that a model of this config was trained to answer with.
 
     Raises UserError for a count that the model cannot take: a model with a core takes at least 1 H-cycle, a model without
     a core takes no H-cycle.
     """
-    if h_cycles and not trained.h_cycles:
+    trained, hrm = config.cycles, config.model.hrm
+    if h_cycles and not hrm.h_cycles:
         raise UserError("this model was trained with h_cycles 0: it has no HRM core to cycle")
-    if h_cycles == 0 and trained.h_cycles:
+    if h_cycles == 0 and hrm.h_cycles:
         raise UserError("--h_cycles must be at least 1, not 0: this model has an HRM core, and it answers through it")
-    h, l = trained.cycles
-    return Cycles(h if h_cycles is None else h_cycles, l if l_cycles is None else l_cycles)
+    l = trained.l if l_cycles is None else l_cycles
+    if isinstance(h_cycles, Halting):
+        return Cycles(h_cycles.most or min(4 * trained.h, MOST_CYCLES), l, h_cycles.residual)
+    return Cycles(trained.h if h_cycles is None else h_cycles, l)
 
 
 if __name__ == "__main__":

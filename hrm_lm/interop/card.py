@@ -92,6 +92,23 @@ def metadata(results: Sequence[Results], name: str) -> str:
     ).to_yaml()
 
 
+MARK = """\
+inputs["token_type_ids"] = inputs["attention_mask"]  # 1: the prompt's tokens see one another both ways
+"""
+BOTH_WAYS = """
+The model reads prompts both ways. Not all tools do:
+
+- **Transformers** reads a prompt causally unless `token_type_ids` mark it, as above. lm-evaluation-harness does not mark it: its
+  `--model hf` scores another model than this one. `hrm-lm lm_eval --model hrm_lm` scores a checkpoint as it was trained.
+- **vLLM** (`vllm serve FOLDER`) reads prompts both ways. Its log-likelihoods (`prompt_logprobs`) are wrong: they read the continuation
+  as a part of the prompt.
+- **llama.cpp** reads prompts causally, so its answers are another model's, and usually worse.
+"""
+CAUSAL = """
+The model reads prompts causally, as Transformers and llama.cpp do.
+"""
+
+
 def model_card(checkpoint: Checkpoint, parameters: int, results: Sequence[Results], name: str) -> str:
     progress = checkpoint.progress
     training = {
@@ -103,6 +120,8 @@ def model_card(checkpoint: Checkpoint, parameters: int, results: Sequence[Result
     rows = "\n".join(f"| {name} | {value} |" for name, value in training.items() if value is not None)
     # Where the run was kept is its owner's business.
     config = checkpoint.config.model_copy(update={"ray": type(checkpoint.config.ray)()})
+    is_causal = config.model.mask == "causal"
+    mark = "" if is_causal else MARK
     measured = f"\n## Results\n\n{table(results)}\n" if results else ""
     return f"""---
 {metadata(results, name)}
@@ -121,19 +140,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
 inputs = tokenizer(["a prompt"], return_tensors="pt", padding=True, add_special_tokens=False)
-inputs["token_type_ids"] = inputs["attention_mask"]  # 1: the prompt's tokens see one another both ways
-output = model.generate(**inputs)
+{mark}output = model.generate(**inputs)
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
-
-The model reads prompts both ways. Not all tools do:
-
-- **Transformers** reads a prompt causally unless `token_type_ids` mark it, as above. lm-evaluation-harness does not mark it: its
-  `--model hf` scores another model than this one. `hrm-lm lm_eval --model hrm_lm` scores a checkpoint as it was trained.
-- **vLLM** (`vllm serve FOLDER`) reads prompts both ways. Its log-likelihoods (`prompt_logprobs`) are wrong: they read the continuation
-  as a part of the prompt.
-- **llama.cpp** reads prompts causally, so its answers are another model's, and usually worse.
-
+{CAUSAL if is_causal else BOTH_WAYS}
 ## Config of the run
 
 ```yaml

@@ -49,6 +49,9 @@ def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
     if config.architecture != "prefix_lm" or not hrm.h_cycles:
         what = f"model.architecture {config.architecture} with model.hrm.h_cycles {hrm.h_cycles}"
         raise UserError(f"{what} has no counterpart in Transformers: only prefix_lm with H-cycles can be exported")
+    if hrm.inject != "none" or hrm.shared:
+        what = f"model.hrm.inject {hrm.inject} and model.hrm.shared {str(hrm.shared).lower()}"
+        raise UserError(f"{what} have no counterpart in Transformers: its HRM-Text has inject none and two stacks")
     if hrm.h_layers != hrm.l_layers:
         layers = f"model.hrm.h_layers ({hrm.h_layers}) and l_layers ({hrm.l_layers})"
         raise UserError(f"{layers} differ: Transformers has one number for both")
@@ -69,7 +72,7 @@ def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):
         rms_norm_eps=1e-6,
         initializer_range=1 / math.sqrt(config.d_model),
         embedding_scale=math.sqrt(config.d_model),
-        prefix_lm=True,
+        prefix_lm=config.mask == "prefix",
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,

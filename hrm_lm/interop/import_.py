@@ -82,7 +82,6 @@ def config_of(hf_config, source: Path) -> Config:
         if not 1 <= getattr(hf_config, name) <= MOST_TOKENS:
             raise UserError(f"{source / 'config.json'}: {name} is {short(getattr(hf_config, name))}")
     needed = {
-        "prefix_lm": (hf_config.prefix_lm, True),
         "hidden_act": (hf_config.hidden_act, "silu"),
         "rms_norm_eps": (hf_config.rms_norm_eps, 1e-6),
         "attention_bias": (hf_config.attention_bias, False),
@@ -105,6 +104,7 @@ def config_of(hf_config, source: Path) -> Config:
         {
             "model": {
                 "architecture": "prefix_lm",
+                "mask": "prefix" if hf_config.prefix_lm else "causal",
                 "d_model": hf_config.hidden_size,
                 "n_heads": hf_config.num_attention_heads,
                 "vocab_size": hf_config.vocab_size,

@@ -4,10 +4,12 @@ from hrm_lm.config import ModelConfig
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.encoder_decoder import HRMEncoderDecoder
 from hrm_lm.models.prefix_lm import HRMPrefixLM
+from hrm_lm.models.puzzle import HRMPuzzle
 
-ARCHITECTURES: dict[str, type[HRMEncoderDecoder | HRMPrefixLM]] = {
+ARCHITECTURES: dict[str, type[HRMEncoderDecoder | HRMPrefixLM | HRMPuzzle]] = {
     "encoder_decoder": HRMEncoderDecoder,
     "prefix_lm": HRMPrefixLM,
+    "puzzle": HRMPuzzle,
 }
 
 

@@ -7,8 +7,8 @@ the step from a token to the next one can be captured as a CUDA graph, and the h
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Cursor:
         self.reading: slice | None = None
         """The rows whose prompts are being read; None where a token is appended to every sample."""
         self.places = torch.arange(self.capacity, device=device)
-        self.hidden: Tensor = None  # made when the first keys say what of
+        self.hidden: Tensor | None = None  # made when the first keys say what of
 
     def read(self, tokens: int, filled: Sequence[int]) -> Iterator[slice]:
         """Adds samples, and yields which of them to read at a time, so that activations stay bounded.
@@ -59,7 +59,9 @@ class Cursor:
             yield some
         self.reading, new = None, slice(self.samples, self.samples + len(filled))
         self.place[new] = torch.tensor(filled).to(self.device, non_blocking=True)
-        self.hidden[new].fill_(-torch.inf).masked_fill_((self.places <= self.place[new, None])[:, None, None], 0.0)
+        if self.hidden is not None:
+            seen = (self.places <= self.place[new, None])[:, None, None]
+            self.hidden[new].fill_(-torch.inf).masked_fill_(seen, 0.0)
         self._fill([*self.filled, *filled])
 
     def rope(self, table: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,7 @@ class Cursor:
 
         It is added to scores: attention would make this of a bool mask at every call.
         """
+        assert self.hidden is not None  # there are keys
         return first(self.hidden, rows).narrow(3, 0, self.keys)
 
     def index(self, rows: int) -> Tensor:
@@ -81,7 +84,8 @@ class Cursor:
     def advance(self, rows: int) -> None:
         """A token was appended. Rows beyond the samples, which fill up a size, stay within the cache."""
         first(self.place, rows).add_(1).clamp_(max=self.capacity - 1)
-        first(self.hidden, rows).scatter_(3, self.index(rows), 0.0)
+        if self.hidden is not None:
+            first(self.hidden, rows).scatter_(3, self.index(rows), 0.0)
         self.count()
 
     def count(self) -> None:
@@ -138,6 +142,22 @@ class KVCache:
         keys = self.cursor.keys
         return first(self.k, rows).narrow(2, 0, keys), first(self.v, rows).narrow(2, 0, keys)
 
+    def repeat(self, other: "KVCache", rows: Tensor) -> None:
+        """Takes over what `other` was given last, in the rows where `rows` (B,) is true: in those of the prompts that are being
+        read, or in the places of the last tokens.
+        """
+        cursor = self.cursor
+        if self.k is None:
+            self.k, self.v = torch.zeros_like(other.k), torch.zeros_like(other.v)
+        for own, others in ((self.k, other.k), (self.v, other.v)):
+            if cursor.reading is not None:
+                some = rows.nonzero()[:, 0] + cursor.reading.start
+                own[some] = others[some]
+            else:
+                index = cursor.index(len(rows)).expand(-1, own.shape[1], 1, own.shape[3])
+                mine, theirs = (first(side, len(rows)).gather(2, index) for side in (own, others))
+                first(own, len(rows)).scatter_(2, index, torch.where(rows[:, None, None, None], theirs, mine))
+
     def drop(self, moves: "Moves") -> None:
         """Samples end. To be called before the cursor's."""
         # Of a prompt that is looked back at, the last place counts as the next token's.
@@ -181,6 +201,15 @@ class Decoding:
     """Rotary cosines and sines of all positions, (capacity, D)."""
     memory: list[KVCache]
     """Of what the blocks attend to besides their own past."""
+    taken: list[Tensor] = field(default_factory=list, kw_only=True)
+    """Where samples halt: the H-cycles of each, (B,), of every prompt that was read and, where the recurrence runs for it, of
+    every token."""
+
+    def settled(self, thought: Any) -> Tensor:
+        """The core's output, (B, T, C). Where samples halt, notes after how many H-cycles."""
+        if thought.cycles is not None:
+            self.taken.append(thought.cycles)
+        return thought.states[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hrm_lm.config import Config, Cycles, ModelConfig
-from hrm_lm.data.collate import AnyBatch, Collate, Rows, SpecialTokens, pack, pack_apart, pad
+from hrm_lm.data.collate import AnyBatch, Collate, Rows, SpecialTokens, Stream, join, pack, pack_apart, pad
 from hrm_lm.data.splits import Ragged
 from hrm_lm.models.cache import Decoding
+from hrm_lm.models.hrm import Carry, Thought
 from hrm_lm.models.layers import Head
 
 Precision = Literal["none", "bf16", "fp16", "fp8"]
@@ -42,7 +43,7 @@ class EvalOptions:
     def of(cls, config: Config, **changes: Any) -> EvalOptions:
         """As the run of `config` validates, but for `changes`."""
         options = cls(
-            cycles=config.model.hrm.cycles,
+            cycles=config.cycles,
             mixed_precision=config.train.mixed_precision,
             batch_size=config.micro_batch_size,
             round_up=config.train.length_window > 0,
@@ -50,11 +51,16 @@ class EvalOptions:
         return replace(options, **changes)
 
 
-def layout(model: LanguageModel, rows: Rows | None) -> Collate:
-    """How samples become the model's batches: as its architecture wants, or with `rows` packed into these."""
-    if rows is None:
-        return model.collate
-    return partial(pack, width=rows[0]) if len(rows) == 1 else partial(pack_apart, rows=rows)
+def layout(model: LanguageModel, rows: Rows | None, objective: Literal["response", "all"] = "response") -> Collate:
+    """How samples become the model's batches: as its architecture wants, or with `rows` packed into these. objective: which
+    of their tokens are labels; see `train.objective`.
+    """
+    if rows is not None and len(rows) == 2:
+        return partial(pack_apart, rows=rows)
+    stream = model.stream._replace(everything=objective == "all")
+    if rows is not None:
+        return partial(pack, width=rows[0], stream=stream)
+    return model.collate if stream == Stream() else partial(join, stream=stream)
 
 
 class Prediction(NamedTuple):
@@ -67,12 +73,24 @@ class Prediction(NamedTuple):
     for it."""
 
 
+class Output(NamedTuple):
+    """What a model makes of a batch."""
+
+    predictions: list[Prediction]
+    """The last is the model's answer. While training with deep supervision, those of the earlier H-cycles come before it."""
+    thought: Thought | None
+    """The core's states; None where there is no core."""
+
+
 class LanguageModel(nn.Module):
     """A model that answers prompts: the base class of `hrm_lm.models.encoder_decoder` and `prefix_lm`, and of yours."""
 
     config: ModelConfig
+    head: Head
     core: nn.Module | None
     """The HRMCore, or None for a model without recurrence."""
+    stream: Stream = Stream()
+    """How samples are read where they are single sequences."""
     recurs_per_token: bool = True
     """Whether the core runs for every new token, and not only for the prompt."""
 
@@ -81,10 +99,17 @@ class LanguageModel(nn.Module):
         """Makes the batch in the layout that the architecture wants. This is the guide's."""
         return pad(samples, tokens, round_up)
 
-    def forward(self, batch: Any, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
-        """The last prediction is the model's answer. While training with deep supervision, those of the earlier
-        H-cycles come before it. batch: what `collate` made. backprop_steps: see `HRMCore`.
-        """
+    def forward(
+        self, batch: Any, cycles: Cycles, backprop_steps: int | None = None, carry: Carry | None = None
+    ) -> Output:
+        """batch: what `collate` made. backprop_steps, carry: see `HRMCore`; a carry is of the same batch."""
+        states, thought = self.states(batch, cycles, backprop_steps, carry)
+        return Output([predict(self.head, some, batch.labels) for some in states], thought)
+
+    def states(
+        self, batch: Any, cycles: Cycles, backprop_steps: int | None = None, carry: Carry | None = None
+    ) -> tuple[list[Tensor], Thought | None]:
+        """What the head reads, (..., C), aligned with `batch.labels`, for each prediction that is due; and the core's states."""
         raise NotImplementedError
 
     def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:

@@ -40,6 +40,7 @@ def generate_ids(
     scores: list[float] | None = None,
     in_step: bool = False,
     alive: Callable[[], None] = lambda: None,
+    taken: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The responses to `prompts`, in their order; each ends before EOS or after `max_new_tokens` (the model's most).
 
@@ -49,6 +50,7 @@ def generate_ids(
     number: its place in `prompts`, or what `numbers` has there. scores: gets the mean log-probability of each response's
     tokens at temperature 1; EOS is one of them. in_step: takes all steps whatever the answers, as workers that share a
     model must, and captures no graph, since they communicate. alive: called whenever samples have ended.
+    taken: gets the H-cycles of prompts and tokens where samples halt (`Decoding.taken`), a tensor each time.
     """
     if not prompts:
         return []
@@ -63,7 +65,8 @@ def generate_ids(
     # Autocast remembers the weights that it has cast until it ends. Graphs read these copies, so it lasts for all of them.
     with autocast(device, options.mixed_precision):
         decoding = model.open(rows, max(map(len, prompts)), most, options.cycles)
-        decode = model.decode if in_step or device.type != "cuda" else graphed(model)
+        plain = in_step or device.type != "cuda" or options.cycles.halt is not None
+        decode = model.decode if plain else graphed(model)
         while waiting or running:
             if waiting and not wasted and len(running) < rows:
                 chosen, waiting = waiting[: rows - len(running)], waiting[rows - len(running) :]
@@ -72,10 +75,15 @@ def generate_ids(
                 running += chosen
                 drawn = [draws(seed, numbers[i] if numbers else i, most) for i in chosen] if temperature else []
                 growing.begin(new, drawn)
-                logits = model.prefill(ids, lens, tokenizer.bos_id, decoding)
+                logits, was_read = model.prefill(ids, lens, tokenizer.bos_id, decoding), True
             else:
+                was_read = False
                 new = slice(0, len(running))
                 logits = decode(growing.last[: step_rows(len(running), rows, device)], decoding)[: len(running)]
+            if taken is not None:
+                going = ~growing.done[new]  # others have ended, and wait until they are dropped
+                taken += [cycles if was_read else cycles[: len(going)][going] for cycles in decoding.taken]
+            decoding.taken.clear()
             tokens = pick(logits, temperature, top_k, top_p, growing.uniforms(new))
             growing.extend(new, tokens, logits if scores is not None else None)
             ended = growing.ended(in_step)

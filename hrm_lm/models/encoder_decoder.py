@@ -16,8 +16,8 @@ from hrm_lm.config import BridgeConfig, Cycles, ModelConfig
 from hrm_lm.data.collate import Batch, PackedBatch
 from hrm_lm.models import cache
 from hrm_lm.models.cache import Cursor, KVCache
-from hrm_lm.models.contract import LanguageModel, Prediction, predict
-from hrm_lm.models.hrm import HRMCore
+from hrm_lm.models.contract import LanguageModel
+from hrm_lm.models.hrm import Carry, HRMCore, Thought
 from hrm_lm.models.layers import Block, CrossAttention, Head, Mask, Rotary, ScaledEmbedding, Stack, rms_norm, rotary
 from hrm_lm.models.masks import needs_dense, takes_blocks, visible, visible_blocks
 
@@ -77,11 +77,11 @@ class HRMEncoderDecoder(LanguageModel):
         self.head_dim = C // config.n_heads
         self.embedding = ScaledEmbedding(vocab_size, C)
         self.encoder = Stack(config.encoder_layers, *sizes)
-        self.core = (
-            HRMCore(Stack(config.hrm.h_layers, *sizes), Stack(config.hrm.l_layers, *sizes), C)
-            if config.hrm.h_cycles
-            else None
-        )
+        self.core: HRMCore | None = None
+        if config.hrm.h_cycles:
+            h_stack = Stack(config.hrm.h_layers, *sizes)
+            l_stack = None if config.hrm.shared else Stack(config.hrm.l_layers, *sizes)
+            self.core = HRMCore(h_stack, l_stack, C, inject=config.hrm.inject)
         self.bridge = Bridge(config.bridge, C, config.n_heads)
         cross = config.bridge.type == "cross_attention"
         self.decoder = nn.ModuleList(Block(*sizes, cross=cross) for _ in range(config.decoder_layers))
@@ -92,12 +92,21 @@ class HRMEncoderDecoder(LanguageModel):
         self.bridge.set_step(step)
 
     def encode(
-        self, ids: Tensor, positions: Tensor, mask: Mask, cycles: Cycles, backprop_steps: int | None = None
-    ) -> list[Tensor]:
-        """ids: (B, S). Returns the core's state after each H-cycle, each (B, S, C)."""
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        cycles: Cycles,
+        backprop_steps: int | None = None,
+        carry: Carry | None = None,
+        tokens: Tensor | None = None,
+    ) -> Thought:
+        """ids: (B, S). cycles to tokens: those of `HRMCore`."""
         rope = rotary(positions, self.head_dim)
         x = self.encoder(self.embedding(ids), rope, mask)
-        return [x] if self.core is None else self.core(x, rope, mask, cycles, backprop_steps)
+        if self.core is None:
+            return Thought.of(x)
+        return self.core(x, rope, mask, cycles, backprop_steps, None, carry, tokens)
 
     def _cross(self, states: Tensor, mask: Mask) -> list:
         """What each decoder block attends to besides its own past: keys and values, mask, gate."""
@@ -120,40 +129,41 @@ class HRMEncoderDecoder(LanguageModel):
             x = torch.cat([self.bridge.prefix(states, mask).to(x.dtype), x], dim=1)
         return x
 
-    def forward(
-        self, batch: Batch | PackedBatch, cycles: Cycles, backprop_steps: int | None = None
-    ) -> list[Prediction]:
-        """The last prediction is the model's answer; see `LanguageModel`."""
-        return [predict(self.head, states, batch.labels) for states in self.states(batch, cycles, backprop_steps)]
-
-    def states(self, batch: Batch | PackedBatch, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
-        """What the head reads, (B, T, C), aligned with `batch.labels`, for each prediction that is due."""
-        sight = self._packed_sight(batch) if isinstance(batch, PackedBatch) else self._sight(batch)
-        encoded = self.encode(batch.encoder_ids, sight.encoder_positions, sight.encoder_mask, cycles, backprop_steps)
-        if not (self.training and self.config.hrm.deep_supervision):
-            encoded = encoded[-1:]
+    def states(
+        self,
+        batch: Batch | PackedBatch,
+        cycles: Cycles,
+        backprop_steps: int | None = None,
+        carry: Carry | None = None,
+    ) -> tuple[list[Tensor], Thought | None]:
+        sight = self._packed_sight(batch) if isinstance(batch, PackedBatch) else self._sight(batch, cycles)
+        positions, mask = sight.encoder_positions, sight.encoder_mask
+        tokens = batch.thought_about
+        thought = self.encode(batch.encoder_ids, positions, mask, cycles, backprop_steps, carry, tokens)
         states = []
-        for z_h in encoded:
+        for z_h in thought.states if self.training and self.config.hrm.deep_supervision else thought.states[-1:]:
             x = self._decoder_inputs(z_h, sight.cross_mask, batch.decoder_input_ids)
             rope = rotary(sight.decoder_positions, self.head_dim)
             x = self._decode(x, rope, self._cross(z_h, sight.cross_mask), sight.decoder_mask)
             states.append(self.norm(x[:, x.shape[1] - batch.decoder_input_ids.shape[1] :]))  # without the prefix
-        return states
+        return states, thought if self.core else None
 
     @property
     def _dense(self) -> bool:
         return needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
 
-    def _sight(self, batch: Batch) -> Sight:
+    def _sight(self, batch: Batch, cycles: Cycles) -> Sight:
         """Of samples in rows of their own. A mask over keys alone costs nothing, except in a compiled block on CUDA: there
         each call of attention spreads it over all queries. So long rows take blocks there.
         """
         S, T = batch.encoder_ids.shape[1], batch.decoder_input_ids.shape[1]
         keys = batch.encoder_mask[:, None, None, :].bool()
-        compiled = self.decoder[0]._compiled_call_impl is not None
+        may_take = (
+            self.decoder[0]._compiled_call_impl is not None and cycles.halt is None
+        )  # whose samples leave the batch
 
         def over_prompts(queries: int) -> Mask:
-            if not (compiled and takes_blocks(keys, queries, S, self._dense)):
+            if not (may_take and takes_blocks(keys, queries, S, self._dense)):
                 return keys
             last = (batch.encoder_mask.sum(dim=1, keepdim=True) - 1).repeat(1, queries)
             return visible_blocks(torch.zeros_like(last), last, S)
@@ -204,7 +214,9 @@ class HRMEncoderDecoder(LanguageModel):
             reads.append(decoding.memory[0].cursor.read(max(S, width), [length - 1 for length in prompt_lens]))
         logits = []
         for some, *_ in zip(*reads, strict=True):
-            states = self.encode(prompt_ids[some], places, keys[some], decoding.cycles)[-1]
+            mask = keys[some]
+            thought = self.encode(prompt_ids[some], places, mask, decoding.cycles, tokens=mask[:, 0, 0])
+            states = decoding.settled(thought)
             x = self._decoder_inputs(states, keys[some], prompt_ids.new_full((len(states), 1), bos_id))
             memory = self._cross(states, keys[some])
             for kept, (keys_values, *_) in zip(decoding.memory, memory):

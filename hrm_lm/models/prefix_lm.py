@@ -19,15 +19,22 @@ import torch
 from torch import Tensor
 
 from hrm_lm.config import Cycles, ModelConfig
-from hrm_lm.data.collate import TokenRows, join
+from hrm_lm.data.collate import Stream, TokenRows, join
 from hrm_lm.models.cache import Cursor, Decoding, KVCache
-from hrm_lm.models.contract import LanguageModel, Prediction, predict
-from hrm_lm.models.hrm import HRMCore
+from hrm_lm.models.contract import LanguageModel
+from hrm_lm.models.hrm import Carry, HRMCore, Thought
 from hrm_lm.models.layers import Head, Mask, Rotary, ScaledEmbedding, Stack, lecun_normal_, rotary
 from hrm_lm.models.masks import needs_dense, visible
 
 
-class HRMPrefixLM(LanguageModel):
+class TokenStream(LanguageModel):
+    """A model that takes samples through the core as single sequences (`TokenRows`): the base class of `HRMPrefixLM` and
+    `hrm_lm.models.puzzle.HRMPuzzle`.
+    """
+
+    hrm_text: bool
+    """Whether its blocks are the published ones."""
+
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config, hrm = config, config.hrm
@@ -37,50 +44,60 @@ class HRMPrefixLM(LanguageModel):
         self.core: HRMCore | None = None
         self.stack: Stack | None = None
         if hrm.h_cycles:
-            h_stack, l_stack = (Stack(layers, *sizes, hrm_text=True) for layers in (hrm.h_layers, hrm.l_layers))
-            self.core = HRMCore(h_stack, l_stack, C, straight_through=0.0)
+            h_stack = Stack(hrm.h_layers, *sizes, hrm_text=self.hrm_text)
+            l_stack = None if hrm.shared else Stack(hrm.l_layers, *sizes, hrm_text=self.hrm_text)
+            self.core = HRMCore(h_stack, l_stack, C, straight_through=0.0, inject=hrm.inject)
             lecun_normal_(self.core.z_l0, fan_in=1)
         else:
-            self.stack = Stack(hrm.h_layers + hrm.l_layers, *sizes, hrm_text=True)
+            self.stack = Stack(hrm.h_layers + hrm.l_layers, *sizes, hrm_text=self.hrm_text)
         self.head = Head(C, vocab_size)
 
-    collate = staticmethod(join)
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids, positions: (B, T)."""
+        return self.embedding(ids)
 
-    def _states(
+    def think(
         self,
-        ids: Tensor,
+        x: Tensor,
         rope: Rotary,
         mask: Mask,
         cycles: Cycles,
         backprop_steps: int | None = None,
         caches: list[list[KVCache]] | None = None,
-    ) -> list[Tensor]:
-        """ids: (B, T). Returns the states after each H-cycle, each (B, T, C)."""
-        x = self.embedding(ids)
+        carry: Carry | None = None,
+        tokens: Tensor | None = None,
+    ) -> Thought:
+        """x: (B, T, C). The arguments are those of `HRMCore`."""
         if self.stack is not None:
-            return [self.stack(x, rope, mask, caches[0] if caches else None)]
+            return Thought.of(self.stack(x, rope, mask, caches[0] if caches else None))
         assert self.core is not None
-        return self.core(x, rope, mask, cycles, backprop_steps, caches)
+        return self.core(x, rope, mask, cycles, backprop_steps, caches, carry, tokens)
 
-    def forward(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Prediction]:
-        """The last prediction is the model's answer; see `LanguageModel`."""
-        return [predict(self.head, states, batch.labels) for states in self.states(batch, cycles, backprop_steps)]
-
-    def states(self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None) -> list[Tensor]:
-        """What the head reads, (M, C), aligned with `batch.labels`, for each prediction that is due."""
-        dense = needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
+    def states(
+        self, batch: TokenRows, cycles: Cycles, backprop_steps: int | None = None, carry: Carry | None = None
+    ) -> tuple[list[Tensor], Thought | None]:
+        dense = cycles.halt is not None or needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
         mask = visible(batch.sees_from, batch.sees_to, batch.ids.shape[1], dense)
-        states = self._states(batch.ids, rotary(batch.positions, self.head_dim), mask, cycles, backprop_steps)
-        if not (self.training and self.config.hrm.deep_supervision):
-            states = states[-1:]
-        return [z_h.flatten(0, 1)[batch.label_at] for z_h in states]
+        x, rope = self.embed(batch.ids, batch.positions), rotary(batch.positions, self.head_dim)
+        thought = self.think(x, rope, mask, cycles, backprop_steps, None, carry, batch.thought_about)
+        states = thought.states if self.training and self.config.hrm.deep_supervision else thought.states[-1:]
+        return [z_h.flatten(0, 1)[batch.label_at] for z_h in states], thought if self.core else None
+
+
+class HRMPrefixLM(TokenStream):
+    hrm_text = True
+    collate = staticmethod(join)
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__(config, vocab_size)
+        self.stream = Stream(causal=config.mask == "causal")
 
     def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:
         """Room to generate for so many samples at a time, whose prompts have up to `prompt_len` tokens."""
         if self.core is None:
             stacks: list[Any] = [self.stack]
         else:
-            stacks = ([self.core.l_stack] * cycles.l + [self.core.h_stack]) * cycles.h
+            stacks = ([self.core.fast] * cycles.l + [self.core.h_stack]) * cycles.h
         cursor = Cursor(rows, prompt_len + max_new_tokens, self.embedding.weight.device)
         caches = [[KVCache(cursor) for _ in stack.blocks] for stack in stacks]
         return Decoding(cycles, cursor, caches, rotary(cursor.places, self.head_dim), memory=[])
@@ -90,12 +107,17 @@ class HRMPrefixLM(LanguageModel):
         token. `bos_id` is for models whose decoder starts with BOS; here the prompt's last token predicts.
         """
         S, lens = prompt_ids.shape[1], torch.tensor(prompt_lens).to(prompt_ids.device, non_blocking=True)
-        visible = decoding.cursor.places[:S] < lens[:, None]
+        places = decoding.cursor.places[:S]
+        visible = places < lens[:, None]
         cos, sin = (values[:S] for values in decoding.rope)
         logits = []
         for some in decoding.cursor.read(S, prompt_lens):
             mask = visible[some, None, None]
-            states = self._states(prompt_ids[some], (cos, sin), mask, decoding.cycles, caches=decoding.caches)[-1]
+            if self.stream.causal:
+                mask = mask & (places <= places[:, None])
+            x = self.embedding(prompt_ids[some])
+            thought = self.think(x, (cos, sin), mask, decoding.cycles, caches=decoding.caches, tokens=visible[some])
+            states = decoding.settled(thought)
             logits.append(self.head(states[torch.arange(len(states), device=states.device), lens[some] - 1]))
         return torch.cat(logits)
 
@@ -103,6 +125,9 @@ class HRMPrefixLM(LanguageModel):
         """Appends tokens (B,) and returns the logits (B, V) of the next token."""
         cursor, B = decoding.cursor, len(tokens)
         rope = cursor.rope(decoding.rope, B)
-        states = self._states(tokens[:, None], rope, cursor.mask(B), decoding.cycles, caches=decoding.caches)
+        x = self.embedding(tokens[:, None])
+        tokens = x.new_ones(B, 1)
+        thought = self.think(x, rope, cursor.mask(B), decoding.cycles, caches=decoding.caches, tokens=tokens)
+        states = decoding.settled(thought)
         cursor.advance(B)
-        return self.head(states[-1][:, -1])
+        return self.head(states[:, -1])

@@ -65,15 +65,9 @@ FORMAT_VERSION = 1
 # A change of any of these fields changes the model's shape or the order of samples, so no run goes on across it.
 FIXED = (
     *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window", "train.packing"),
-    *("model.architecture", "model.d_model", "model.n_heads", "model.encoder_layers", "model.decoder_layers"),
-    *(
-        "train.lora.",
-        "model.expansion",
-        "model.hrm.h_layers",
-        "model.hrm.l_layers",
-        "model.bridge.type",
-        "model.bridge.prefix_len",
-    ),
+    *("train.lora.", "model.architecture", "model.mask", "model.d_model", "model.n_heads", "model.encoder_layers"),
+    *("model.decoder_layers", "model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.hrm.inject"),
+    *("model.hrm.shared", "model.bridge.type", "model.bridge.prefix_len"),
 )
 
 

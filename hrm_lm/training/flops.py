@@ -17,7 +17,8 @@ from hrm_lm.models.contract import LanguageModel, Precision
 from hrm_lm.models.encoder_decoder import HRMEncoderDecoder
 from hrm_lm.models.hrm import HRMCore, carries_gradient
 from hrm_lm.models.layers import Stack
-from hrm_lm.models.prefix_lm import HRMPrefixLM
+from hrm_lm.models.prefix_lm import HRMPrefixLM, TokenStream
+from hrm_lm.models.puzzle import HRMPuzzle
 from hrm_lm.training.step import backprop_steps_of, cycles_of
 
 # Dense TFLOP/s of matrix products in bf16 or fp16 (summed in float32), in TF32 and in float32, after NVIDIA's data sheets
@@ -74,7 +75,7 @@ def interval_flops(
         for cycles in [cycles_of(config, step)]
     )
     flops = (count * training_flops(model, tokens, labels, samples, *how) for how, count in drawn.items())
-    return sum(flops) / len(steps)
+    return config.train.segments * sum(flops) / len(steps)
 
 
 def training_flops(
@@ -85,7 +86,7 @@ def training_flops(
     tokens, labels: as `Stats` sums them. Attention is computed for samples that are all as long as the mean. So it is
     exact where they are, and mostly too low where lengths differ, since attention grows with the square.
     """
-    count = {HRMPrefixLM: _prefix_lm, HRMEncoderDecoder: _encoder_decoder}[type(model)]
+    count = {HRMPrefixLM: _prefix_lm, HRMEncoderDecoder: _encoder_decoder, HRMPuzzle: _puzzle}[type(model)]
     return count(model, tokens, labels, max(samples, 1), cycles, backprop_steps)
 
 
@@ -106,7 +107,7 @@ def _core(
     l_carries, h_carries = carries_gradient(cycles, backprop_steps)
     l_passes = sum(3 if carries else 1 for row in l_carries for carries in row)
     h_passes = sum(3 if carries else 1 for carries in h_carries)
-    forward_l, forward_h = (_stack(stack, tokens, pairs, d_model) for stack in (core.l_stack, core.h_stack))
+    forward_l, forward_h = (_stack(stack, tokens, pairs, d_model) for stack in (core.fast, core.h_stack))
     return l_passes * forward_l + h_passes * forward_h
 
 
@@ -120,10 +121,24 @@ def _read_states(model: LanguageModel, cycles: Cycles, backprop_steps: int | Non
 def _prefix_lm(
     model: HRMPrefixLM, tokens: float, labels: float, samples: float, cycles: Cycles, backprop_steps: int | None
 ) -> float:
-    C = model.config.d_model
+    if model.stream.causal:  # which labels there are is another matter
+        return _stream(model, tokens, labels, tokens * (tokens / samples + 1) / 2, cycles, backprop_steps)
     response = labels / samples - 1  # its tokens that are read: the last is a label alone
     prompt = tokens / samples - response
     pairs = samples * (prompt * prompt + prompt * response + response * (response + 1) / 2)
+    return _stream(model, tokens, labels, pairs, cycles, backprop_steps)
+
+
+def _puzzle(
+    model: HRMPuzzle, tokens: float, labels: float, samples: float, cycles: Cycles, backprop_steps: int | None
+) -> float:
+    return _stream(model, tokens, labels, tokens * tokens / samples, cycles, backprop_steps)
+
+
+def _stream(
+    model: TokenStream, tokens: float, labels: float, pairs: float, cycles: Cycles, backprop_steps: int | None
+) -> float:
+    C = model.config.d_model
     if model.stack is not None:
         flops = 3 * _stack(model.stack, tokens, pairs, C)
     else:

@@ -68,7 +68,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
         source = train_batches(
             splits.train,
             splits.tokenizer,
-            layout(state.model, rows),
+            layout(state.model, rows, group.train.objective),
             group.train,
             state.step,
             session.rank,

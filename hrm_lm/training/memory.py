@@ -41,6 +41,8 @@ def largest_lengths(
     for that shape alone, and a larger one that never comes would cost it.
     """
     prompt, response = config.model.max_prompt_len, config.model.max_response_len
+    if config.model.architecture == "puzzle":  # it answers in the prompt's places
+        response = min(response, prompt + 1)
     train = config.train
     if rows:
         # In two rows a sample takes at least a token of a prompt besides, and the rows together do not grow.
@@ -68,7 +70,7 @@ def batch_of(
     """`count` samples of these lengths as training would lay them out, on the state's device. Every token is EOS."""
     ids = np.full(count * (prompt + 1 + labels), tokens.eos_id, dtype=np.int64)
     samples = Ragged(ids, np.full(count, prompt), np.full(count, labels), np.ones(count, dtype=bool))
-    collate = layout(state.model, rows)
+    collate = layout(state.model, rows, state.config.train.objective)
     return to_device(
         collate(samples, tokens, state.graphs is not None or state.config.train.length_window > 0), state.device
     )
@@ -146,7 +148,7 @@ def _tried(
             room = [new_slots(group, p) for group in groups for p in group["params"] if not known.get(p)]
             batch = batch_of(state, tokens, count, prompt, labels, rows)
             with autocast(state.device, config.train.mixed_precision):
-                predictions = model(batch, cycles, backprop_steps)
+                predictions = model(batch, cycles, backprop_steps).predictions
             torch.stack([prediction.losses.sum() for prediction in predictions]).sum().backward()
             del room
         except torch.OutOfMemoryError as error:

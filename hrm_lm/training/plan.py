@@ -3,8 +3,8 @@
 No data are read: samples are as long as the config allows, so a real run is no slower.
 """
 
-import statistics
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from hrm_lm.models.layers import LOGITS_AT_ONCE, Block
 from hrm_lm.models.lora import add_lora
 from hrm_lm.training.flops import matrix_peak, training_flops
 from hrm_lm.training.memory import batch_of, kept_bytes, largest_lengths, most_cycles
-from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_step
+from hrm_lm.training.step import Stats, backprop_steps_of, build_state, cycles_of, train_step
 
 VOCABULARY = 64
 """Of the dry run, where `model.vocab_size` is not set."""
 MEASURED = 5
 """Steps that are timed, after three."""
+DRAWN = 1000
+"""Steps whose cycles the mean is taken of."""
 CPU_FLOPS = 1e10
 """Of a step that a CPU still measures: some tenths of a second."""
 BLOCK_FLOPS = 5e7
@@ -47,7 +49,8 @@ def plan(config: Config, device: torch.device, obstacle: str | None = None) -> s
         model = build_model(config.model, vocab_size)
         add_lora(model, train.lora)
     count, prompt, labels = lengths_of(config)
-    tokens = count * (prompt + labels - (config.model.architecture == "prefix_lm"))  # of a micro-batch
+    streams = {"encoder_decoder": prompt + labels, "prefix_lm": prompt + labels - 1, "puzzle": prompt + 1}
+    tokens = count * streams[config.model.architecture]  # of a micro-batch
     flops = mean_flops(model, config, tokens, count * labels, count)
     parts = train.grad_accum_steps
     at_most = "at most " if least < workers else ""
@@ -103,14 +106,13 @@ def rows_of(config: Config) -> Rows | None:
 
 def mean_flops(model: LanguageModel, config: Config, tokens: int, labels: int, samples: int) -> float:
     """Of a micro-batch, over the cycles that a step may draw, past all warm-up."""
-    cycles = config.model.hrm.cycles
-    least, most = config.train.sample_h_cycles or (cycles.h, cycles.h)
 
     def of(cycles: Cycles) -> float:
         backprop_steps = backprop_steps_of(config.model.hrm, config.model.hrm.backprop_warmup_steps, cycles)
         return training_flops(model, tokens, labels, samples, cycles, backprop_steps)
 
-    return statistics.mean(of(cycles._replace(h=h)) for h in range(least, most + 1))
+    drawn = Counter(cycles_of(config, step) for step in range(DRAWN))
+    return config.train.segments * sum(count * of(cycles) for cycles, count in drawn.items()) / DRAWN
 
 
 def cpu_work(config: Config, flops: float) -> float:
@@ -136,7 +138,7 @@ def activation_bytes(model: LanguageModel, config: Config, prompts: int, labels:
     outputs = cycles.h if config.model.hrm.deep_supervision and cycles.h else 1
     core = 0
     if model.core is not None:
-        core = values(model.core.l_stack) * sum(map(sum, l_carries)) + values(model.core.h_stack) * sum(h_carries)
+        core = values(model.core.fast) * sum(map(sum, l_carries)) + values(model.core.h_stack) * sum(h_carries)
     if isinstance(model, HRMEncoderDecoder):
         kept = prompts * (values(model.encoder) + core) + labels * values(model.decoder) * outputs
     else:

@@ -185,9 +185,16 @@ def cycles_of(config: Config, step: int) -> Cycles:
     cycles = config.model.hrm.cycles
     if config.train.sample_h_cycles is None:
         return cycles
-    least, most = config.train.sample_h_cycles
-    draws = np.random.default_rng((config.train.seed, step, 1))  # 1: apart from the draws of data order
-    return cycles._replace(h=int(draws.integers(least, most + 1)))
+    train, (least, most) = config.train, config.train.sample_h_cycles
+    draws = np.random.default_rng((train.seed, step, 1))  # 1: apart from the draws of data order
+    if train.h_cycles_distribution == "uniform":
+        return cycles._replace(h=int(draws.integers(least, most + 1)))
+    if train.h_cycles_distribution == "poisson":
+        drawn: float = draws.poisson(train.h_cycles_mean)
+    else:
+        sigma = train.h_cycles_sigma
+        drawn = draws.lognormal(math.log(train.h_cycles_mean) - sigma**2 / 2, sigma)
+    return cycles._replace(h=min(max(round(drawn), least), most))
 
 
 def backprop_steps_of(config: HRMConfig, step: int, cycles: Cycles) -> int | None:
@@ -233,24 +240,35 @@ def device_step(
     config = state.config
     if config.train.mixed_precision == "fp8":
         recast(state.model, config.train.compile)
-    labelled = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
-    mine = labelled.clone()
-    if state.world_size > 1:
-        dist.all_reduce(labelled)
-    scale = state.world_size / labelled.clamp(min=1)  # DDP and FSDP take the mean over workers
+    counts = [(batch.labels != IGNORE).sum() for batch in micro_batches]
+    mine = torch.stack(counts).sum()
+    read = (
+        torch.stack([batch.thought_about.sum() for batch in micro_batches]).sum() if config.train.fixed_point else mine
+    )
+    labelled, read = all_reduced(torch.stack([mine, read]), state.world_size).unbind()
+    segments = config.train.segments
+    scale = state.world_size / labelled.clamp(min=1) / segments  # DDP and FSDP take the mean over workers
 
     step_loss = torch.zeros((), device=state.device)
     for i, batch in enumerate(micro_batches):
-        inner = i < len(micro_batches) - 1
-        with unsynchronized(state.parallel) if inner else nullcontext():
-            with autocast(state.device, config.train.mixed_precision):
-                *earlier, last = state.parallel(batch, cycles, backprop_steps)
-            loss = last.losses.sum()
-            step_loss += loss.detach()
-            if earlier:  # deep supervision
-                mean = torch.stack([prediction.losses.sum() for prediction in earlier]).mean()
-                loss = loss + config.model.hrm.deep_supervision * mean
-            state.scaler.scale(loss * scale).backward()
+        carry = None
+        for segment in range(segments):
+            last_pass = i == len(micro_batches) - 1 and segment == segments - 1
+            with nullcontext() if last_pass else unsynchronized(state.parallel):
+                with autocast(state.device, config.train.mixed_precision):
+                    (*earlier, last), thought = state.parallel(batch, cycles, backprop_steps, carry)
+                loss = last.losses.sum()
+                if segment == segments - 1:
+                    step_loss += loss.detach()
+                if earlier:  # deep supervision
+                    mean = torch.stack([prediction.losses.sum() for prediction in earlier]).mean()
+                    loss = loss + config.model.hrm.deep_supervision * mean
+                if config.train.fixed_point:
+                    penalty = (thought.changes(last=True) * batch.thought_about).sum() * labelled / read
+                    loss = loss + config.train.fixed_point * penalty
+                state.scaler.scale(loss * scale).backward()
+            if segments > 1:
+                carry = thought.carry.detach()
 
     if is_sharded(state.model):
         forget_gathered(state.model)
@@ -285,6 +303,13 @@ def device_step(
     counts = [counted, mine, tokens, torch.full_like(mine, positions), torch.full_like(mine, samples)]
     stats.sums += torch.stack([step_loss.double(), *(count.double() for count in counts)])
     stats.grad_norm.copy_(norm)
+
+
+def all_reduced(numbers: Tensor, world_size: int) -> Tensor:
+    """Their sums over all workers."""
+    if world_size > 1:
+        dist.all_reduce(numbers)
+    return numbers
 
 
 def update_weights(state: TrainState, finite: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.data.loading import prefetch, val_batches
 from hrm_lm.data.splits import Splits
-from hrm_lm.models.contract import EvalOptions, LanguageModel, autocast, layout
+from hrm_lm.models.contract import EvalOptions, LanguageModel, Prediction, autocast, layout
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 
@@ -55,13 +55,16 @@ def validate(
 ) -> dict[str, float]:
     """`val_loss` and the like over all validation samples and, of a mixture, of each member (`val_loss/<name>`).
 
+    Of a model with a core also `residual/<n>`, |z' - z| / |z'| of H-cycle n as a mean over the tokens that the core reads; or,
+    where samples halt, `mean_h_cycles`, how many they took.
+
     Every worker of the process group takes its share and gets the same numbers. alive: called after each batch.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    tallies = {}
+    tallies, rests = {}, []
     for name, member in (splits.members or {"": splits}).items():
         collate = layout(model, options.rows)
         batches = val_batches(
@@ -75,45 +78,63 @@ def validate(
             options.rows,
         )
         with autocast(device, options.mixed_precision):
-            sums = predicted(model, prefetch(batches, device), options, alive)
+            sums, rest = predicted(model, prefetch(batches, device), options, alive)
         verdicts = [0.0, 0.0]
         if member.val.verdict is not None:
             verdicts = answered(model, member, options, rank, world_size, alive)
         sums = torch.cat([sums, sums.new_tensor(verdicts)])
         if dist.is_initialized():
             dist.all_reduce(sums)
+            dist.all_reduce(rest)
+        rests.append(rest)
         tallies[name] = Tally(*sums.tolist())
     model.train(was_training)
     forget_gathered(model)
     metrics = Tally(*map(sum, zip(*tallies.values(), strict=True))).means()
     for name in splits.members:
         metrics |= tallies[name].means(name)
+    if model.core is not None:
+        *changes, count = torch.stack(rests).sum(0).tolist()
+        means = [change / max(count, 1) for change in changes]
+        halts = options.cycles.halt is not None
+        metrics |= (
+            {"mean_h_cycles": means[0]} if halts else {f"residual/{h}": mean for h, mean in enumerate(means, start=1)}
+        )
     return metrics
 
 
 def predicted(
     model: LanguageModel, batches: Iterable[list[AnyBatch]], options: EvalOptions, alive: Callable[[], None]
-) -> torch.Tensor:
-    """(4,) float64: loss, labelled tokens, samples predicted whole, samples.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(4,) float64: loss, labelled tokens, samples predicted whole, samples. And what `validate` says of the core, summed: the
+    residual of each H-cycle and how many tokens there are, (h_cycles + 1,), or cycles and samples, (2,), where these halt.
 
     A sample whose every labelled token is the argmax under teacher forcing is one that greedy decoding gets right.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
+    device, halts = next(model.parameters()).device, options.cycles.halt is not None
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    rest = torch.zeros(2 if halts else options.cycles.h + 1, dtype=torch.float64, device=device)
     for group in batches:
         for batch in group:
-            losses, labels, right = by_sample(model, batch, options)
+            predictions, thought = model(batch, options.cycles)
+            losses, labels, right = by_sample(predictions[-1], batch)
             there = labels > 0
             sums += torch.stack([losses, labels, (right == labels) & there, there]).sum(dim=1)
+            if thought is not None and thought.cycles is not None:
+                rest += torch.stack([(thought.cycles * there).sum(), there.sum()])
+            elif thought is not None:
+                tokens = batch.thought_about * there.any()  # a batch without labels counts for nothing
+                residuals = (thought.changes().sqrt() * tokens).sum((1, 2))
+                rest += torch.cat([residuals, tokens.sum()[None]])
             alive()
-    return sums
+    return sums, rest
 
 
-def by_sample(model: LanguageModel, batch: AnyBatch, options: EvalOptions) -> torch.Tensor:
-    """(3, B) float64, without gradient: the loss over each sample's labels, how many labels it has, and how many of them
-    are the likeliest token.
+def by_sample(prediction: Prediction, batch: AnyBatch) -> torch.Tensor:
+    """(3, B) float64: of a prediction that was made without gradient, the loss over each sample's labels, how many labels it
+    has, and how many of them are the likeliest token.
     """
-    prediction = model(batch, options.cycles)[-1]
-    assert prediction.right is not None  # as it is without gradient
+    assert prediction.right is not None
     of_labels = (prediction.losses, batch.labels != IGNORE, prediction.right)
     return torch.stack([batch.per_sample(values.double()) for values in of_labels])
 
