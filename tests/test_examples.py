@@ -32,6 +32,18 @@ def test_a_sweep_ends_with_a_page_and_its_best_config_is_compared_with_a_plain_m
     assert "no_core" in page and "model.hrm.h_cycles" in page and (tmp_path / "swept/search/report.html").exists()
 
 
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("STEPS", "40")
+    monkeypatch.chdir(tmp_path)
+    notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = "".join(output.get("text", "") for output in outputs)
+    assert "finished at step 40" in texts and "mean_h_cycles" in texts
+    assert "application/vnd.plotly.v1+json" in outputs[-1]["data"]
+
+
 def test_a_server_is_asked_through_openais_client(tmp_path):
     pytest.importorskip("openai")
     with socket.socket() as probe:

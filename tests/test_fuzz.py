@@ -449,7 +449,7 @@ class Worker:
         return False
 
     def checkpoints(self):
-        return map(nullcontext, [self.checkpoint])
+        return [("checkpoint", nullcontext(self.checkpoint))]
 
     def report(self, metrics, snapshot) -> None:
         snapshot.write(pyarrow.fs.LocalFileSystem(), os.path.abspath("out"))

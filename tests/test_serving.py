@@ -613,7 +613,7 @@ def test_the_page_asks_for_the_key_and_takes_it_from_its_address(page):
     with running(key="secret word") as server:
         page.open(f"http://127.0.0.1:{server.port}/")
         wait_until(lambda: page.run("document.querySelector('#key')?.hidden === false"))
-        assert "API key" in page.text("#limits")
+        wait_until(lambda: "API key" in page.text("#limits"))
         page.open(f"http://127.0.0.1:{server.port}/#key=secret%20word")
         wait_until(lambda: page.text("h1") == "small")
         assert page.run("location.hash") == "" and page.run("document.querySelector('#key').hidden")
