@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +157,11 @@ def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) 
         return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)
 
     def done() -> dict[int, dict]:
-        files = sorted((output / ".predict").glob("chunk-*.json"))
-        return {int(file.stem[6:]): json.loads(file.read_text()) for file in files}
+        results = {}
+        with suppress(FileNotFoundError):  # at the end the folder is removed
+            for file in sorted((output / ".predict").glob("chunk-*.json")):
+                results[int(file.stem[6:])] = json.loads(file.read_text())
+        return results
 
     def answered() -> int:
         return sum(result["records"] for result in done().values())
@@ -185,7 +189,7 @@ def through_kills(checkpoint: str, folder: Path, prompts: int, batch_size: int) 
             os.kill(pids[0], signal.SIGKILL)
             killed = True
             print(f"actor killed after {count:,} records", flush=True)
-        elif len(pids) == 2:
+        elif len(pids) == 2 and results:
             tokens = sum(result["tokens"] for result in results.values())
             sample = [len(results), time.perf_counter(), tokens, cpu_seconds(list(pids)), sum(map(len, beside)), cpu]
             samples.setdefault(pids, []).append(np.array(sample))
