@@ -75,7 +75,7 @@ class Halting(NamedTuple):
     residual: float = 0.05
     """See `Cycles.halt`."""
     most: int | None = None
-    """The most H-cycles; None for four times the trained count."""
+    """The most H-cycles; None for the most that the model was trained with."""
 
 
 def parse_h_cycles(text: str) -> int | Halting:

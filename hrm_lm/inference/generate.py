@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.fs
 
 from hrm_lm.cluster.run_folder import RunFolder, newest_run, run_locations
-from hrm_lm.config import MOST_CYCLES, Config, Cycles, Halting
+from hrm_lm.config import Config, Cycles, Halting
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve, without_secrets
@@ -98,7 +98,8 @@ def chosen_cycles(config: Config, h_cycles: int | Halting | None, l_cycles: int 
         raise UserError("--h_cycles must be at least 1, not 0: this model has an HRM core, and it answers through it")
     l = trained.l if l_cycles is None else l_cycles
     if isinstance(h_cycles, Halting):
-        return Cycles(h_cycles.most or min(4 * trained.h, MOST_CYCLES), l, h_cycles.residual)
+        _, most = config.train.sample_h_cycles or (0, 0)
+        return Cycles(h_cycles.most or max(trained.h, most * config.train.segments), l, h_cycles.residual)
     return Cycles(trained.h if h_cycles is None else h_cycles, l)
 
 
