@@ -361,7 +361,7 @@ def test_evaluate_scores_samples_that_halt_beside_fixed_counts_and_says_how_long
     assert 1 <= score(soonest, "mean_h_cycles") <= 2 and score(latest, "mean_h_cycles") == 3
     assert score(latest, "val_loss") == pytest.approx(score(third, "val_loss"), abs=1e-4)
     (page,) = tmp_path.glob("evaluations/*/report.html")
-    assert "auto (3.0)" in page.read_text()
+    assert "auto (3.0)" in page.read_text() and "mean_h_cycles" in err
 
     asked = ["--checkpoint", folder, "--prompt", "What is 1 + 2?", "--h_cycles"]
     # Without a number it is the most of training, drawn counts included.

@@ -203,7 +203,7 @@ def of_facet(lines: Sequence[Line], cycles: Sequence[tuple[float, str]]) -> go.F
 
 def scores(lines: Sequence[Line], cycles: Sequence[tuple[float, str]]) -> str:
     """All scores with their intervals."""
-    names = list(dict.fromkeys(name for line in lines for name in line.scores[0]))
+    names = list(dict.fromkeys(name for line in lines for scores in line.scores for name in scores))
     columns = ["task", "samples", "H-cycles"]
     columns += [text for name in names for text in (words(name), f"{LEVEL:.0%} interval")]
     rows = []

@@ -285,7 +285,7 @@ def samples(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 
 def table(evaluation: Evaluation) -> str:
     """The scores as text, a row for each line and cycle count."""
-    names = list(dict.fromkeys(name for line in evaluation.lines for name in line.scores[0]))
+    names = list(dict.fromkeys(name for line in evaluation.lines for scores in line.scores for name in scores))
     rows = [["task", "samples", "h_cycles", *names]]
     for line in evaluation.lines:
         for which, cycles in enumerate(evaluation.cycles):
