@@ -14,7 +14,7 @@ if [ -z "$release" ]; then
     release=finetuned/release
     [ -e "$release" ] || python "$examples/release_shape.py" --output "$release"
 fi
-if [ ! -e "$data" ]; then
+if [ -z "${2:-}" ] && [ ! -e "$data" ]; then
     python - "$data" <<'PYTHON'
 import json, random, sys
 
@@ -27,12 +27,13 @@ PYTHON
 fi
 
 # The release's own format becomes a checkpoint, whose config.yaml has its shape.
-[ -e finetuned/imported ] || hrm-lm import --input "$release" --output finetuned/imported
+imported=finetuned/imported_$(basename "$release")
+[ -e "$imported" ] || hrm-lm import --input "$release" --output "$imported"
 
 # LoRA trains two small matrices beside each large one. The same command again goes on with a run that was interrupted.
-hrm-lm train --config finetuned/imported/config.yaml --init_from finetuned/imported --dataset "$data" \
+hrm-lm train --config "$imported/config.yaml" --init_from "$imported" --dataset "$data" \
     --save_dir finetuned/runs --run_name lora --steps "$steps" --val_every "$steps" \
-    --set data.tokenizer=finetuned/imported --set data.truncate=true \
+    --set data.tokenizer="$imported" --set data.truncate=true \
     --set model.max_prompt_len=64 --set model.max_response_len=16 \
     --set train.batch_size=8 --set train.lora.rank=8 --set optim.name=adamw --set optim.lr=1e-3 --set optim.warmup_steps=5
 

@@ -3,7 +3,9 @@
 #
 #     bash examples/serve_and_ask.sh [PORT]
 #
-# The server ends with this script. To keep one, and to ask in a browser: hrm-lm serve --run_name arithmetic
+# The server ends with this script. To keep one, and to ask in a browser: python -c "import socket; socket.socket().bind(('127.0.0.1', $port))" 2>/dev/null ||
+    { echo "port $port is taken; give another"; exit 1; }
+hrm-lm serve --run_name arithmetic
 set -euo pipefail
 examples=$(cd "$(dirname "$0")" && pwd)
 port=${1:-8000}

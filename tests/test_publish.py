@@ -11,6 +11,8 @@ from conftest import DIGITS, small_config
 from hrm_lm.commands.export import main as export
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer
 from hrm_lm.models.build import build_model
+from hrm_lm.models.contract import EvalOptions
+from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.checkpoint import Progress, load_model, save_model
 
 transformers, gguf = pytest.importorskip("transformers"), pytest.importorskip("gguf")
@@ -21,8 +23,9 @@ PROMPT = "12+34="
 def checkpoint(tmp_path):
     """Makes a checkpoint in a run's folder."""
 
-    def make(tokenizer=DIGITS, mask="prefix"):
+    def make(tokenizer=DIGITS, mask="prefix", segments=1):
         config = small_config(
+            train__segments=segments,
             model__mask=mask,
             model__architecture="prefix_lm", model__d_model=32, model__n_heads=2, model__hrm__l_layers=2,
             model__hrm__h_layers=2, model__hrm__h_cycles=2, model__hrm__l_cycles=3,
@@ -36,13 +39,13 @@ def checkpoint(tmp_path):
     return make
 
 
-def evaluation(folder, name, score, date="2026-11-01", cycles=2, task="sums"):
+def evaluation(folder, name, score, date="2026-11-01", cycles=2, task="sums", samples=300):
     """What `evaluate` leaves, as far as a card tells it."""
     folder.mkdir(parents=True)
-    results = {"exact_match,none": score, "exact_match_stderr,none": 0.01, "alias": task, "sample_len": 300}
+    results = {"exact_match,none": score, "exact_match_stderr,none": 0.01, "alias": task, "sample_len": samples}
     document = {
-        "h_cycles": cycles, "model_name": name, "date": date, "results": {task: results},
-        "n-samples": {task: {"original": 300, "effective": 300}},
+        "h_cycles": cycles, "l_cycles": 3, "model_name": name, "date": date, "results": {task: results},
+        "n-samples": {task: {"original": 300, "effective": samples}},
     }  # fmt: skip
     (folder / f"results_h{cycles}.json").write_text(json.dumps(document))
     return folder / f"results_h{cycles}.json"
@@ -58,11 +61,18 @@ def test_the_card_has_the_last_results_of_the_checkpoint_and_those_of_no_other(t
     evaluation(of_run / "b", f"somewhere/{folder.name}", 0.75, date="2026-11-02")
     evaluation(of_run / "c", f"somewhere/{folder.name}", 0.5, cycles=4)
     evaluation(of_run / "d", "somewhere/checkpoint_00000002", 0.125)
+    evaluation(of_run / "quick", f"somewhere/{folder.name}", 0.375, date="2026-11-03", samples=20)
+    (of_run / "torn").mkdir()
+    (of_run / "torn" / "results_h2.json").write_text('{"results": ')
     code, _, err = command(export, "--checkpoint", folder, "--output", tmp_path / "hf")
     assert code == 0, err
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| sums | 2 | exact_match | 0.7500 ± 0.0100 | 300 |" in card and "| sums | 4 | exact_match | 0.5000" in card
-    assert "0.2500" not in card and "0.1250" not in card
+    assert (
+        "| sums | 2 | 3 | exact_match | 0.7500 ± 0.0100 | 300 |" in card
+        and "| sums | 4 | 3 | exact_match | 0.5000" in card
+    )
+    assert "0.2500" not in card and "0.1250" not in card and "0.3750" not in card
+    assert "not in the model card" in err and "torn/results_h2.json" in err
     measured = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
     assert {(m["dataset"]["config"], m["metrics"][0]["value"]) for m in measured} == {
         ("h_cycles=2", 0.75),
@@ -78,11 +88,29 @@ def test_results_that_are_named_are_the_cards(tmp_path, command, checkpoint):
     card = (tmp_path / "hf" / "README.md").read_text()
     assert code == 0 and "0.6250" in card and "0.2500" not in card, err
 
-    (tmp_path / "wrong.json").write_text('{"results": {"sums": 3}}')
-    for wrong in ("wrong.json", "missing.json"):
+    for i, text in enumerate(['{"results": {"sums": 3}}', '{"results": {}}', "[1]", '{"results": {"a": {"s,none": NaN}}}',
+                              '{"results": {"a": {"s,none": 0.5}}, "n-samples": {"a": 3}}']):  # fmt: skip
+        (tmp_path / f"wrong{i}.json").write_text(text)
+    for wrong in (*(f"wrong{i}.json" for i in range(5)), "missing.json"):
         where = tmp_path / wrong
         code, _, err = command(export, "--checkpoint", folder, "--output", tmp_path / "no", "--results", where)
         assert code == 2 and wrong in err and not (tmp_path / "no").exists()
+
+
+def test_a_model_of_several_segments_is_exported_with_the_cycles_that_it_answers_with(tmp_path, command, checkpoint):
+    folder = checkpoint(segments=3)
+    assert command(export, "--checkpoint", folder, "--output", tmp_path / "hf")[0] == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["H_cycles"] == 6
+    reader = written(command, folder, tmp_path / "m.gguf")
+    assert reader.fields["hrm_text.hrm.h_cycles"].contents() == 6
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.tensor([DIGITS.encode(PROMPT)])
+    theirs = model.generate(ids, token_type_ids=torch.ones_like(ids), max_new_tokens=4)[0, ids.shape[1] :].tolist()
+    ours, tokenizer, saved = load_model(folder)
+    (answer,) = generate_ids(
+        ours, tokenizer, [ids[0].tolist()], EvalOptions(cycles=saved.config.cycles), max_new_tokens=4
+    )
+    assert answer == theirs[: len(answer)] and answer
 
 
 @pytest.mark.parametrize("mask", ["prefix", "causal"])

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve
 from hrm_lm.interop.card import find_results, read_results
 from hrm_lm.interop.export import export
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     output = Path(args.output)
     with local_copy(args.checkpoint) as folder:
-        if output.suffix == ".gguf":
+        if output.suffix.lower() == ".gguf":
+            if args.results:
+                raise UserError("--results: a .gguf file has no model card; leave it out")
             export_gguf(folder, output)
         else:
             results = [read_results(*resolve(location)) for location in args.results or []]

@@ -85,6 +85,8 @@ class Sudoku(NamedTask):
     def check(self) -> None:
         if self.size not in BOXES:
             raise ValueError(f"size must be {', '.join(map(str, BOXES))}, not {self.size}")
+        if not 0 <= self.givens < self.size**2:
+            raise ValueError(f"givens must be from 0 to {self.size**2 - 1}, not {self.givens}")
         for share in (self.hints, *self.val_hints):
             if not 0 <= share <= 1:
                 raise ValueError(f"a share of hints is from 0 to 1, not {share}")
@@ -205,8 +207,10 @@ class ARC(NamedTask):
         return [arc_question(tasks[i], self.demonstrations, validation, rng) for i in chosen.tolist()]
 
     def check(self) -> None:
-        if self.version not in (1, 2) or self.demonstrations < 0:
-            raise ValueError(f"version is 1 or 2, not {self.version}, and demonstrations are at least 0")
+        if self.version not in (1, 2):
+            raise ValueError(f"version is 1 or 2, not {self.version}")
+        if self.demonstrations < 0:
+            raise ValueError(f"demonstrations must be at least 0, not {self.demonstrations}")
 
 
 TASKS: dict[str, type[NamedTask]] = {

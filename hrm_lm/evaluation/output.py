@@ -32,7 +32,7 @@ class Output(NamedTuple):
     def write(self, evaluation: Evaluation) -> None:
         """Raises UserError where the storage cannot be written."""
         files = {
-            f"results_h{str(one['h_cycles']).partition(':')[0]}.json": json.dumps(one, indent=1)
+            f"results_h{str(one['h_cycles']).replace(':', '_')}.json": json.dumps(one, indent=1)
             for one in documents(evaluation)
         }
         files["samples.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples(evaluation))

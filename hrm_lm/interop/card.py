@@ -1,6 +1,8 @@
 """The model card of an export: what was measured, how to ask the model, and where other tools read it wrong."""
 
+import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -9,7 +11,7 @@ import pyarrow.fs
 
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import read_text, shown, storage_error
-from hrm_lm.parsing import one_line, parse_json
+from hrm_lm.parsing import parse_json
 from hrm_lm.training.checkpoint import Checkpoint
 
 Results = dict[str, Any]
@@ -20,51 +22,61 @@ def read_results(fs: pyarrow.fs.FileSystem, path: str) -> Results:
     """Raises UserError where the file is not one of results."""
     try:
         results = parse_json(read_text(fs, path))
-        if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
-            raise ValueError("no results of an evaluation")
-        rows_of(results)
+        if not rows_of(results):
+            raise ValueError
         return results
     except OSError as error:
         raise storage_error(f"{shown(fs, path)}: cannot be read", error) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{shown(fs, path)}: {one_line(error)}") from None
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise UserError(f"{shown(fs, path)}: not the results that evaluate or lm_eval writes") from None
 
 
 def find_results(fs: pyarrow.fs.FileSystem, checkpoint: str) -> list[Results]:
-    """The results of a checkpoint's evaluations beside it, the last evaluation of a task alone."""
+    """The results of a checkpoint's evaluations beside it. Of the same tasks and cycles it is those of most samples, and of
+    these the last. What cannot be read is told, and left out.
+    """
     run, _, name = checkpoint.rpartition("/")
     files = fs.get_file_info(pyarrow.fs.FileSelector(f"{run}/evaluation", recursive=True, allow_not_found=True))
-    found = [read_results(fs, file.path) for file in files if re.search(r"/results_h\d+\.json$", file.path)]
+    found = []
+    for file in files:
+        if re.search(r"/results_h[^/]+\.json$", file.path):
+            try:
+                found.append(read_results(fs, file.path))
+            except UserError as error:
+                print(f"not in the model card: {error}", file=sys.stderr)
     own = [results for results in found if PurePosixPath(str(results.get("model_name"))).name == name]
-    latest = {
-        (str(results.get("h_cycles")), *results["results"]): results
-        for results in sorted(own, key=lambda results: str(results.get("date")))
-    }
-    return list(latest.values())
+    chosen = {}
+    for results in sorted(own, key=lambda results: (num_samples(results), str(results.get("date")))):
+        chosen[str(results.get("h_cycles")), str(results.get("l_cycles")), *results["results"]] = results
+    return list(chosen.values())
 
 
-def rows_of(results: Results) -> list[tuple[str, str, float, float | None]]:
-    """(task, score, value, standard error) of each score."""
+def num_samples(results: Results) -> int:
+    return sum(samples for *_, samples in rows_of(results) if isinstance(samples, int))
+
+
+def rows_of(results: Results) -> list[tuple[str, str, float, float | None, Any]]:
+    """(task, score, value, standard error, samples) of each score."""
     rows = []
     for task, numbers in results["results"].items():
         for key, value in numbers.items():
             score, _, filter_ = key.partition(",")
-            if filter_ and isinstance(value, int | float) and not score.endswith("_stderr"):
+            if filter_ and isinstance(value, int | float) and math.isfinite(value) and not score.endswith("_stderr"):
                 error = numbers.get(f"{score}_stderr,{filter_}")
-                rows.append((task, score, float(value), error if isinstance(error, float) else None))
+                samples = results.get("n-samples", {}).get(task, {}).get("effective", "")
+                rows.append((task, score, float(value), error if isinstance(error, float) else None, samples))
     return rows
 
 
 def table(results: Sequence[Results]) -> str:
     rows = [
-        f"| {task} | {results_.get('h_cycles', '')} | {score} | {value:.4f}{f' ± {error:.4f}' if error else ''} | {samples} |"
-        for results_ in results
-        for task, score, value, error in rows_of(results_)
-        for samples in [results_.get("n-samples", {}).get(task, {}).get("effective", "")]
+        f"| {task} | {one.get('h_cycles', '')} | {one.get('l_cycles', '')} | {score} | {value:.4f}"
+        f"{f' ± {error:.4f}' if error else ''} | {samples} |"
+        for one in results
+        for task, score, value, error, samples in rows_of(one)
     ]
-    return "\n".join(
-        ["| task | H-cycles | score | value ± standard error | samples |", "| --- | --- | --- | --- | --- |", *rows]
-    )
+    head = ["task", "H-cycles", "L-cycles", "score", "value ± standard error", "samples"]
+    return "\n".join([f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *rows])
 
 
 def metadata(results: Sequence[Results], name: str) -> str:
@@ -81,7 +93,7 @@ def metadata(results: Sequence[Results], name: str) -> str:
             metric_value=round(value, 6),
         )
         for results_ in results
-        for task, score, value, _ in rows_of(results_)
+        for task, score, value, *_ in rows_of(results_)
     ]
     return ModelCardData(
         library_name="transformers",

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrm_lm.config import ModelConfig
+from hrm_lm.config import Config, ModelConfig
 from hrm_lm.data.chat import Chat
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer, Tokenizer, model_vocab_size
 from hrm_lm.errors import UserError
+from hrm_lm.filesystem import storage_error
 from hrm_lm.interop.card import Results, model_card
 from hrm_lm.interop.hrm_text import require_transformers, to_hrm_text
 from hrm_lm.models.hrm import carries_gradient
@@ -29,7 +30,8 @@ def export(checkpoint_path: Path, output: Path, results: Sequence[Results] = ())
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is there already; give a new or empty folder")
     model, tokenizer, checkpoint = load_model(checkpoint_path)
-    hf_model = transformers.HrmTextForCausalLM(hrm_text_config(checkpoint.config.model, tokenizer))
+    card = model_card(checkpoint, sum(p.numel() for p in model.parameters()), results, output.name)
+    hf_model = transformers.HrmTextForCausalLM(hrm_text_config(as_it_answers(checkpoint.config), tokenizer))
     hf_model.load_state_dict(to_hrm_text(model.state_dict()))
     hf_model.generation_config = transformers.GenerationConfig(
         max_new_tokens=model.config.max_response_len,
@@ -37,10 +39,24 @@ def export(checkpoint_path: Path, output: Path, results: Sequence[Results] = ())
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
+    make_folder(output)
     hf_model.save_pretrained(output)
     hf_tokenizer(tokenizer).save_pretrained(output)
-    card = model_card(checkpoint, sum(p.numel() for p in model.parameters()), results, output.name)
     (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(f"--output: {folder} cannot be made", error) from None
+
+
+def as_it_answers(config: Config) -> ModelConfig:
+    """The model's config with the H-cycles that it answers with: those of all segments of a training step."""
+    hrm = config.model.hrm.model_copy(update={"h_cycles": config.cycles.h})
+    return config.model.model_copy(update={"hrm": hrm})
 
 
 def hrm_text_config(config: ModelConfig, tokenizer: Tokenizer):

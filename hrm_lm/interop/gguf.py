@@ -14,7 +14,7 @@ from torch import Tensor
 from hrm_lm.data.chat import Chat
 from hrm_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from hrm_lm.errors import UserError
-from hrm_lm.interop.export import hf_tokenizer, hrm_text_config
+from hrm_lm.interop.export import as_it_answers, hf_tokenizer, hrm_text_config, make_folder
 from hrm_lm.interop.hrm_text import to_hrm_text
 from hrm_lm.training.checkpoint import load_model
 
@@ -45,10 +45,11 @@ def export_gguf(checkpoint_path: Path, output: Path) -> None:
     if output.exists():
         raise UserError(f"--output: {output} is there already; give another name")
     model, tokenizer, checkpoint = load_model(checkpoint_path)
-    config, hrm = hrm_text_config(checkpoint.config.model, tokenizer), checkpoint.config.model.hrm
+    answering = as_it_answers(checkpoint.config)
+    config, hrm = hrm_text_config(answering, tokenizer), answering.hrm
     vocabulary = vocabulary_of(tokenizer, config.vocab_size)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     partial = output.with_name(f"{output.name}.partial")
     writer = gguf.GGUFWriter(partial, ARCHITECTURE)
     writer.add_name(output.stem)
