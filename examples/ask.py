@@ -24,6 +24,6 @@ for effort in ("low", "medium", "high"):
     print(f"30 + 11 with {effort} effort: {answer.choices[0].message.content}")
 
 try:
-    client.completions.create(model=model, prompt="x" * 10_000)
+    client.completions.create(model=model, prompt="1" * 10_000)
 except openai.BadRequestError as error:
     print(f"too long a prompt: {error.body['message']}")

@@ -3,9 +3,7 @@
 #
 #     bash examples/serve_and_ask.sh [PORT]
 #
-# The server ends with this script. To keep one, and to ask in a browser: python -c "import socket; socket.socket().bind(('127.0.0.1', $port))" 2>/dev/null ||
-    { echo "port $port is taken; give another"; exit 1; }
-hrm-lm serve --run_name arithmetic
+# The server ends with this script. To keep one, and to ask in a browser: hrm-lm serve --run_name arithmetic
 set -euo pipefail
 examples=$(cd "$(dirname "$0")" && pwd)
 port=${1:-8000}
@@ -13,6 +11,8 @@ port=${1:-8000}
 [ -e runs/arithmetic/result.json ] ||
     hrm-lm train --config "$examples/../configs/arithmetic.yaml" --run_name arithmetic ${STEPS:+--steps "$STEPS"}
 
+python -c "import socket; socket.create_server(('127.0.0.1', $port))" 2>/dev/null ||
+    { echo "port $port is taken; give another"; exit 1; }
 hrm-lm serve --run_name arithmetic --port "$port" &
 server=$!
 trap 'kill -INT $server 2>/dev/null; wait $server || true' EXIT

@@ -111,3 +111,24 @@ def test_a_worker_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits
     )
     check_storage(storage)
     assert len(waits) == 1
+
+
+def test_a_worker_that_dies_when_its_loop_is_to_begin_is_a_failure_to_start_and_the_others_are_let_go(monkeypatch):
+    from ray.exceptions import ActorUnavailableError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    from hrm_lm.cluster.failures import TrainController, WorkerGroup, worker_group
+
+    calls = []
+
+    def start(self):
+        self._worker_group_state = "workers, and what they hold"
+        raise ActorUnavailableError("gone", None)
+
+    monkeypatch.setattr(worker_group.WorkerGroup, "_start", start)
+    monkeypatch.setattr(worker_group.WorkerGroup, "shutdown", lambda self: calls.append(self._worker_group_state))
+    group = WorkerGroup.__new__(WorkerGroup)
+    with pytest.raises(WorkerGroupStartupFailedError) as raised:
+        group._start()
+    assert isinstance(raised.value.__cause__, ActorUnavailableError) and calls == ["workers, and what they hold"]
+    assert TrainController.worker_group_cls is WorkerGroup

@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 import pyarrow.fs
+from ray.exceptions import RayActorError
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import backend_setup
@@ -17,6 +18,7 @@ from ray.train.v2._internal.execution import controller
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer
 
 from hrm_lm.cluster.preemption import Preempted
@@ -66,10 +68,28 @@ class FailurePolicy(DefaultFailurePolicy):
         return decision
 
 
+class WorkerGroup(worker_group.WorkerGroup):
+    """Workers of which one dies just when its loop is to begin are started again, as they are when one dies before or after that.
+    Ray Train's own takes this for a failure of the controller, which ends the run, and lets nobody have their resources.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception as error:
+            if self.has_started():
+                self.shutdown()
+            if isinstance(error, RayActorError):
+                raise WorkerGroupStartupFailedError("a worker died when its loop was to begin") from error
+            raise
+
+
 class TrainController(controller.TrainController):
     """Reads a run's list of checkpoints when it starts, and then writes it in place; where that fails, Ray Train's own ends the
     run. Here storage that is away or full is waited for, and a kill leaves the list as it was.
     """
+
+    worker_group_cls = WorkerGroup
 
     def __init__(self, *, train_run_context: TrainRunContext, **options: Any):
         CheckpointManager._write_state_to_storage = write_list
