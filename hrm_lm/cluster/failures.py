@@ -69,8 +69,10 @@ class FailurePolicy(DefaultFailurePolicy):
 
 
 class WorkerGroup(worker_group.WorkerGroup):
-    """Workers of which one dies just when its loop is to begin are started again, as they are when one dies before or after that.
-    Ray Train's own takes this for a failure of the controller, which ends the run, and lets nobody have their resources.
+    """Starts the workers again where a worker dies just when its loop is to begin, as after any other death.
+
+    Ray Train's own class takes that death for a failure of the controller. So it ends the run, and it keeps the resources of the
+    workers that are left.
     """
 
     def _start(self) -> None:
