@@ -76,11 +76,14 @@ def saving(loop_config: dict) -> list[tuple[float, float]]:
     session = FreshSession(os.getcwd(), "none", (LocalFileSystem(), loop_config["event_folder"]))
     half = loop_config["config"]["train"]["steps"] // 2
 
+    def run(**fields: int) -> None:
+        gc.collect()
+        config = loop_config["config"]
+        train(parse_config(config | {"train": config["train"] | fields}), session)
+
     def last_half(every: int) -> tuple[float, float]:
         """The seconds of the second half of the steps, with and without what is not a step."""
-        gc.collect()
-        fields = loop_config["config"]
-        train(parse_config(fields | {"train": fields["train"] | {"checkpoint_every": every}}), session)
+        run(checkpoint_every=every)
         start = [step for step, _ in session.reports].index(half)
         (_, before), (_, after) = session.reports[start], session.reports[-1]
         return session.times[-1] - session.times[start], after - before
@@ -89,7 +92,7 @@ def saving(loop_config: dict) -> list[tuple[float, float]]:
         """`seldom` saves once in the half, at its end."""
         return (often[0] - seldom[0]) / (half // 50 - 1) / (50 * seldom[1] / half)
 
-    last_half(50)  # warm up
+    run(steps=20, checkpoint_every=10)  # warm up
     measured = []
     for i in range(loop_config["rounds"]):
         if i % 2:

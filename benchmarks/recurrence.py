@@ -1,206 +1,364 @@
-r"""Does recurrence pay? HRM against plain stacks of equal parameters and of equal training compute, and what cycle counts
-other than the trained one do. No Ray; on CUDA where there is any.
+r"""Does recurrence pay? Models that recur against plain stacks of equal parameters and of equal training compute, at the cycles
+that they were trained with and at others. No Ray; on CUDA where there is any.
 
-    python benchmarks/recurrence.py --parallel 16 --output recurrence.json
+    python benchmarks/recurrence.py sudoku --seconds 300 --output recurrence.json
+    python benchmarks/recurrence.py sudoku --steps 3000 --seeds 3 --arms plain_2,plain_12,recipe --output recurrence.json
+    python benchmarks/recurrence.py sudoku --quick       # tiny: shows that it works, and nothing else
+    python benchmarks/recurrence.py --table recurrence.json
 
-Prints a Markdown table. Every finished run is in --output at once, and a run that is there is not repeated, so a broken
-off benchmark goes on where it was. On CPU, `--quick` shows that it works, and nothing else; smaller models take two
-cores the better part of an hour:
-
-    python benchmarks/recurrence.py --parallel 2 --output recurrence.json --task synthetic \
-        --set model.d_model=64 --set train.batch_size=64 --set train.steps=1000 --set optim.lr=3e-3 \
-        --set optim.warmup_steps=50 --set data.synthetic.max_digits=2
-    python benchmarks/recurrence.py --parallel 2 --output recurrence.json \
-        --task reasoning_gym:chain_sum,min_terms=2,max_terms=3,min_digits=1,max_digits=1 \
-        --set model.d_model=64 --set train.batch_size=32 --set train.steps=800 --set optim.lr=3e-3 \
-        --set optim.warmup_steps=50
+A study (`STUDIES`) is a task, a way to train and test on it, and its arms. All arms and seeds of a study train side by side in
+one process, step by step: the arms of a seed take the same batches, which are made once, and with CUDA graphs the GPU never
+waits for the host. With `--seconds` the first steps are timed, and all arms take as many steps as fit. What came out is in
+--output, by study, arm and seed, where another study's results stay; the table shows means and standard deviations over
+seeds.
 """
 
 import argparse
+import concurrent.futures
+import gc
 import json
-import multiprocessing
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrm_lm.config import Cycles, load_config, parse_set
+from hrm_lm.config import Config, Cycles, DataConfig, ModelConfig, load_config, parse_set
 from hrm_lm.data.collate import AnyBatch
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
-from hrm_lm.models.contract import EvalOptions, LanguageModel
-from hrm_lm.training.step import Stats, build_state, train_step
+from hrm_lm.data.splits import Splits
+from hrm_lm.models.contract import EvalOptions, layout
+from hrm_lm.training.step import Stats, TrainState, backprop_steps_of, build_state, cycles_of, train_step
 from hrm_lm.training.validation import validate
 
-EVALUATED_AT = (1, 2, 4, 8)
-HRM = {"model.hrm.h_cycles": 2, "model.hrm.l_cycles": 2, "model.hrm.h_layers": 1, "model.hrm.l_layers": 1}
-PLAIN = {"model.hrm.h_cycles": 0}
-# A 2x2 HRM applies 2 layers 6 times. A plain encoder-decoder gets its core's layers in the encoder, after its first.
-MODELS = {
-    "encoder_decoder": {
-        "HRM 2×2": HRM,
-        "HRM 2×2, sampled 1–4": HRM | {"train.sample_h_cycles": [1, 4]},
-        "plain, same parameters": PLAIN | {"model.encoder_layers": 1 + 2},
-        "plain, same compute": PLAIN | {"model.encoder_layers": 1 + 6},
-    },
-    "prefix_lm": {
-        "HRM 2×2": HRM,
-        "HRM 2×2, sampled 1–4": HRM | {"train.sample_h_cycles": [1, 4]},
-        "plain, same parameters": PLAIN | {"model.hrm.h_layers": 1, "model.hrm.l_layers": 1},
-        "plain, same compute": PLAIN | {"model.hrm.h_layers": 3, "model.hrm.l_layers": 3},
-    },
-}
-COMMON = {
-    "model.d_model": 128, "model.n_heads": 4, "train.steps": 2000, "train.batch_size": 256, "train.grad_clip": 1.0,
-    "optim.lr": 2e-3, "optim.warmup_steps": 100,
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Overrides = dict[str, Any]
+TIMED = range(40, 60)
+"""Steps that are timed. Before them everything is compiled and captured."""
+SPARE = 0.15
+"""Share of `--seconds` that is kept for the scores."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task, a way to train on it, and what is compared."""
+
+    settings: Overrides
+    """Of every arm's config."""
+    arms: dict[str, Overrides]
+    levels: dict[str, str]
+    """Data sets whose validation samples are tested on, by what makes them hard; without any, those of the training's set."""
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """H-cycles that are tested, besides those trained with."""
+    halting: tuple[float, ...] = ()
+    """Residuals at which samples halt, of at most `counts[-1]` H-cycles."""
+    quick: Overrides = field(default_factory=dict)
+
+
+GPU = {"train.mixed_precision": "bf16", "train.compile": True, "train.cuda_graphs": True, "train.loader_workers": 4}
+COMMON = {"train.grad_clip": 1.0, "train.log_every": 1000, "optim.warmup_steps": 100, "optim.lr": 1e-3}
+
+
+def plain(layers: int) -> Overrides:
+    half = layers // 2
+    return {"model.hrm.h_cycles": 0, "model.hrm.h_layers": half, "model.hrm.l_layers": layers - half}
+
+
+def hrm(h: int, l: int, **more: Any) -> Overrides:
+    """h_cycles, l_cycles, and of the core or of training what else differs; `a__b=1` sets `a.b`."""
+    fields = {key.replace("__", "."): value for key, value in more.items()}
+    return {"model.hrm.h_cycles": h, "model.hrm.l_cycles": l, "model.hrm.inject": "add"} | fields
+
+
+PLAIN = {"model.hrm.h_cycles": 0}  # of an encoder-decoder, whose core's layers then belong to the encoder
+DEEP = {"model__hrm__deep_supervision": 1.0}
+
+
+def sampled(least: int, most: int) -> Overrides:
+    return {"train__sample_h_cycles": [least, most]}
+
+
+PUZZLE = COMMON | {
+    "model.architecture": "puzzle", "model.d_model": 128, "model.n_heads": 4, "train.batch_size": 512, "train.ema_decay": 0.995, "data.val_samples": 1000,
 }  # fmt: skip
-QUICK = {"model.d_model": 32, "train.steps": 30, "train.batch_size": 32}
-CHAIN_SUM = "reasoning_gym:chain_sum,min_terms=4,max_terms=6,min_digits=1,max_digits=2"
-SYNTHETIC = {"data.dataset": "synthetic", "data.synthetic.max_digits": 4, "data.synthetic.num_samples": 40_000}
+STUDIES = {
+    "sudoku": Study(
+        settings=PUZZLE | {"data.dataset": "task:sudoku", "model.max_prompt_len": 81, "model.max_response_len": 82},
+        arms={
+            "plain_2": plain(2),
+            "plain_12": plain(12),
+            "plain_14": plain(14),
+            "hrm_2x2": hrm(2, 2),
+            "hrm_4x2": hrm(4, 2),
+            "hrm_4x2_deep": hrm(4, 2, **DEEP),
+            "hrm_6x1_deep": hrm(6, 1, **DEEP),
+            "hrm_1-8x2": hrm(4, 2, **sampled(1, 8)),
+            "hrm_1-8x2_deep": hrm(4, 2, **sampled(1, 8), **DEEP),
+            "hrm_1-8x2_gated_deep": hrm(4, 2, **sampled(1, 8), **DEEP, model__hrm__inject="gated"),
+            "hrm_1-8x2_none_deep": hrm(4, 2, **sampled(1, 8), **DEEP, model__hrm__inject="none"),
+            "hrm_1-8x2_rest_deep": hrm(4, 2, **sampled(1, 8), **DEEP, train__fixed_point=0.01),
+            "segments_2_of_2x2": hrm(2, 2, train__segments=2),
+            "segments_4_of_1x2": hrm(1, 2, train__segments=4),
+            "shared_4x2_deep": hrm(4, 2, **DEEP, model__hrm__shared=True, model__hrm__h_layers=2),
+            "hrm_4x2_deep_muon": hrm(4, 2, **DEEP, optim__name="muon"),
+        },
+        levels={f"{share:.0%} of the blanks given": f"task:sudoku,val_hints=[{share}]" for share in (0, 0.1, 0.2, 0.3, 0.4)},
+        counts=(1, 2, 4, 8, 12, 16, 24, 32),
+        halting=(0.1, 0.05, 0.02),
+        quick={"data.dataset": "task:sudoku,size=4"},
+    ),
+    "parity": Study(
+        settings=PUZZLE | {
+            "data.dataset": "task:prefix_parity,length=16", "model.max_prompt_len": 128, "model.max_response_len": 129,
+            "model.places": False, "model.d_model": 32, "model.n_heads": 2, "train.batch_size": 64, "optim.lr": 2e-3,
+        },
+        arms={
+            "plain_2": plain(2),
+            "plain_12": plain(12),
+            "hrm_4x2": hrm(4, 2),
+            "hrm_8x1_deep": hrm(8, 1, **DEEP),
+            "hrm_1-8x1_deep": hrm(4, 1, **sampled(1, 8), **DEEP),
+            "hrm_1-8x1": hrm(4, 1, **sampled(1, 8)),
+            "hrm_1-8x2_deep": hrm(4, 2, **sampled(1, 8), **DEEP),
+            "segments_4_of_2x1": hrm(2, 1, train__segments=4),
+        },
+        levels={f"{length} bits": f"task:prefix_parity,length=16,val_length=[{length}]" for length in (8, 16, 20, 24, 32)},
+        counts=(1, 2, 4, 8, 16, 32),
+        halting=(0.1, 0.05, 0.02, 0.01),
+    ),
+    **{
+        f"{task}_{architecture}": Study(
+            settings=COMMON | {
+                "model.architecture": architecture, "data.dataset": f"reasoning_gym:{task},{options}", "data.val_samples": 500,
+                "model.d_model": 64, "train.batch_size": 32, "optim.lr": 3e-3, "optim.warmup_steps": 50,
+            },
+            arms={
+                "plain_2": plain(2) if architecture == "prefix_lm" else PLAIN | {"model.encoder_layers": 1 + 2},
+                "plain_6": plain(6) if architecture == "prefix_lm" else PLAIN | {"model.encoder_layers": 1 + 6},
+                "hrm_2x2": hrm(2, 2),
+                "hrm_2x2_none": hrm(2, 2, model__hrm__inject="none"),
+                "hrm_1-4x2_deep": hrm(2, 2, **sampled(1, 4), **DEEP),
+            },
+            levels={},
+            counts=(1, 2, 4, 8),
+        )
+        for task, options in {
+            "chain_sum": "min_terms=2,max_terms=3,min_digits=1,max_digits=1",
+            "basic_arithmetic": "min_terms=2,max_terms=3,min_digits=1,max_digits=1",
+        }.items()
+        for architecture in ("prefix_lm", "encoder_decoder")
+    },
+}  # fmt: skip
+QUICK = {"model.d_model": 16, "model.n_heads": 2, "train.batch_size": 16, "data.val_samples": 16}
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains one model and scores it. job: `overrides` of the config, and the `key` it is kept under."""
-    device = torch.device("cpu")
-    torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", job["number"] % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    config = load_config(overrides=job["overrides"])
-    splits = load_dataset(config.data, config.model, seed=0)  # the same split whatever the seed of the run
-    state = build_state(config, splits.tokenizer.vocab_size, device)
-    stats, flops, start = Stats(state), 0, time.perf_counter()
-    trained = config.model.hrm.cycles
-    batches = train_batches(splits.train, splits.tokenizer, state.model.collate, config.train)
-    for i, micro_batches in enumerate(prefetch(batches, device)):
-        if i == 0:
-            least, most = config.train.sample_h_cycles or (trained.h, trained.h)
-            counts = [trained._replace(h=h) for h in range(least, most + 1)]
-            flops = statistics.mean(training_flops(state.model, micro_batches[0], cycles) for cycles in counts)
-        train_step(state, micro_batches, stats)
-    diverged = stats.read()["bad_step"] is not None  # waits for the device
-    seconds = time.perf_counter() - start
-    exact = {}
-    splits.val.verdict = None  # generating answers for the task's verifier would take most of the time
-    for h_cycles in EVALUATED_AT if trained.h else (0,):
-        options = EvalOptions(cycles=trained._replace(h=h_cycles), batch_size=512)
-        exact[str(h_cycles)] = validate(state.model, splits, options)["val_exact_match"]
-    return {
-        "key": job["key"],
-        "parameters": sum(p.numel() for p in state.model.parameters()),
-        "gflops_per_step": flops / 1e9,
-        "seconds": seconds,
-        "diverged": diverged,
-        "exact_match": exact,
+@dataclass
+class Run:
+    """A model that is trained beside others."""
+
+    arm: str
+    seed: int
+    state: TrainState
+    stats: Stats
+    events: list[Any] = field(default_factory=list)
+    """Begin and end of timed steps."""
+
+    def step(self, batches: list[AnyBatch], timed: bool) -> None:
+        if timed:
+            self.events.append(now())
+        train_step(self.state, batches, self.stats)
+        if timed:
+            self.events.append(now())
+
+    @property
+    def ms(self) -> float:
+        """The median of a step's milliseconds."""
+        pairs = zip(self.events[::2], self.events[1::2], strict=True)
+        return statistics.median(a.elapsed_time(b) if DEVICE.type == "cuda" else 1000 * (b - a) for a, b in pairs)
+
+
+def now() -> Any:
+    if DEVICE.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def train_all(study: Study, configs: dict[tuple[str, int], Config], seconds: float | None) -> list[Run]:
+    start = time.perf_counter()
+    first = next(iter(configs.values()))
+    splits = load_dataset(first.data, first.model, seed=0)  # the same split whatever the seed of a run
+    runs = []
+    for (arm, seed), config in configs.items():
+        state = build_state(config, splits.tokenizer.vocab_size, DEVICE)
+        if runs and state.graphs and runs[0].state.graphs:
+            state.graphs.pool = runs[0].state.graphs.pool  # one step runs at a time
+        runs.append(Run(arm, seed, state, Stats(state)))
+    collate = layout(runs[0].state.model, None, first.train.objective)
+    steps = first.train.steps if seconds is None else 10**9
+
+    def batches(seed: int) -> Iterator[list[AnyBatch]]:
+        endless = configs[runs[0].arm, seed].model_copy(deep=True)
+        train = endless.train.model_copy(update={"steps": steps})
+        return prefetch(
+            train_batches(splits.train, splits.tokenizer, collate, train, round_up=DEVICE.type == "cuda"),
+            DEVICE,
+            depth=8,
+        )
+
+    sources = {seed: batches(seed) for seed in dict.fromkeys(run.seed for run in runs)}
+    step = 0
+    while step < steps:
+        ready = {seed: next(source) for seed, source in sources.items()}
+        for run in runs:
+            run.step(ready[run.seed], step in TIMED)
+        step += 1
+        if step in (TIMED.start, TIMED.stop):
+            for run in runs:
+                run.stats.read()  # waits for the device
+            if step == TIMED.start:
+                begun = time.perf_counter()
+                print(f"compiled and captured after {begun - start:.0f} s", flush=True)
+            elif seconds is not None:
+                each = (time.perf_counter() - begun) / len(TIMED)
+                left = seconds * (1 - SPARE) - (time.perf_counter() - start)
+                steps = step + int(left / each)
+                print(f"{steps} steps of {1000 * each:.1f} ms, all arms and seeds", flush=True)
+                for run in runs:
+                    train = run.state.config.train.model_copy(update={"steps": steps})
+                    run.state.config = run.state.config.model_copy(update={"train": train})
+        if step % 500 == 0:
+            losses = {f"{run.arm}/{run.seed}": round(run.stats.read()["loss"], 4) for run in runs}
+            print(f"{time.perf_counter() - start:5.0f} s  step {step}  {losses}", flush=True)
+    for source in sources.values():
+        source.close()
+    return runs
+
+
+def held_out(data: DataConfig, model: ModelConfig) -> Splits:
+    """The validation samples, without a task's verifier: generating answers for it would take most of the time."""
+    splits = load_dataset(data, model, seed=0)
+    splits.val.verdict = None
+    return Splits(splits.val, splits.val, splits.tokenizer)
+
+
+@torch.no_grad()
+def scores(run: Run, study: Study, levels: dict[str, Splits]) -> dict[str, Any]:
+    """Exact match by level and H-cycles; where samples halt, with the mean of the H-cycles that they took."""
+    state, trained = run.state, run.state.config.cycles
+    counts = sorted({*study.counts, trained.h}) if trained.h else [0]
+    found: dict[str, Any] = {"exact": {}, "halting": {}, "residual": {}}
+    with state.average.applied() if state.average else nullcontext():
+        for level, splits in levels.items():
+
+            def score(cycles: Cycles) -> dict[str, float]:
+                options = EvalOptions.of(state.config, cycles=cycles, batch_size=1024, round_up=True)
+                return validate(state.model, splits, options)
+
+            measured = {h: score(trained._replace(h=h)) for h in counts}
+            found["exact"][level] = {str(h): metrics["val_exact_match"] for h, metrics in measured.items()}
+            most = measured[counts[-1]]
+            found["residual"][level] = [value for name, value in most.items() if name.startswith("residual/")]
+            if trained.h and study.halting:
+                halted = {rest: score(trained._replace(h=counts[-1], halt=rest)) for rest in study.halting}
+                found["halting"][level] = {
+                    str(rest): [metrics["val_exact_match"], metrics["mean_h_cycles"]]
+                    for rest, metrics in halted.items()
+                }
+    return found
+
+
+def training_flops(state: TrainState, batch: AnyBatch) -> float:
+    """Of a forward and backward pass, as PyTorch counts them; the mean over steps where they differ."""
+    config, seen = state.config, {}
+    counts = [cycles_of(config, step) for step in range(100)]
+    for cycles in set(counts):
+        with FlopCounterMode(display=False) as counter:
+            predictions, _ = state.model(batch, cycles, backprop_steps_of(config.model.hrm, 0, cycles))
+            sum(prediction.losses.sum() for prediction in predictions).backward()
+        state.model.zero_grad(set_to_none=True)
+        seen[cycles] = counter.get_total_flops()
+    return config.train.segments * statistics.mean(seen[cycles] for cycles in counts)
+
+
+def run_study(
+    name: str, arms: list[str], seeds: range, seconds: float | None, settings: Overrides, quick: bool
+) -> list[dict[str, Any]]:
+    study, start = STUDIES[name], time.perf_counter()
+    fields = study.settings | (GPU if DEVICE.type == "cuda" else {}) | (study.quick | QUICK if quick else {}) | settings
+    configs = {
+        (arm, seed): load_config(overrides=fields | study.arms[arm] | {"train.seed": seed})
+        for seed in seeds
+        for arm in arms
     }
-
-
-def training_flops(model: LanguageModel, batch: AnyBatch, cycles: Cycles) -> int:
-    """Of a forward and backward pass, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        model(batch, cycles).predictions[-1].losses.sum().backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
-
-
-def jobs(tasks: dict[str, dict[str, Any]], seeds: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    listed = [
-        {
-            "key": [task, architecture, name, seed],
-            "overrides": settings | data | fields | {"model.architecture": architecture, "train.seed": seed},
-        }
-        for seed in range(seeds)  # so that a broken off benchmark has whole seeds
-        for task, data in tasks.items()
-        for architecture, models in MODELS.items()
-        for name, fields in models.items()
-    ]
-    return [job | {"number": number} for number, job in enumerate(listed)]
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for result in sorted(results, key=lambda result: result["key"][3]):
-        groups.setdefault(tuple(result["key"][:3]), []).append(result)
-    head = ["task", "architecture", "model", "parameters", "GFLOP a step", "seeds"]
-    lines = [
-        " | ".join(head + [f"{n} H-cycle{'s' * (n > 1)}" for n in EVALUATED_AT]),
-        " | ".join(["---"] * (6 + len(EVALUATED_AT))),
-    ]
-    order = [(task, a, m) for task in dict.fromkeys(key[0] for key in groups) for a in MODELS for m in MODELS[a]]
-    for key in (key for key in order if key in groups):
-        runs = groups[key]
-
-        def score(cycles: str) -> str:
-            values = [100 * run["exact_match"][cycles] for run in runs]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.1f}{spread}"
-
-        if "0" in runs[0]["exact_match"]:
-            scores = [f"{score('0')} (no cycles)"] + ["—"] * (len(EVALUATED_AT) - 1)
-        else:
-            scores = [score(str(cycles)) for cycles in EVALUATED_AT]
-        name = key[2] + (" (diverged)" if any(run["diverged"] for run in runs) else "")
-        cells = [
-            key[0],
-            key[1],
-            name,
-            f"{runs[0]['parameters']:,}",
-            f"{runs[0]['gflops_per_step']:.1f}",
-            str(len(runs)),
-        ]
-        lines.append(" | ".join(cells + scores))
-    return "Validation exact match in %, mean ± standard deviation over seeds.\n\n" + "\n".join(
-        f"| {line} |" for line in lines
-    )
+    first, results = next(iter(configs.values())), []
+    named = study.levels if not quick else {}
+    data = {level: first.data.model_copy(update={"dataset": dataset}) for level, dataset in named.items()} or {
+        "": first.data
+    }
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        made = {level: beside.submit(held_out, config, first.model) for level, config in data.items()}
+        runs = train_all(study, configs, seconds)
+        levels = {level: splits.result() for level, splits in made.items()}
+    print(f"trained after {time.perf_counter() - start:.0f} s", flush=True)
+    split = next(iter(levels.values()))
+    collate = layout(runs[0].state.model, None, first.train.objective)
+    batch = next(prefetch(train_batches(split.train, split.tokenizer, collate, first.train), DEVICE))[0]
+    flops: dict[str, float] = {}
+    for run in runs:
+        if run.arm not in flops:
+            eager = build_state(
+                load_config(overrides=fields | study.arms[run.arm] | {"train.compile": False}),
+                split.tokenizer.vocab_size,
+                DEVICE,
+            )
+            flops[run.arm] = training_flops(eager, batch)
+        result = {
+            "study": name, "arm": run.arm, "seed": run.seed, "steps": run.state.step, "ms": run.ms,
+            "batch": first.train.batch_size, "flops": flops[run.arm],
+            "parameters": sum(p.numel() for p in run.state.model.parameters()),
+            "diverged": run.stats.read()["bad_step"] is not None,
+        } | scores(run, study, levels)  # fmt: skip
+        results.append(result)
+        print(f"{time.perf_counter() - start:5.0f} s  {json.dumps(result)}", flush=True)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--task",
-        action="append",
-        help="synthetic, or another dataset's name; repeatable (default: synthetic and a chain_sum of 4 to 6 terms)",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, over all GPUs (default: %(default)s)")
+    parser.add_argument("studies", nargs="*", choices=STUDIES)
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    parser.add_argument("--arms", help="some of a study's, comma-separated; left out, all of them")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="as many steps as fit, for each study; left out, train.steps")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="a field of every run's config"
     )
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument("--threads", type=int, help="of PyTorch on CPU; for several of these commands at once")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, one seed")
     args = parser.parse_args()
-
-    tasks = {}
-    for task in args.task or ["synthetic", CHAIN_SUM]:
-        name = task.rpartition(":")[2].partition(",")[0]
-        tasks[name] = SYNTHETIC if task == "synthetic" else {"data.dataset": task}
-    settings = COMMON | (QUICK if args.quick else {})
-    tasks = {name: data | parse_set(args.set) for name, data in tasks.items()}
-    results = json.loads(args.output.read_text()) if args.output.exists() else []
-    finished = [result["key"] for result in results]
-    due = [job for job in jobs(tasks, 1 if args.quick else args.seeds, settings) if job["key"] not in finished]
-
-    start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(min(args.parallel, max(len(due), 1))) as pool:
-        running = []
-        while due or running:
-            while due and len(running) < args.parallel and time.perf_counter() - start < args.seconds:
-                running.append(pool.apply_async(run, (due.pop(0),)))
-            if not running:
-                print(f"out of time with {len(due)} runs left; the same command goes on with them")
-                break
-            for result in [result for result in running if result.ready()]:
-                running.remove(result)
-                results.append(result.get())
-                args.output.write_text(json.dumps(results, indent=1))
-                print(f"{time.perf_counter() - start:5.0f} s  {results[-1]}", flush=True)
-            time.sleep(0.2)
-    print(f"\n{len(results)} runs, {time.perf_counter() - start:.0f} s\n\n{table(results)}")
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    settings = {"train.steps": 70 if args.quick else args.steps} | parse_set(args.set)
+    for name in args.studies:
+        arms = args.arms.split(",") if args.arms else list(STUDIES[name].arms)
+        seeds = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
+        results = run_study(name, arms, seeds, args.seconds, settings, args.quick)
+        if args.output:
+            kept = json.loads(args.output.read_text()) if args.output.exists() else []
+            keys = {(result["study"], result["arm"], result["seed"]) for result in results}
+            kept = [old for old in kept if (old["study"], old["arm"], old["seed"]) not in keys]
+            args.output.write_text(json.dumps(kept + results, indent=1))
+        gc.collect()
 
 
 if __name__ == "__main__":

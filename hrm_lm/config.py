@@ -179,6 +179,9 @@ class ModelConfig(Section):
     prompt and response through the core as a single sequence; or the core alone, which answers in the prompt's places."""
     mask: Literal["prefix", "causal"] = "prefix"
     """What a prompt's tokens see: all of the prompt, or what is before them alone (`prefix_lm` only)."""
+    places: bool = True
+    """Whether each place of a prompt has a learned vector, besides rotary positions (`puzzle` only). Places of a grid want one;
+    without it a sequence may be longer than those trained on."""
     d_model: Width = 64
     """Width of a token's state. It is a multiple of `n_heads`."""
     n_heads: Positive = 4

@@ -20,7 +20,7 @@ from conftest import (
     train_locally,
 )
 
-from hrm_lm.data.collate import to_device
+from hrm_lm.data.collate import TokenRows, to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
 from hrm_lm.training import graphs, step
@@ -126,6 +126,18 @@ def test_no_more_graphs_are_kept_than_their_bound(monkeypatch):
     assert len(state.graphs.captured) == 2 and numbers["samples"] == STEPS * 8
 
 
+def test_every_step_of_a_kind_is_given_tensors_of_its_own():
+    """What is copied to a GPU is a view of one tensor, and torch.compile would tell the first step of a kind, of views, from the
+    second, and compile while that is captured.
+    """
+    given, graphs = [], OnCPU()
+    for _ in range(3):
+        whole = torch.arange(8)
+        batch = TokenRows(*whole.split(1))
+        graphs.run("kind", [batch], lambda batches: given.extend(tensor._is_view() for tensor in batches[0]))
+    assert given == [False] * len(TokenRows._fields) * 3
+
+
 def test_a_step_whose_numbers_are_not_finite_is_told_whether_replayed_or_not():
     config = small_config(train__steps=STEPS, optim__lr=1e30, optim__warmup_steps=0)
     assert trained(config)[0]["bad_step"] == 2
@@ -202,6 +214,21 @@ def test_compiled_blocks_are_captured(monkeypatch):
     eager, expected, _ = trained(config)
     assert replayed["loss"] == pytest.approx(eager["loss"], rel=1e-5)
     assert_same_weights(weights, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow  # a compiler runs
+def test_compiled_steps_of_several_sizes_are_captured():
+    """Batches come as views of what was copied, which torch.compile tells from other tensors once sizes vary."""
+    data = {
+        "data__dataset": "task:prefix_parity,length=32",
+        "data__val_samples": 8,
+        "train__batch_size": 64,
+        "train__length_window": 64,
+    }
+    shape = {"model__architecture": "puzzle", "train__compile": True, "train__mixed_precision": "bf16"}
+    _, _, state = trained(small_config(train__steps=30, train__cuda_graphs=True, **data, **shape))
+    assert len(state.graphs.captured) > 1
 
 
 @pytest.mark.gpu

@@ -315,6 +315,12 @@ def test_places_of_a_puzzle_see_all_of_its_own_prompt():
     assert not torch.isclose(first, second).any(), "every place looks at the last one"
 
 
+def test_without_places_a_puzzle_takes_prompts_longer_than_those_trained_on():
+    model = build(model__architecture="puzzle", model__places=False)
+    assert not any("places" in name for name in model.state_dict())
+    assert torch.equal(model.embed(torch.full((1, 9), 5)), model.embedding(torch.full((1, 9), 5)))
+
+
 def test_a_response_that_is_longer_than_its_prompt_is_refused():
     with pytest.raises(UserError, match="a response of 4 tokens to a prompt of 3"):
         in_place(Ragged.of(samples((5, 5), (3, 4))), TOKENIZER)

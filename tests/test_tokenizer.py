@@ -52,6 +52,12 @@ def test_an_unknown_character_is_an_error_or_an_id():
     assert SimpleTokenizer("ab", unknown="id").encode("az") == [4, SimpleTokenizer.unk_id]
 
 
+@pytest.mark.parametrize("tokenizer", [SimpleTokenizer("ab"), ByteTokenizer()], ids=["characters", "bytes"])
+def test_ids_beyond_the_vocabulary_leave_no_text(tokenizer):
+    """A model whose `model.vocab_size` is larger than the tokenizer's may answer with them."""
+    assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.vocab_size, 65_535]) == "ab"
+
+
 def test_bytes_take_any_text_and_come_back_from_their_file(tmp_path):
     (tmp_path / "t.json").write_text(ByteTokenizer().to_json())
     tokenizer = resolve_tokenizer(str(tmp_path / "t.json"))

@@ -33,7 +33,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids. Special tokens leave no text."""
+        """Text of the ids. Special tokens leave no text, nor do ids beyond the vocabulary, which a larger `model.vocab_size`
+        allows."""
 
     def to_json(self) -> str: ...
 
@@ -76,7 +77,8 @@ class SimpleTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.characters[i - self.SPECIAL] for i in map(int, ids) if i >= self.SPECIAL)
+        ids = (i - self.SPECIAL for i in map(int, ids))
+        return "".join(self.characters[i] for i in ids if 0 <= i < len(self.characters))
 
     def to_json(self) -> str:
         fields = {"type": "characters", "characters": "".join(self.characters), "unknown": self.unknown}
@@ -97,7 +99,8 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i - self.SPECIAL for i in map(int, ids) if i >= self.SPECIAL).decode(errors="replace")
+        ids = (i - self.SPECIAL for i in map(int, ids))
+        return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
 
     def to_json(self) -> str:
         return json.dumps({"type": "bytes"})

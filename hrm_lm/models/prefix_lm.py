@@ -52,8 +52,8 @@ class TokenStream(LanguageModel):
             self.stack = Stack(hrm.h_layers + hrm.l_layers, *sizes, hrm_text=self.hrm_text)
         self.head = Head(C, vocab_size)
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids, positions: (B, T)."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: (B, T)."""
         return self.embedding(ids)
 
     def think(
@@ -78,10 +78,12 @@ class TokenStream(LanguageModel):
     ) -> tuple[list[Tensor], Thought | None]:
         dense = cycles.halt is not None or needs_dense(self.head_dim, self.config.dropout if self.training else 0.0)
         mask = visible(batch.sees_from, batch.sees_to, batch.ids.shape[1], dense)
-        x, rope = self.embed(batch.ids, batch.positions), rotary(batch.positions, self.head_dim)
+        x, rope = self.embed(batch.ids), rotary(batch.positions, self.head_dim)
         thought = self.think(x, rope, mask, cycles, backprop_steps, None, carry, batch.thought_about)
         states = thought.states if self.training and self.config.hrm.deep_supervision else thought.states[-1:]
-        return [z_h.flatten(0, 1)[batch.label_at] for z_h in states], thought if self.core else None
+        # The gradient of plain indexing sorts its indices; that of index_select adds, and here each place comes once.
+        read = [z_h.flatten(0, 1).index_select(0, batch.label_at) for z_h in states]
+        return read, thought if self.core else None
 
 
 class HRMPrefixLM(TokenStream):

@@ -4,8 +4,8 @@ That is the setting of HRM (arXiv 2506.21734) and TRM (arXiv 2510.04871): a grid
 place of the prompt predicts the i-th token of the response, which is at most as long (`hrm_lm.data.collate.in_place`), and
 all places see one another.
 
-Chosen: this project's blocks, rotary positions and, besides, a learned vector for each place: in a grid a place is more than a
-distance. `h_cycles: 0` is the baseline without recurrence, as for `HRMPrefixLM`. TRM is `model.hrm.shared` with
+Chosen: this project's blocks, rotary positions and, besides, a learned vector for each place (`model.places`): in a grid a place is more
+than a distance. `h_cycles: 0` is the baseline without recurrence, as for `HRMPrefixLM`. TRM is `model.hrm.shared` with
 `model.hrm.inject: add` and `train.segments`.
 """
 
@@ -45,12 +45,18 @@ class HRMPuzzle(TokenStream):
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__(config, vocab_size)
-        self.places = nn.Parameter(torch.empty(config.max_prompt_len + 1, config.d_model))
-        lecun_normal_(self.places, fan_in=4)  # half of what a token's own vector has, in standard deviations
+        self.places: nn.Parameter | None = None
+        if config.places:
+            self.places = nn.Parameter(torch.empty(config.max_prompt_len + 1, config.d_model))
+            lecun_normal_(self.places, fan_in=4)  # half of what a token's own vector has, in standard deviations
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: (B, T); each row begins at the first place."""
         x = self.embedding(ids)
-        return x + self.places[positions].to(x.dtype)
+        if self.places is None:
+            return x
+        places = self.places[: x.shape[1]]
+        return x + nn.functional.pad(places, (0, 0, 0, x.shape[1] - len(places))).to(x.dtype)  # padding has no place
 
     def open(self, rows: int, prompt_len: int, max_new_tokens: int, cycles: Cycles) -> Decoding:
         """Room to answer so many samples at a time, whose prompts have up to `prompt_len` tokens."""
@@ -69,7 +75,7 @@ class HRMPuzzle(TokenStream):
         seen = (places <= lens[:, None])[:, None, None]
         rope, new = tuple(values[: S + 1] for values in decoding.rope), decoding.cursor.samples
         for some in decoding.cursor.read(S + 1, [1] * B):
-            x = self.embed(ids[some], places)
+            x = self.embed(ids[some])
             states = decoding.settled(self.think(x, rope, seen[some], decoding.cycles, tokens=seen[some, 0, 0]))
             decoding.answers[new + some.start : new + some.stop, : S + 1] = states
         decoding.last[new : new + B] = lens

@@ -61,13 +61,15 @@ class StepGraphs:
             graph, inputs = self.captured[key]
             torch._foreach_copy_(inputs, tensors)
             graph.replay()
-        elif key in self.seen and len(self.captured) < MOST_GRAPHS:
-            own = [type(batch)(*(tensor.clone() for tensor in batch)) for batch in batches]
+            return
+        # Clones for the first step of a kind, too: torch.compile tells tensors from views, and would compile again.
+        own = [type(batch)(*(tensor.clone() for tensor in batch)) for batch in batches]
+        if key in self.seen and len(self.captured) < MOST_GRAPHS:
             graph = self._capture(own, step)
             self.captured[key] = graph, [tensor for batch in own for tensor in batch]
             graph.replay()
         else:
-            self._run_eagerly(batches, step)
+            self._run_eagerly(own, step)
             if self.only_small and key not in self.seen and not self._is_small():
                 self.given_up = True
                 torch.cuda.synchronize(self.device)

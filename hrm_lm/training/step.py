@@ -21,7 +21,7 @@ from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
 from hrm_lm.models.float8 import recast, use_float8
-from hrm_lm.models.layers import Block
+from hrm_lm.models.layers import Block, Stack
 from hrm_lm.models.lora import add_lora
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
@@ -155,6 +155,8 @@ def build_state(
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()
+            elif isinstance(module, Stack):  # whose norm stands outside of its blocks
+                module.norm.compile()
         model.head.label_losses = torch.compile(model.head.label_losses)
     parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
