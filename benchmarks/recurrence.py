@@ -4,7 +4,7 @@ that they were trained with and at others. No Ray; on CUDA where there is any.
     python benchmarks/recurrence.py sudoku --seconds 300 --output recurrence.json
     python benchmarks/recurrence.py sudoku --steps 3000 --seeds 3 --arms plain_2,plain_12,recipe --output recurrence.json
     python benchmarks/recurrence.py sudoku --quick       # tiny: shows that it works, and nothing else
-    python benchmarks/recurrence.py --table recurrence.json
+    python benchmarks/recurrence.py sudoku --table recurrence.json --picture hrm_1-8x2 plain_14 sudoku.svg
 
 A study (`STUDIES`) is a task, a way to train and test on it, and its arms. All arms and seeds of a study train side by side in
 one process, step by step: the arms of a seed take the same batches, which are made once, and with CUDA graphs the GPU never
@@ -29,7 +29,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrm_lm.config import Config, Cycles, DataConfig, ModelConfig, load_config, parse_set
-from hrm_lm.data.collate import AnyBatch
+from hrm_lm.data.collate import AnyBatch, Collate
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.splits import Splits
@@ -87,9 +87,10 @@ def sampled(least: int, most: int) -> Overrides:
 PUZZLE = COMMON | {
     "model.architecture": "puzzle", "model.d_model": 128, "model.n_heads": 4, "train.batch_size": 512, "train.ema_decay": 0.995, "data.val_samples": 1000,
 }  # fmt: skip
+TERMS = "min_terms=2,max_terms=3,min_digits=1,max_digits=1"
 STUDIES = {
     "sudoku": Study(
-        settings=PUZZLE | {"data.dataset": "task:sudoku", "model.max_prompt_len": 81, "model.max_response_len": 82},
+        settings=PUZZLE | {"data.dataset": "task:sudoku", "model.max_prompt_len": 81, "model.max_response_len": 82, "train.batch_size": 256},
         arms={
             "plain_2": plain(2),
             "plain_12": plain(12),
@@ -149,11 +150,25 @@ STUDIES = {
             counts=(1, 2, 4, 8),
         )
         for task, options in {
-            "chain_sum": "min_terms=2,max_terms=3,min_digits=1,max_digits=1",
-            "basic_arithmetic": "min_terms=2,max_terms=3,min_digits=1,max_digits=1",
+            "chain_sum": TERMS,
+            "basic_arithmetic": TERMS,
         }.items()
         for architecture in ("prefix_lm", "encoder_decoder")
     },
+    # HRM-Text's table 3 (arXiv 2605.20613), small: which tokens are labels, what a prompt sees, plain or HRM.
+    "objective": Study(
+        settings=COMMON | {
+            "model.architecture": "prefix_lm", "data.dataset": f"reasoning_gym:chain_sum,{TERMS}", "data.val_samples": 500,
+            "model.d_model": 64, "train.batch_size": 32, "optim.lr": 3e-3, "optim.warmup_steps": 50,
+        },
+        arms={
+            f"{model}/{mask}/{objective}": fields | {"model.mask": mask, "train.objective": objective}
+            for mask, objective in (("causal", "all"), ("causal", "response"), ("prefix", "response"))
+            for model, fields in {"plain_6": plain(6), "hrm_2x2_none": hrm(2, 2, model__hrm__inject="none")}.items()
+        },
+        levels={},
+        counts=(1, 2, 4),
+    ),
 }  # fmt: skip
 QUICK = {"model.d_model": 16, "model.n_heads": 2, "train.batch_size": 16, "data.val_samples": 16}
 
@@ -175,6 +190,16 @@ class Run:
         train_step(self.state, batches, self.stats)
         if timed:
             self.events.append(now())
+
+    @property
+    def collate(self) -> Collate:
+        return layout(self.state.model, None, self.state.config.train.objective)
+
+    @property
+    def source(self) -> tuple[Any, ...]:
+        """Runs of the same take the same batches."""
+        config = self.state.config
+        return self.seed, config.model.architecture, config.model.mask, config.train.objective
 
     @property
     def ms(self) -> float:
@@ -201,24 +226,18 @@ def train_all(study: Study, configs: dict[tuple[str, int], Config], seconds: flo
         if runs and state.graphs and runs[0].state.graphs:
             state.graphs.pool = runs[0].state.graphs.pool  # one step runs at a time
         runs.append(Run(arm, seed, state, Stats(state)))
-    collate = layout(runs[0].state.model, None, first.train.objective)
     steps = first.train.steps if seconds is None else 10**9
-
-    def batches(seed: int) -> Iterator[list[AnyBatch]]:
-        endless = configs[runs[0].arm, seed].model_copy(deep=True)
-        train = endless.train.model_copy(update={"steps": steps})
-        return prefetch(
-            train_batches(splits.train, splits.tokenizer, collate, train, round_up=DEVICE.type == "cuda"),
-            DEVICE,
-            depth=8,
-        )
-
-    sources = {seed: batches(seed) for seed in dict.fromkeys(run.seed for run in runs)}
+    sources: dict[Any, Iterator[list[AnyBatch]]] = {}
+    for run in runs:
+        if run.source not in sources:
+            train = run.state.config.train.model_copy(update={"steps": steps})
+            batches = train_batches(splits.train, splits.tokenizer, run.collate, train, round_up=DEVICE.type == "cuda")
+            sources[run.source] = prefetch(batches, DEVICE, depth=8)
     step = 0
     while step < steps:
-        ready = {seed: next(source) for seed, source in sources.items()}
+        ready = {key: next(source) for key, source in sources.items()}
         for run in runs:
-            run.step(ready[run.seed], step in TIMED)
+            run.step(ready[run.source], step in TIMED)
         step += 1
         if step in (TIMED.start, TIMED.stop):
             for run in runs:
@@ -309,8 +328,6 @@ def run_study(
         levels = {level: splits.result() for level, splits in made.items()}
     print(f"trained after {time.perf_counter() - start:.0f} s", flush=True)
     split = next(iter(levels.values()))
-    collate = layout(runs[0].state.model, None, first.train.objective)
-    batch = next(prefetch(train_batches(split.train, split.tokenizer, collate, first.train), DEVICE))[0]
     flops: dict[str, float] = {}
     for run in runs:
         if run.arm not in flops:
@@ -319,6 +336,7 @@ def run_study(
                 split.tokenizer.vocab_size,
                 DEVICE,
             )
+            batch = next(prefetch(train_batches(split.train, split.tokenizer, run.collate, first.train), DEVICE))[0]
             flops[run.arm] = training_flops(eager, batch)
         result = {
             "study": name, "arm": run.arm, "seed": run.seed, "steps": run.state.step, "ms": run.ms,
@@ -329,6 +347,67 @@ def run_study(
         results.append(result)
         print(f"{time.perf_counter() - start:5.0f} s  {json.dumps(result)}", flush=True)
     return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Exact match in %, mean ± standard deviation over seeds: for each study and level a row for each arm."""
+    lines = []
+    for study in dict.fromkeys(result["study"] for result in results):
+        some = [result for result in results if result["study"] == study]
+        counts = sorted({int(h) for result in some for exact in result["exact"].values() for h in exact} - {0})
+        rests = list(dict.fromkeys(rest for result in some for halted in result["halting"].values() for rest in halted))
+        columns = ["level", "arm", "parameters", "GFLOP a step", "steps", "seeds", "no cycles"]
+        columns += [f"{h} cycles" for h in counts] + [f"auto:{rest} (mean cycles)" for rest in rests]
+        lines += [f"\n{study}\n", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+        for level in some[0]["exact"]:
+            for arm in dict.fromkeys(result["arm"] for result in some):
+                runs = [result for result in some if result["arm"] == arm]
+                cells = [
+                    level,
+                    arm + " (diverged)" * any(run["diverged"] for run in runs),
+                    f"{runs[0]['parameters']:,}",
+                ]
+                cells += [f"{runs[0]['flops'] / 1e9:.1f}", str(runs[0]["steps"]), str(len(runs))]
+                cells += [
+                    spread([run["exact"][level][str(h)] for run in runs]) if str(h) in runs[0]["exact"][level] else ""
+                    for h in (0, *counts)
+                ]
+                for rest in rests:
+                    halted = [run["halting"][level][rest] for run in runs if level in run["halting"]]
+                    took = statistics.mean(taken for _, taken in halted) if halted else 0
+                    cells.append(f"{spread([exact for exact, _ in halted])} ({took:.1f})" if halted else "")
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(shares: list[float]) -> str:
+    values = [100 * share for share in shares]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def picture(results: list[dict[str, Any]], study: str, recurs: str, plain: str, path: Path) -> None:
+    """Exact match against cycles, a line for each level; dashed, the plain model's. It needs matplotlib."""
+    from matplotlib import pyplot
+
+    def mean(arm: str, level: str, h: str) -> float:
+        return 100 * statistics.mean(
+            result["exact"][level][h] for result in results if (result["study"], result["arm"]) == (study, arm)
+        )
+
+    first = next(result for result in results if (result["study"], result["arm"]) == (study, recurs))
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for i, (level, exact) in enumerate(first["exact"].items()):
+        counts = list(exact)
+        axes.plot([int(h) for h in counts], [mean(recurs, level, h) for h in counts], "o-", color=f"C{i}", label=level)
+        axes.axhline(mean(plain, level, "0"), color=f"C{i}", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(h) for h in counts], counts)
+    axes.set(
+        xlabel="H-cycles at test", ylabel="answers wholly right (%)", title=f"{study}: {recurs}, and dashed {plain}"
+    )
+    axes.legend(fontsize="small")
+    pyplot.rcParams["svg.hashsalt"] = study  # the same picture again is the same file
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -345,7 +424,18 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, help="of PyTorch on CPU; for several of these commands at once")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps, one seed")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="instead: print what is there")
+    parser.add_argument(
+        "--picture", nargs=3, metavar=("ARM", "PLAIN_ARM", "SVG"), help="with --table, of the one study that is named"
+    )
     args = parser.parse_args()
+    if args.table:
+        results = json.loads(args.table.read_text())
+        if args.picture:
+            recurs, plain, path = args.picture
+            picture(results, args.studies[0], recurs, plain, Path(path))
+        print(table([result for result in results if result["study"] in (args.studies or STUDIES)]))
+        return
     torch.set_float32_matmul_precision("high")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     settings = {"train.steps": 70 if args.quick else args.steps} | parse_set(args.set)
@@ -353,6 +443,7 @@ def main() -> None:
         arms = args.arms.split(",") if args.arms else list(STUDIES[name].arms)
         seeds = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
         results = run_study(name, arms, seeds, args.seconds, settings, args.quick)
+        print(table(results))
         if args.output:
             kept = json.loads(args.output.read_text()) if args.output.exists() else []
             keys = {(result["study"], result["arm"], result["seed"]) for result in results}

@@ -8,11 +8,13 @@ import pytest
 from conftest import assert_resumes_exactly, batches_of, small_config
 
 from hrm_lm.data.collate import in_place
+from hrm_lm.data.endless import expected
 from hrm_lm.data.named_tasks import TASKS, Questions
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tasks.mazes import maze
 from hrm_lm.data.tasks.sudoku import BOXES, minimal_puzzles, variants, with_givens
 from hrm_lm.errors import UserError
+from hrm_lm.training.train import dry_run
 
 SIZES = pytest.mark.parametrize("size", BOXES)
 
@@ -195,3 +197,19 @@ def test_what_is_no_task_is_told_in_a_line(name, told):
     with pytest.raises(UserError, match="task:") as error:
         Questions(name)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("task:sudoko", "no such task; did you mean sudoku"), ("task:sudoku,sise=6", "has no option 'sise'")],
+)
+def test_a_dry_run_refuses_a_task_that_is_not_there(name, message):
+    with pytest.raises(UserError, match=message):
+        dry_run(small_config(data__dataset=name))
+
+
+def test_the_time_that_questions_take_is_not_that_of_a_block_for_each():
+    """Sudokus of a block are made at once: the first of 20 questions takes seconds, the others nothing."""
+    assert expected([3.0, 0.0, 0.0], 20, block_size=1024) == 3
+    assert expected([3.0, 0.01, 0.01], 2000, block_size=1024) == pytest.approx(26)
+    assert expected([0.1, 0.2, 0.3], 100, block_size=1) == pytest.approx(20)

@@ -119,12 +119,15 @@ def endless_dataset(config: DataConfig, task: Task, tokenizer: Callable[[], Toke
     tokenizer: what `config.tokenizer` takes the place of. Raises UserError where no question has an answer.
     """
     entries: dict[str, dict[str, Any]] = {}
-    start = time.perf_counter()
+    spent: list[float] = []
     for i in range(config.val_samples):
+        start = time.perf_counter()
         entry = task.entry(0, i)
         if entry["answer"] is not None:
             entries.setdefault(entry["question"], entry)
-        if i == 2 and (seconds := (time.perf_counter() - start) / 3 * config.val_samples) > 10:
+        if i < 3:
+            spent.append(time.perf_counter() - start)
+        if i == 2 and (seconds := expected(spent, config.val_samples, task.block_size)) > 10:
             print(
                 f"{task.shown}: makes data.val_samples={config.val_samples} in about {seconds:.0f} s", file=sys.stderr
             )
@@ -141,3 +144,10 @@ def endless_dataset(config: DataConfig, task: Task, tokenizer: Callable[[], Toke
     )
     train = EndlessSplit(task, splits.tokenizer, frozenset(splits.val.prompts()))
     return Splits(train, splits.val, splits.tokenizer, facets=lambda i: task.facets(held_out[i]))
+
+
+def expected(spent: list[float], count: int, block_size: int) -> float:
+    """Seconds that so many questions take. spent: what the first took, of which the very first may have made its block."""
+    first, *others = spent
+    each = sum(others) / len(others)
+    return first * -(-count // block_size) + each * count if block_size > 1 else sum(spent) / len(spent) * count

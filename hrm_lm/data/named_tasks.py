@@ -292,6 +292,14 @@ def split_options(name: str) -> list[str]:
     return parts
 
 
+def check_names(config: DataConfig) -> None:
+    """Raises UserError where a task by name, of a mixture's too, has not that name or not those options. No question is made."""
+    for name in (config.dataset, *(member.dataset for member in config.mixture.values())):
+        kind, _, task = (name or "").partition(":")
+        if kind == "task":
+            Questions(task)
+
+
 def build_task_dataset(config: DataConfig, seed: int) -> Splits:
     questions = Questions((config.dataset or "").partition(":")[2])
     return endless_dataset(config, questions, questions.tokenizer)

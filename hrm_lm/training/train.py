@@ -21,9 +21,11 @@ def dry_run(config: Config) -> None:
     """Prints the loss of one optimisation step on a random batch, in this process, and what the config's run will take."""
     import torch
 
+    from hrm_lm.data.named_tasks import check_names
     from hrm_lm.training.memory import is_out_of_memory
     from hrm_lm.training.plan import plan
 
+    check_names(config.data)
     device = torch.device("cuda" if torch.cuda.is_available() and config.ray.use_gpu else "cpu")
     if config.train.mixed_precision == "fp16" and device.type != "cuda":
         from hrm_lm.errors import UserError
