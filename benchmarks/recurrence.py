@@ -88,6 +88,15 @@ PUZZLE = COMMON | {
     "model.architecture": "puzzle", "model.d_model": 128, "model.n_heads": 4, "train.batch_size": 512, "train.ema_decay": 0.995, "data.val_samples": 1000,
 }  # fmt: skip
 TERMS = "min_terms=2,max_terms=3,min_digits=1,max_digits=1"
+LANGUAGE = {
+    "data.val_samples": 500, "model.d_model": 64, "train.batch_size": 32, "optim.lr": 3e-3, "optim.warmup_steps": 50,
+}  # fmt: skip
+LANGUAGE_TASKS: dict[str, Overrides] = {
+    "addition": {"data.dataset": "synthetic", "data.synthetic.num_samples": 40_000, "train.batch_size": 64},
+    "chain_sum": {"data.dataset": f"reasoning_gym:chain_sum,{TERMS}"},
+    "basic_arithmetic": {"data.dataset": f"reasoning_gym:basic_arithmetic,{TERMS}"},
+    "mini_sudoku": {"data.dataset": "reasoning_gym:mini_sudoku", "optim.lr": 2e-3},
+}
 STUDIES = {
     "sudoku": Study(
         settings=PUZZLE | {"data.dataset": "task:sudoku", "model.max_prompt_len": 81, "model.max_response_len": 82, "train.batch_size": 256},
@@ -135,32 +144,24 @@ STUDIES = {
     ),
     **{
         f"{task}_{architecture}": Study(
-            settings=COMMON | {
-                "model.architecture": architecture, "data.dataset": f"reasoning_gym:{task},{options}", "data.val_samples": 500,
-                "model.d_model": 64, "train.batch_size": 32, "optim.lr": 3e-3, "optim.warmup_steps": 50,
-            },
+            settings=COMMON | LANGUAGE | data | {"model.architecture": architecture},
             arms={
                 "plain_2": plain(2) if architecture == "prefix_lm" else PLAIN | {"model.encoder_layers": 1 + 2},
                 "plain_6": plain(6) if architecture == "prefix_lm" else PLAIN | {"model.encoder_layers": 1 + 6},
                 "hrm_2x2": hrm(2, 2),
                 "hrm_2x2_none": hrm(2, 2, model__hrm__inject="none"),
-                "hrm_1-4x2_deep": hrm(2, 2, **sampled(1, 4), **DEEP),
+                "hrm_1-4x2": hrm(2, 2, **sampled(1, 4)),
+                "hrm_1-4x2_none": hrm(2, 2, **sampled(1, 4), model__hrm__inject="none"),
             },
             levels={},
             counts=(1, 2, 4, 8),
         )
-        for task, options in {
-            "chain_sum": TERMS,
-            "basic_arithmetic": TERMS,
-        }.items()
+        for task, data in LANGUAGE_TASKS.items()
         for architecture in ("prefix_lm", "encoder_decoder")
     },
     # HRM-Text's table 3 (arXiv 2605.20613), small: which tokens are labels, what a prompt sees, plain or HRM.
     "objective": Study(
-        settings=COMMON | {
-            "model.architecture": "prefix_lm", "data.dataset": f"reasoning_gym:chain_sum,{TERMS}", "data.val_samples": 500,
-            "model.d_model": 64, "train.batch_size": 32, "optim.lr": 3e-3, "optim.warmup_steps": 50,
-        },
+        settings=COMMON | LANGUAGE | LANGUAGE_TASKS["chain_sum"] | {"model.architecture": "prefix_lm"},
         arms={
             f"{model}/{mask}/{objective}": fields | {"model.mask": mask, "train.objective": objective}
             for mask, objective in (("causal", "all"), ("causal", "response"), ("prefix", "response"))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         apart = item.get_closest_marker("slow") or item.get_closest_marker("long")
-        if not {"cluster", "driver"} & set(item.fixturenames) and not apart:
+        if not {"shared_cluster", "driver"} & set(item.fixturenames) and not apart:
             item.add_marker("quick")
 
 
@@ -315,9 +316,47 @@ def driver(in_folder):
     kill_processes_with(start.mark)
 
 
+@pytest.fixture
+def cluster(shared_cluster):
+    """The address of two CPUs of Ray, both of them free, shared by all tests that need a cluster."""
+    for _ in range(300):
+        if not held_by_ray():
+            break
+        time.sleep(0.1)
+    else:
+        told = []
+        for actor in actors():
+            told.append(f"{actor.class_name} {actor.pid}")
+            with suppress(ProcessLookupError):
+                os.kill(actor.pid, signal.SIGKILL)
+        warnings.warn(f"an earlier test left {', '.join(told)}", stacklevel=1)
+        wait_until(lambda: not held_by_ray())
+    return shared_cluster
+
+
+def actors() -> list[Any]:
+    """Those of tests, of the cluster that this process is connected to, as Ray's state API describes them."""
+    from ray.util.state import list_actors
+
+    return [actor for actor in list_actors() if actor.state == "ALIVE" and not actor.class_name.startswith("_")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where a test of the cluster fails, its report shows what each of the cluster's actors is doing."""
+    report = yield
+    if report.when == "call" and report.failed and "cluster" in item.fixturenames:
+        with suppress(Exception):
+            for actor in actors():
+                dumped = subprocess.run(
+                    ["py-spy", "dump", "--pid", str(actor.pid)], capture_output=True, text=True, timeout=20
+                )
+                report.sections.append((f"{actor.class_name} {actor.pid}", dumped.stdout + dumped.stderr))
+    return report
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    """The address of two CPUs of Ray, shared by all tests that need a cluster."""
+def shared_cluster(tmp_path_factory):
     import ray
 
     from hrm_lm.cluster.start import init_ray

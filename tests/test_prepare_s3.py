@@ -32,7 +32,7 @@ from hrm_lm.training.checkpoint import Progress, save_model
 
 
 @pytest.fixture(scope="module")
-def prepared(cluster, bucket):
+def prepared(shared_cluster, bucket):
     """What `prepare` did in storage: its arguments, and what it returned and said."""
     for name in ("a", "b"):
         with bucket.fs.open_output_stream(f"bucket/in/{name}.jsonl.gz") as file:  # pyarrow compresses it for its name

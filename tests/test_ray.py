@@ -76,7 +76,7 @@ OVERFITS = {
 
 
 @pytest.fixture(scope="module")
-def overfitted(cluster, tmp_path_factory):
+def overfitted(shared_cluster, tmp_path_factory):
     """The storage of the finished run "r", whose best validation is its first, and its result."""
     storage = tmp_path_factory.mktemp("overfitted") / "runs"
     options = {"ray__storage_path": str(storage), "ray__run_name": "r", "ray__num_to_keep": 9}

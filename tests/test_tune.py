@@ -293,6 +293,8 @@ def test_the_other_ways_to_search_end_with_a_best_trial(cluster, in_folder, opti
     assert (in_folder / "runs/s/best.yaml").exists()
 
 
+# It hung once, in a run of the whole suite, for a reason that is not known; alone it went through each time.
+@pytest.mark.long
 def test_a_trial_of_two_workers_reports_its_checkpoints_to_tune(cluster, in_folder):
     trials = search(
         in_folder,
