@@ -72,7 +72,7 @@ class Cycles(NamedTuple):
 class Halting(NamedTuple):
     """`--h_cycles auto`: each sample takes H-cycles until its states rest."""
 
-    residual: float = 0.05
+    residual: float = 0.03
     """See `Cycles.halt`."""
     most: int | None = None
     """The most H-cycles; None for the most that the model was trained with."""
@@ -90,7 +90,7 @@ def parse_h_cycles(text: str) -> int | Halting:
     except ValueError:
         is_right, count = False, 0
     if not is_right:
-        raise UserError(f"--h_cycles {text}: expected a count, such as 4, or auto, auto:0.05, auto:0.05:16")
+        raise UserError(f"--h_cycles {text}: expected a count, such as 4, or auto, auto:0.03, auto:0.03:16")
     if not 0 <= count <= MOST_CYCLES:
         raise UserError(f"--h_cycles must be at least 0 and at most {MOST_CYCLES}, not {count}")
     return halting if auto == "auto" else count
