@@ -2,13 +2,13 @@ r"""Does recurrence pay? Models that recur against plain stacks of equal paramet
 that they were trained with and at others. No Ray; on CUDA where there is any.
 
     python benchmarks/recurrence.py sudoku --seconds 300 --output recurrence.json
-    python benchmarks/recurrence.py sudoku --steps 3000 --seeds 3 --arms plain_2,plain_12,recipe --output recurrence.json
+    python benchmarks/recurrence.py sudoku --steps 3000 --seeds 3 --arms plain_2,plain_14,hrm_1-8x2 --output recurrence.json
     python benchmarks/recurrence.py sudoku --quick       # tiny: shows that it works, and nothing else
     python benchmarks/recurrence.py sudoku --table recurrence.json --picture hrm_1-8x2 plain_14 sudoku.svg
 
 A study (`STUDIES`) is a task, a way to train and test on it, and its arms. All arms and seeds of a study train side by side in
 one process, step by step: the arms of a seed take the same batches, which are made once, and with CUDA graphs the GPU never
-waits for the host. With `--seconds` the first steps are timed, and all arms take as many steps as fit. What came out is in
+waits for the host. Scores are those of averaged weights where a study keeps them. With `--seconds` the first steps are timed, and all arms take as many steps as fit. What came out is in
 --output, by study, arm and seed, where another study's results stay; the table shows means and standard deviations over
 seeds.
 """
@@ -19,7 +19,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrm_lm.config import Config, Cycles, DataConfig, ModelConfig, load_config, parse_set
+from hrm_lm.config import Config, Cycles, DataConfig, ModelConfig, load_config, parse_config, parse_set
 from hrm_lm.data.collate import AnyBatch, Collate
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
@@ -182,10 +182,15 @@ class Run:
     seed: int
     state: TrainState
     stats: Stats
+    vocab_size: int
+    first: AnyBatch | None = None
+    """The first batch of training."""
     events: list[Any] = field(default_factory=list)
     """Begin and end of timed steps."""
 
     def step(self, batches: list[AnyBatch], timed: bool) -> None:
+        if self.first is None:
+            self.first = batches[0]
         if timed:
             self.events.append(now())
         train_step(self.state, batches, self.stats)
@@ -204,9 +209,9 @@ class Run:
 
     @property
     def ms(self) -> float:
-        """The median of a step's milliseconds."""
+        """The mean of a step's milliseconds: steps of drawn cycle counts differ."""
         pairs = zip(self.events[::2], self.events[1::2], strict=True)
-        return statistics.median(a.elapsed_time(b) if DEVICE.type == "cuda" else 1000 * (b - a) for a, b in pairs)
+        return statistics.mean(a.elapsed_time(b) if DEVICE.type == "cuda" else 1000 * (b - a) for a, b in pairs)
 
 
 def now() -> Any:
@@ -226,7 +231,7 @@ def train_all(study: Study, configs: dict[tuple[str, int], Config], seconds: flo
         state = build_state(config, splits.tokenizer.vocab_size, DEVICE)
         if runs and state.graphs and runs[0].state.graphs:
             state.graphs.pool = runs[0].state.graphs.pool  # one step runs at a time
-        runs.append(Run(arm, seed, state, Stats(state)))
+        runs.append(Run(arm, seed, state, Stats(state), splits.tokenizer.vocab_size))
     steps = first.train.steps if seconds is None else 10**9
     sources: dict[Any, Iterator[list[AnyBatch]]] = {}
     for run in runs:
@@ -310,7 +315,8 @@ def training_flops(state: TrainState, batch: AnyBatch) -> float:
 
 def run_study(
     name: str, arms: list[str], seeds: range, seconds: float | None, settings: Overrides, quick: bool
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """The results of each run as soon as they are known."""
     study, start = STUDIES[name], time.perf_counter()
     fields = study.settings | (GPU if DEVICE.type == "cuda" else {}) | (study.quick | QUICK if quick else {}) | settings
     configs = {
@@ -318,7 +324,7 @@ def run_study(
         for seed in seeds
         for arm in arms
     }
-    first, results = next(iter(configs.values())), []
+    first = next(iter(configs.values()))
     named = study.levels if not quick else {}
     data = {level: first.data.model_copy(update={"dataset": dataset}) for level, dataset in named.items()} or {
         "": first.data
@@ -328,26 +334,21 @@ def run_study(
         runs = train_all(study, configs, seconds)
         levels = {level: splits.result() for level, splits in made.items()}
     print(f"trained after {time.perf_counter() - start:.0f} s", flush=True)
-    split = next(iter(levels.values()))
     flops: dict[str, float] = {}
     for run in runs:
         if run.arm not in flops:
-            eager = build_state(
-                load_config(overrides=fields | study.arms[run.arm] | {"train.compile": False}),
-                split.tokenizer.vocab_size,
-                DEVICE,
-            )
-            batch = next(prefetch(train_batches(split.train, split.tokenizer, run.collate, first.train), DEVICE))[0]
-            flops[run.arm] = training_flops(eager, batch)
+            assert run.first is not None
+            fields = run.state.config.to_dict()
+            eager = parse_config(fields | {"train": fields["train"] | {"compile": False}})
+            flops[run.arm] = training_flops(build_state(eager, run.vocab_size, DEVICE), run.first)
         result = {
             "study": name, "arm": run.arm, "seed": run.seed, "steps": run.state.step, "ms": run.ms,
             "batch": first.train.batch_size, "flops": flops[run.arm],
             "parameters": sum(p.numel() for p in run.state.model.parameters()),
             "diverged": run.stats.read()["bad_step"] is not None,
         } | scores(run, study, levels)  # fmt: skip
-        results.append(result)
         print(f"{time.perf_counter() - start:5.0f} s  {json.dumps(result)}", flush=True)
-    return results
+        yield result
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -360,33 +361,35 @@ def table(results: list[dict[str, Any]]) -> str:
         columns = ["level", "arm", "parameters", "GFLOP a step", "steps", "seeds", "no cycles"]
         columns += [f"{h} cycles" for h in counts] + [f"auto:{rest} (mean cycles)" for rest in rests]
         lines += [f"\n{study}\n", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        for level in some[0]["exact"]:
-            for arm in dict.fromkeys(result["arm"] for result in some):
-                runs = [result for result in some if result["arm"] == arm]
+        groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for result in some:
+            groups.setdefault((result["arm"], result["steps"]), []).append(result)
+        for level in dict.fromkeys(level for result in some for level in result["exact"]):
+            for (arm, steps), runs in groups.items():
                 cells = [
                     level,
                     arm + " (diverged)" * any(run["diverged"] for run in runs),
                     f"{runs[0]['parameters']:,}",
                 ]
-                cells += [f"{runs[0]['flops'] / 1e9:.1f}", str(runs[0]["steps"]), str(len(runs))]
-                cells += [
-                    spread([run["exact"][level][str(h)] for run in runs]) if str(h) in runs[0]["exact"][level] else ""
-                    for h in (0, *counts)
-                ]
+                cells += [f"{runs[0]['flops'] / 1e9:.1f}", str(steps), str(len(runs))]
+                found = [run["exact"].get(level, {}) for run in runs]
+                cells += [spread([exact[str(h)] for exact in found if str(h) in exact]) for h in (0, *counts)]
                 for rest in rests:
-                    halted = [run["halting"][level][rest] for run in runs if level in run["halting"]]
-                    took = statistics.mean(taken for _, taken in halted) if halted else 0
-                    cells.append(f"{spread([exact for exact, _ in halted])} ({took:.1f})" if halted else "")
+                    halted = [run["halting"][level][rest] for run in runs if rest in run["halting"].get(level, {})]
+                    took = f" ({statistics.mean(taken for _, taken in halted):.1f})" if halted else ""
+                    cells.append(spread([exact for exact, _ in halted]) + took)
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def spread(shares: list[float]) -> str:
     values = [100 * share for share in shares]
+    if not values:
+        return ""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def picture(results: list[dict[str, Any]], study: str, recurs: str, plain: str, path: Path) -> None:
+def picture(results: list[dict[str, Any]], study: str, recurs: str, plain: str, path: str) -> None:
     """Exact match against cycles, a line for each level; dashed, the plain model's. It needs matplotlib."""
     from matplotlib import pyplot
 
@@ -411,14 +414,49 @@ def picture(results: list[dict[str, Any]], study: str, recurs: str, plain: str, 
     figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
+class Results:
+    """What is known, in a file if there is one: written as soon as a run has been scored, whole or not at all."""
+
+    def __init__(self, path: Path | None):
+        """Raises ValueError where the file is something else, and OSError where it cannot be written."""
+        self.path, self.rows = path, []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.rows = read(path) if path.exists() else []
+            self.write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """In place of what is known of the same run."""
+        self.rows = [old for old in self.rows if any(old[key] != row[key] for key in RUN)] + [row]
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            new = self.path.with_suffix(".new")
+            new.write_text(json.dumps(self.rows))
+            new.replace(self.path)
+
+
+RUN = ("study", "arm", "seed", "steps")
+"""What tells the results of runs apart."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Raises ValueError where the file does not hold results."""
+    rows = json.loads(path.read_text())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {*RUN, "exact"} <= row.keys() for row in rows):
+        raise ValueError(f"{path} does not hold results of this benchmark")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=STUDIES)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)}")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--arms", help="some of a study's, comma-separated; left out, all of them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, help="as many steps as fit, for each study; left out, train.steps")
+    parser.add_argument("--seconds", type=float, help="as many steps as fit, for each study; left out, --steps")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="a field of every run's config"
@@ -429,27 +467,48 @@ def main() -> None:
     parser.add_argument(
         "--picture", nargs=3, metavar=("ARM", "PLAIN_ARM", "SVG"), help="with --table, of the one study that is named"
     )
-    args = parser.parse_args()
-    if args.table:
-        results = json.loads(args.table.read_text())
-        if args.picture:
-            recurs, plain, path = args.picture
-            picture(results, args.studies[0], recurs, plain, Path(path))
-        print(table([result for result in results if result["study"] in (args.studies or STUDIES)]))
-        return
+    args = parser.parse_args(argv)
+    for study in args.studies:
+        if study not in STUDIES:
+            parser.error(f"there is no study {study!r}; there are {', '.join(STUDIES)}")
+        for arm in (args.arms or "").split(",") * bool(args.arms):
+            if arm not in STUDIES[study].arms:
+                parser.error(f"--arms: {study} has no arm {arm!r}; it has {', '.join(STUDIES[study].arms)}")
+    try:
+        if args.table:
+            rows = [row for row in read(args.table) if row["study"] in (args.studies or STUDIES)]
+            if args.picture:
+                there = {row["arm"] for row in rows}
+                if len(args.studies) != 1 or not {*args.picture[:2]} <= there:
+                    parser.error(
+                        f"--picture wants a study and two of its arms, of which {args.table} has {sorted(there)}"
+                    )
+                picture(rows, args.studies[0], *args.picture)
+            print(table(rows))
+            return
+        if not args.studies or args.picture:
+            parser.error("--picture goes with --table" if args.picture else f"name a study: {', '.join(STUDIES)}")
+        if args.steps < TIMED.stop or (args.quick and args.output):
+            parser.error(
+                "--quick shows that it works, and has no results to keep; leave out --output"
+                if args.quick
+                else f"--steps must be at least {TIMED.stop}: steps {TIMED.start} to {TIMED.stop} are timed"
+            )
+        results = Results(args.output)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.table or args.output}: {error}")
     torch.set_float32_matmul_precision("high")
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    if args.threads:
+        torch.set_num_threads(args.threads)
     settings = {"train.steps": 70 if args.quick else args.steps} | parse_set(args.set)
     for name in args.studies:
         arms = args.arms.split(",") if args.arms else list(STUDIES[name].arms)
         seeds = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
-        results = run_study(name, arms, seeds, args.seconds, settings, args.quick)
-        print(table(results))
-        if args.output:
-            kept = json.loads(args.output.read_text()) if args.output.exists() else []
-            keys = {(result["study"], result["arm"], result["seed"]) for result in results}
-            kept = [old for old in kept if (old["study"], old["arm"], old["seed"]) not in keys]
-            args.output.write_text(json.dumps(kept + results, indent=1))
+        rows = []
+        for row in run_study(name, arms, seeds, args.seconds, settings, args.quick):
+            results.add(row)
+            rows.append(row)
+        print(table(rows))
         gc.collect()
 
 

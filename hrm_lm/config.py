@@ -181,7 +181,7 @@ class ModelConfig(Section):
     """What a prompt's tokens see: all of the prompt, or what is before them alone (`prefix_lm` only)."""
     places: bool = True
     """Whether each place of a prompt has a learned vector, besides rotary positions (`puzzle` only). Places of a grid want one;
-    without it a sequence may be longer than those trained on."""
+    without it a sequence may be longer than those trained on, up to `max_prompt_len`."""
     d_model: Width = 64
     """Width of a token's state. It is a multiple of `n_heads`."""
     n_heads: Positive = 4
@@ -524,6 +524,8 @@ class Config(Section):
     def _stream(self):
         if self.model.mask == "causal" and self.model.architecture != "prefix_lm":
             raise ValueError(f"model.mask: causal is for prefix_lm alone, not for {self.model.architecture}")
+        if not self.model.places and self.model.architecture != "puzzle":
+            raise ValueError(f"model.places: false is for puzzle alone; {self.model.architecture} has no such vectors")
         if self.train.objective == "all" and self.model.mask != "causal":
             raise ValueError(
                 "train.objective: all needs model.architecture prefix_lm with model.mask causal: a prompt's tokens must "

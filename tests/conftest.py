@@ -329,7 +329,7 @@ def cluster(shared_cluster):
             told.append(f"{actor.class_name} {actor.pid}")
             with suppress(ProcessLookupError):
                 os.kill(actor.pid, signal.SIGKILL)
-        warnings.warn(f"an earlier test left {', '.join(told)}", stacklevel=1)
+        warnings.warn(f"an earlier test left {held_by_ray()} to {', '.join(told) or 'no actor'}", stacklevel=1)
         wait_until(lambda: not held_by_ray())
     return shared_cluster
 
@@ -345,7 +345,7 @@ def actors() -> list[Any]:
 def pytest_runtest_makereport(item, call):
     """Where a test of the cluster fails, its report shows what each of the cluster's actors is doing."""
     report = yield
-    if report.when == "call" and report.failed and "cluster" in item.fixturenames:
+    if report.failed and "shared_cluster" in item.fixturenames:
         with suppress(Exception):
             for actor in actors():
                 dumped = subprocess.run(

@@ -127,7 +127,7 @@ def endless_dataset(config: DataConfig, task: Task, tokenizer: Callable[[], Toke
             entries.setdefault(entry["question"], entry)
         if i < 3:
             spent.append(time.perf_counter() - start)
-        if i == 2 and (seconds := expected(spent, config.val_samples, task.block_size)) > 10:
+        if i == 2 and (seconds := expected(spent, config.val_samples, task.block_size) - sum(spent)) > 10:
             print(
                 f"{task.shown}: makes data.val_samples={config.val_samples} in about {seconds:.0f} s", file=sys.stderr
             )

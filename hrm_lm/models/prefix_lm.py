@@ -81,7 +81,7 @@ class TokenStream(LanguageModel):
         x, rope = self.embed(batch.ids), rotary(batch.positions, self.head_dim)
         thought = self.think(x, rope, mask, cycles, backprop_steps, None, carry, batch.thought_about)
         states = thought.states if self.training and self.config.hrm.deep_supervision else thought.states[-1:]
-        # The gradient of plain indexing sorts its indices; that of index_select adds, and here each place comes once.
+        # The gradient of plain indexing sorts its indices, that of index_select adds. Places come once, and padding has no gradient.
         read = [z_h.flatten(0, 1).index_select(0, batch.label_at) for z_h in states]
         return read, thought if self.core else None
 

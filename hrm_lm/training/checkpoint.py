@@ -65,7 +65,8 @@ FORMAT_VERSION = 1
 # A change of any of these fields changes the model's shape or the order of samples, so no run goes on across it.
 FIXED = (
     *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window", "train.packing"),
-    *("train.lora.", "model.architecture", "model.mask", "model.d_model", "model.n_heads", "model.encoder_layers"),
+    *("train.lora.", "model.architecture", "model.mask", "model.places", "model.d_model", "model.n_heads"),
+    "model.encoder_layers",
     *("model.decoder_layers", "model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.hrm.inject"),
     *("model.hrm.shared", "model.bridge.type", "model.bridge.prefix_len"),
 )
@@ -393,7 +394,8 @@ def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
             named = [now.data.dataset or "", *(member.dataset for member in now.data.mixture.values())]
             return any("://" in name for name in named)
         if path in ("model.max_prompt_len", "model.max_response_len"):
-            return now.data.truncate  # where samples are cut there, their lengths decide on the batches
+            places = now.model.architecture == "puzzle" and now.model.places  # a vector for each
+            return now.data.truncate or places  # where samples are cut there, their lengths decide on the batches
         return path.startswith(FIXED)
 
     return {path: values for path, values in differences(saved, now).items() if is_obstacle(path, values)}
