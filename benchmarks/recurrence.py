@@ -135,6 +135,7 @@ STUDIES = {
             "hrm_8x1_deep": hrm(8, 1, **DEEP),
             "hrm_1-8x1_deep": hrm(4, 1, **sampled(1, 8), **DEEP),
             "hrm_1-8x1": hrm(4, 1, **sampled(1, 8)),
+            "hrm_1-16x1": hrm(8, 1, **sampled(1, 16)),
             "hrm_1-8x2_deep": hrm(4, 2, **sampled(1, 8), **DEEP),
             "segments_4_of_2x1": hrm(2, 1, train__segments=4),
         },
