@@ -1,16 +1,16 @@
 r"""Does recurrence pay? Models that recur against plain stacks of equal parameters and of equal training compute, at the cycles
 that they were trained with and at others. No Ray; on CUDA where there is any.
 
-    python benchmarks/recurrence.py sudoku --seconds 300 --output recurrence.json
-    python benchmarks/recurrence.py sudoku --steps 3000 --seeds 3 --arms plain_2,plain_14,hrm_1-8x2 --output recurrence.json
-    python benchmarks/recurrence.py sudoku --quick       # tiny: shows that it works, and nothing else
+    python benchmarks/recurrence.py sudoku --arms plain_2,plain_14,hrm_1-8x2 --steps 2000 --output recurrence.json
+    python benchmarks/recurrence.py sudoku --seconds 300        # as many steps as fit
+    python benchmarks/recurrence.py sudoku --quick              # tiny: shows that it works, and nothing else
     python benchmarks/recurrence.py sudoku --table recurrence.json --picture hrm_1-8x2 plain_14 sudoku.svg
 
 A study (`STUDIES`) is a task, a way to train and test on it, and its arms. All arms and seeds of a study train side by side in
 one process, step by step: the arms of a seed take the same batches, which are made once, and with CUDA graphs the GPU never
-waits for the host. Scores are those of averaged weights where a study keeps them. With `--seconds` the first steps are timed, and all arms take as many steps as fit. What came out is in
---output, by study, arm and seed, where another study's results stay; the table shows means and standard deviations over
-seeds.
+waits for the host. With `--seconds` the first steps are timed, and all arms take as many steps as fit. Scores are those of
+averaged weights where a study keeps them. --output holds the results of each run, by study, arm, seed and steps, as soon as they
+are known. The table shows means and standard deviations over seeds.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Study:
     """A task, a way to train on it, and what is compared."""
 
     settings: Overrides
-    """Of every arm's config."""
+    """Fields that every arm's config has."""
     arms: dict[str, Overrides]
     levels: dict[str, str]
     """Data sets whose validation samples are tested on, by what makes them hard; without any, those of the training's set."""
@@ -85,7 +85,7 @@ def sampled(least: int, most: int) -> Overrides:
 
 
 PUZZLE = COMMON | {
-    "model.architecture": "puzzle", "model.d_model": 128, "model.n_heads": 4, "train.batch_size": 512, "train.ema_decay": 0.995, "data.val_samples": 1000,
+    "model.architecture": "puzzle", "model.d_model": 128, "model.n_heads": 4, "train.batch_size": 256, "train.ema_decay": 0.995, "data.val_samples": 1000,
 }  # fmt: skip
 TERMS = "min_terms=2,max_terms=3,min_digits=1,max_digits=1"
 LANGUAGE = {
@@ -99,7 +99,7 @@ LANGUAGE_TASKS: dict[str, Overrides] = {
 }
 STUDIES = {
     "sudoku": Study(
-        settings=PUZZLE | {"data.dataset": "task:sudoku", "model.max_prompt_len": 81, "model.max_response_len": 82, "train.batch_size": 256},
+        settings=PUZZLE | {"data.dataset": "task:sudoku", "model.max_prompt_len": 81, "model.max_response_len": 82},
         arms={
             "plain_2": plain(2),
             "plain_12": plain(12),
@@ -204,7 +204,7 @@ class Run:
 
     @property
     def source(self) -> tuple[Any, ...]:
-        """Runs of the same take the same batches."""
+        """Runs whose source is equal take the same batches."""
         config = self.state.config
         return self.seed, config.model.architecture, config.model.mask, config.train.objective
 
@@ -302,7 +302,7 @@ def scores(run: Run, study: Study, levels: dict[str, Splits]) -> dict[str, Any]:
 
 
 def training_flops(state: TrainState, batch: AnyBatch) -> float:
-    """Of a forward and backward pass, as PyTorch counts them; the mean over steps where they differ."""
+    """Counts the FLOPs of a forward and backward pass with PyTorch's counter. Where steps differ it takes their mean."""
     config, seen = state.config, {}
     counts = [cycles_of(config, step) for step in range(100)]
     for cycles in set(counts):
@@ -339,8 +339,8 @@ def run_study(
     for run in runs:
         if run.arm not in flops:
             assert run.first is not None
-            fields = run.state.config.to_dict()
-            eager = parse_config(fields | {"train": fields["train"] | {"compile": False}})
+            own = run.state.config.to_dict()
+            eager = parse_config(own | {"train": own["train"] | {"compile": False}})
             flops[run.arm] = training_flops(build_state(eager, run.vocab_size, DEVICE), run.first)
         result = {
             "study": name, "arm": run.arm, "seed": run.seed, "steps": run.state.step, "ms": run.ms,
@@ -394,12 +394,13 @@ def picture(results: list[dict[str, Any]], study: str, recurs: str, plain: str, 
     """Exact match against cycles, a line for each level; dashed, the plain model's. It needs matplotlib."""
     from matplotlib import pyplot
 
-    def mean(arm: str, level: str, h: str) -> float:
-        return 100 * statistics.mean(
-            result["exact"][level][h] for result in results if (result["study"], result["arm"]) == (study, arm)
-        )
-
     first = next(result for result in results if (result["study"], result["arm"]) == (study, recurs))
+
+    def mean(arm: str, level: str, h: str) -> float:
+        key = (study, arm, first["steps"])
+        runs = [result for result in results if (result["study"], result["arm"], result["steps"]) == key]
+        return 100 * statistics.mean(run["exact"][level][h] for run in runs)
+
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     for i, (level, exact) in enumerate(first["exact"].items()):
         counts = list(exact)
@@ -416,7 +417,7 @@ def picture(results: list[dict[str, Any]], study: str, recurs: str, plain: str, 
 
 
 class Results:
-    """What is known, in a file if there is one: written as soon as a run has been scored, whole or not at all."""
+    """Keeps the results of runs in a file, if there is one. Each change writes the file whole or leaves it as it was."""
 
     def __init__(self, path: Path | None):
         """Raises ValueError where the file is something else, and OSError where it cannot be written."""
@@ -456,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--arms", help="some of a study's, comma-separated; left out, all of them")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--first_seed", type=int, default=0, help="where seeds are shared out to several processes")
     parser.add_argument("--seconds", type=float, help="as many steps as fit, for each study; left out, --steps")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(

@@ -335,7 +335,7 @@ def cluster(shared_cluster):
 
 
 def actors() -> list[Any]:
-    """Those of tests, of the cluster that this process is connected to, as Ray's state API describes them."""
+    """Describes the actors that tests have left alive on the cluster that this process is connected to."""
     from ray.util.state import list_actors
 
     return [actor for actor in list_actors() if actor.state == "ALIVE" and not actor.class_name.startswith("_")]
@@ -346,17 +346,20 @@ def pytest_runtest_makereport(item, call):
     """Where a test of the cluster fails, its report shows what each of the cluster's actors is doing."""
     report = yield
     if report.failed and "shared_cluster" in item.fixturenames:
-        with suppress(Exception):
+        try:
             for actor in actors():
                 dumped = subprocess.run(
                     ["py-spy", "dump", "--pid", str(actor.pid)], capture_output=True, text=True, timeout=20
                 )
                 report.sections.append((f"{actor.class_name} {actor.pid}", dumped.stdout + dumped.stderr))
+        except Exception as error:  # the test's own failure is what must be told
+            report.sections.append(("the cluster's actors are not known", repr(error)))
     return report
 
 
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory):
+    """As `cluster`, for fixtures of a module; nobody looks whether both CPUs are free."""
     import ray
 
     from hrm_lm.cluster.start import init_ray

@@ -330,7 +330,7 @@ def test_a_run_goes_on_with_another_rate_but_not_with_another_shape_or_order():
     assert obstacles(cut, small_config(data__truncate=True, model__max_prompt_len=9)).keys() == {"model.max_prompt_len"}
     puzzle = {"model__architecture": "puzzle"}
     assert obstacles(small_config(**puzzle), small_config(**puzzle, model__places=False)).keys() == {"model.places"}
-    longer = small_config(**puzzle, model__max_prompt_len=9)
+    longer = small_config(**puzzle, model__max_prompt_len=9, model__max_response_len=9)
     assert obstacles(small_config(**puzzle), longer).keys() == {"model.max_prompt_len"}
     assert obstacles(small_config(), small_config(data__cache_gb=1)) == {}
     remote = small_config(data__dataset="s3://bucket/corpus")

@@ -66,9 +66,8 @@ FORMAT_VERSION = 1
 FIXED = (
     *("data.", "train.seed", "train.batch_size", "train.batch_tokens", "train.length_window", "train.packing"),
     *("train.lora.", "model.architecture", "model.mask", "model.places", "model.d_model", "model.n_heads"),
-    "model.encoder_layers",
-    *("model.decoder_layers", "model.expansion", "model.hrm.h_layers", "model.hrm.l_layers", "model.hrm.inject"),
-    *("model.hrm.shared", "model.bridge.type", "model.bridge.prefix_len"),
+    *("model.encoder_layers", "model.decoder_layers", "model.expansion", "model.hrm.h_layers", "model.hrm.l_layers"),
+    *("model.hrm.inject", "model.hrm.shared", "model.bridge.type", "model.bridge.prefix_len"),
 )
 
 
@@ -394,8 +393,9 @@ def obstacles(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
             named = [now.data.dataset or "", *(member.dataset for member in now.data.mixture.values())]
             return any("://" in name for name in named)
         if path in ("model.max_prompt_len", "model.max_response_len"):
-            places = now.model.architecture == "puzzle" and now.model.places  # a vector for each
-            return now.data.truncate or places  # where samples are cut there, their lengths decide on the batches
+            if path == "model.max_prompt_len" and now.model.architecture == "puzzle" and now.model.places:
+                return True  # there is a vector for each place
+            return now.data.truncate  # where samples are cut there, their lengths decide on the batches
         return path.startswith(FIXED)
 
     return {path: values for path, values in differences(saved, now).items() if is_obstacle(path, values)}
