@@ -304,6 +304,19 @@ def test_a_puzzle_is_answered_in_its_places_by_generation_as_by_the_batch():
         assert answer[:length] == (mine[: mine.index(TOKENIZER.eos_id)] if TOKENIZER.eos_id in mine else mine)[:length]
 
 
+def test_a_puzzle_goes_on_with_the_others_when_an_answer_ends_first():
+    model = build(model__architecture="puzzle")
+    prompts = [[5, 6, 7], [7, 6, 5], [6, 7, 8]]
+    decoding = model.open(3, 3, 4, Cycles(2, 2))
+    with torch.no_grad():
+        model.prefill(torch.tensor(prompts), [3, 3, 3], TOKENIZER.bos_id, decoding)
+        expected = decoding.answers[[2, 1]].clone()
+        decoding.drop({0})
+        logits = model.decode(torch.zeros(2, dtype=torch.long), decoding)
+    torch.testing.assert_close(decoding.answers[:2], expected)
+    torch.testing.assert_close(logits, model.head(expected[:, 1]))  # the first place was answered by the prefill
+
+
 def test_places_of_a_puzzle_see_all_of_its_own_prompt():
     model = build(model__architecture="puzzle")
     changed = SOME[1]._replace(prompt=[*SOME[1].prompt[:-1], 4 + (SOME[1].prompt[-1] - 3) % (VOCAB - 4)])

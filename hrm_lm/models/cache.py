@@ -94,8 +94,9 @@ class Cursor:
 
     def drop(self, moves: "Moves") -> None:
         """Samples end."""
-        for kept in (self.place, self.hidden):
-            moves.make(kept)
+        moves.make(self.place)
+        if self.hidden is not None:
+            moves.make(self.hidden)
         self._fill(moves.of(self.filled))
 
     def _fill(self, filled: list[int]) -> None:
