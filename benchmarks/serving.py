@@ -31,7 +31,7 @@ from hrm_lm.cluster.start import free_port
 COMMAND = [sys.executable, "-m", "hrm_lm.commands"]
 MARK = "HRM_LM_BENCHMARK"
 """A variable of the environment by which the server's processes are known."""
-SHOWN = ("ServeReplica", "haproxy -db", "HAProxyManager", "ProxyActor", "ServeController")
+SHOWN = ("ServeReplica", "spawn_main", "haproxy -db", "HAProxyManager", "ProxyActor", "ServeController")
 
 
 class Server:

@@ -2,9 +2,15 @@
 
 import sys
 
-from hrm_lm.commands.evaluate import main
 from hrm_lm.commands.main import run_command
-from hrm_lm.evaluation.spread import ALL
+
+
+def main() -> int:
+    from hrm_lm.commands import evaluate  # Ctrl-C may come meanwhile, too
+    from hrm_lm.evaluation.spread import ALL
+
+    return evaluate.main(workers=ALL)
+
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(workers=ALL)))
+    sys.exit(run_command(main))

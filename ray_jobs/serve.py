@@ -2,8 +2,7 @@
 
 import sys
 
-from hrm_lm.commands.main import run_command
-from hrm_lm.commands.serve import main
+from hrm_lm.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main(["serve", *sys.argv[1:]]))

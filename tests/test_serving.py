@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import multiprocessing
 import shutil
 import subprocess
 import threading
@@ -23,11 +24,12 @@ from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.engine import Engine
 from hrm_lm.models.build import build_model
-from hrm_lm.serving import worker
+from hrm_lm.serving import host
 from hrm_lm.serving.app import MOST_BYTES, App, digest
+from hrm_lm.serving.host import Host, check_memory
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.protocol import Model
-from hrm_lm.serving.worker import Worker, check_memory
+from hrm_lm.serving.worker import Worker
 
 TOKENIZER = SimpleTokenizer("abcdefghijklmnopqrstuvwxyz0123456789 .,!?:\n")
 PROMPT = "what is it?"
@@ -41,6 +43,10 @@ def build(**overrides):
         # Logits far apart: rounding changes no token. All tokens of an answer have text.
         model.head.weight.normal_()[: TOKENIZER.SPECIAL] = 0
     return model
+
+
+def served_as_small(model) -> Model:
+    return Model("small", model.config, model.recurs_per_token, TOKENIZER, model.config.hrm.cycles)
 
 
 class Gated(Engine):
@@ -72,13 +78,16 @@ class Server:
         ready = threading.Event()
 
         async def run():
-            worker = Worker(self.engine, asyncio.get_running_loop(), max_queue)
+            connection, its = multiprocessing.Pipe()
+            engine = threading.Thread(target=Host(self.engine, its).run)
+            engine.start()
+            worker = Worker(connection, slots, max_queue, lost=lambda: None)
             metrics = Metrics(worker)
 
             async def everyones() -> str:
                 return merged([metrics.text()])
 
-            served = Model("small", self.model, TOKENIZER, self.model.config.hrm.cycles)
+            served = served_as_small(self.model)
             self.app = App(served, worker, metrics, everyones, timeout, digest(key) if key else None)
             self.uvicorn = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="critical"))
             task = asyncio.create_task(self.uvicorn.serve())
@@ -87,7 +96,8 @@ class Server:
             self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
             ready.set()
             await task
-            await asyncio.to_thread(worker.stop)
+            worker.stop()
+            await asyncio.to_thread(engine.join)
 
         self.thread = threading.Thread(target=asyncio.run, args=(run(),))
         self.thread.start()
@@ -250,7 +260,7 @@ def test_reasoning_effort_chooses_the_cycles(architecture):
 
 
 def test_efforts_stay_within_the_counts_of_training():
-    model = Model("small", build(), TOKENIZER, Cycles(2, 2))
+    model = served_as_small(build())
     assert model.efforts == {"low": 1, "medium": 2, "high": 4}
     assert replace(model, sampled=(1, 3)).efforts == {"low": 1, "medium": 2, "high": 3}
     assert replace(model, cycles=Cycles(1, 2)).efforts == {"low": 1, "medium": 1, "high": 2}
@@ -387,7 +397,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error():
         server.engine.holds = True
         chunks = iter(server.complete(stream=True))
         assert next(chunks).choices[0].text
-        ((work, _),) = server.app.worker._owners.values()
+        (work,) = server.app.worker._works.values()
         work.began -= 60
         server.engine.holds = True
         server.engine.gate.set()
@@ -434,17 +444,18 @@ def test_a_server_whose_steps_keep_failing_is_not_healthy():
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
 def test_caches_that_will_not_fit_are_refused_before_they_are_taken(architecture, monkeypatch):
-    model = Model("small", build(model__architecture=architecture), TOKENIZER, Cycles(2, 2))
-    with running(model=model.model, slots=4) as server:
-        asyncio.run_coroutine_threadsafe(server.app.worker.warm_up(model), server.app.worker.loop).result()
+    model = build(model__architecture=architecture)
+    served = served_as_small(model)
+    with running(model=model, slots=4) as server:
+        asyncio.run_coroutine_threadsafe(server.app.worker.warm_up(served), server.app.worker.loop).result()
         lanes = [lane.decoding for lane in server.engine.lanes.values()]
     assert len(lanes) == (3 if architecture == "prefix_lm" else 1)
     caches = [cache for lane in lanes for cache in [c for some in lane.caches for c in some] + lane.memory]
     taken = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
-    monkeypatch.setattr(worker, "free_memory", lambda device: taken)
-    check_memory(model, 4, "none")
+    monkeypatch.setattr(host, "free_memory", lambda device: taken)
+    check_memory(model, served, 4, "none")
     with pytest.raises(UserError, match=r"--slots 5: their caches take .* MiB, and .* are free; --slots 3 fits"):
-        check_memory(model, 5, "none")
+        check_memory(model, served, 5, "none")
 
 
 # --- who may ask -------------------------------------------------------------------------------------------------

@@ -317,6 +317,7 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(cluste
     killed = driver("-m", "ray_jobs.tune", *arguments, joins=cluster, stderr=subprocess.STDOUT)
     seen = {}
     for line in killed.stdout:
+        print(line, end="")  # for the case that this test fails
         if ": step " in line:
             trial, step = line.split(":")[0], int(line.split("step ")[1].split()[0])
             seen[trial] = step
@@ -338,7 +339,7 @@ def test_a_killed_sweep_resumes_with_the_same_trials_and_none_starts_anew(cluste
         len(table) == 3
         and {row["status"] for row in table} == {"finished"}
         and {row["steps"] for row in table} == {"200"}
-    )
+    ), f"{table}\n{out}"
     first = {}
     for line in out.splitlines():
         if ": step " in line:

@@ -44,6 +44,23 @@ def started_by_this_process() -> bool:
     return worker._global_node is not None and worker._global_node.is_head()
 
 
+FALSE_ALARM = "'PreemptionWatcher' and ID: "
+"""In an error of Ray's core when a run starts, which says that Ray could not start that actor again if it lost what it was made
+with. Ray Train makes it anew with each group of workers."""
+
+
+def silence_false_alarm() -> None:
+    """What other processes log reaches this one's terminal without FALSE_ALARM. To be called where Ray runs."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    def silenced(handle):
+        return lambda data: handle(data | {"lines": [line for line in data["lines"] if FALSE_ALARM not in line]})
+
+    dispatcher.handlers = [
+        (name, silenced(handle) if name == "ray_print_logs" else handle) for name, handle in dispatcher.handlers
+    ]
+
+
 def publish(board: str, name: str, text: str) -> None:
     """Puts a text where all processes of the cluster may read it (`published`), in place of the last one of this name."""
     from ray.experimental.internal_kv import _internal_kv_put

@@ -57,7 +57,7 @@ def init_ray(**options: Any) -> None:
     """
     import ray
 
-    from hrm_lm.cluster.ray_private import agent_on_any_port
+    from hrm_lm.cluster.ray_private import agent_on_any_port, silence_false_alarm
 
     port = free_port()
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
@@ -65,6 +65,7 @@ def init_ray(**options: Any) -> None:
     try:
         with agent_on_any_port():
             ray.init(logging_level="error", dashboard_port=port, **options)
+        silence_false_alarm()
     finally:
         if before is None:
             del os.environ["RAY_API_SERVER_ADDRESS"]

@@ -117,7 +117,8 @@ The model reads prompts both ways. Not all tools do:
 - **llama.cpp** reads prompts causally, so its answers are another model's, and usually worse.
 """
 CAUSAL = """
-The model reads prompts causally, as Transformers and llama.cpp do.
+The model reads prompts causally, as Transformers and llama.cpp do. **vLLM** reads them both ways all the same, so its answers are
+another model's.
 """
 
 

@@ -18,6 +18,7 @@ class Metrics:
 
     def __init__(self, worker: Worker, replica: str = "0"):
         self.worker, self.registry = worker, CollectorRegistry()
+        self.counted = worker.tokens
         own: dict[str, Any] = {"registry": self.registry, "labelnames": ["replica"]}
 
         def spread(name: str, what: str) -> Histogram:
@@ -41,10 +42,9 @@ class Metrics:
 
     def answers(self, work: Work) -> None:
         """Answers have come, or as much of them as will."""
-        seconds, counts = time.monotonic() - work.began, [len(answer.tokens) for answer in work.answers]
+        seconds, counts = time.monotonic() - work.began, [state.tokens for state in work.states]
         self.whole.observe(seconds)
         self.prompt_tokens.inc(sum(len(request.prompt) for request in work.requests))
-        self.tokens.inc(sum(counts))
         if work.first_token is not None:
             first = work.first_token - work.began
             self.first.observe(first)
@@ -53,7 +53,9 @@ class Metrics:
 
     def text(self) -> str:
         """In Prometheus' format."""
-        running = min(self.worker.engine.running, self.worker.unfinished)
+        self.tokens.inc(self.worker.tokens - self.counted)
+        self.counted = self.worker.tokens
+        running = min(self.worker.running, self.worker.unfinished)
         self.running.set(running)
         self.waiting.set(self.worker.unfinished - running)
         return generate_latest(self.registry).decode()

@@ -18,7 +18,6 @@ from hrm_lm.data.chat import render
 from hrm_lm.data.tokenizer import Tokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.engine import Request
-from hrm_lm.models.contract import LanguageModel
 
 IGNORED = {
     *("metadata", "moderation", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options"),
@@ -107,17 +106,15 @@ class Model:
     """What is served: what a request is checked against."""
 
     name: str
-    model: LanguageModel
+    limits: ModelConfig
+    recurs_per_token: bool
+    """See `hrm_lm.models.contract.LanguageModel`."""
     tokenizer: Tokenizer
     cycles: Cycles
     """Those of a request that says nothing of them."""
     sampled: tuple[int, int] | None = None
     """The least and the most H-cycles that training took, where it did not take one count alone."""
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def limits(self) -> ModelConfig:
-        return self.model.config
 
     @property
     def efforts(self) -> dict[str, int]:
@@ -259,7 +256,7 @@ def _cycles(asked: Asked, model: Model) -> Cycles:
         return Cycles(model.efforts[asked.reasoning_effort], model.cycles.l)
     # Each count has caches of its own in a model that recurs for every token.
     chosen = sorted(set(model.efforts.values()))
-    counts = chosen if model.model.recurs_per_token else list(range(1, chosen[-1] + 1))
+    counts = chosen if model.recurs_per_token else list(range(1, chosen[-1] + 1))
     if asked.h_cycles not in counts:
         raise Refused(400, f"h_cycles is {asked.h_cycles}; this model takes {', '.join(map(str, counts))}", "h_cycles")
     return Cycles(asked.h_cycles or 0, model.cycles.l)

@@ -1,25 +1,24 @@
-"""A replica: the model, its engine and the routes, in an actor of Ray Serve. No other actor stands between the replicas and
-Serve's proxies.
+"""A replica: the routes, in an actor of Ray Serve, and the engine in a process of the actor's own. No other actor stands
+between the replicas and Serve's proxies.
 
 To be imported once it is clear which Ray this is: Ray Serve reads its environment variables when it is imported.
 """
 
 import asyncio
+import multiprocessing
+import os
 from contextlib import suppress
 
-import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from hrm_lm.cluster.ray_private import publish, published
-from hrm_lm.filesystem import local_copy
-from hrm_lm.inference.engine import Engine
 from hrm_lm.serving.app import App
+from hrm_lm.serving.host import host_engine
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.plan import Plan, Settings
 from hrm_lm.serving.protocol import Model
-from hrm_lm.serving.worker import Worker, check_memory
-from hrm_lm.training.checkpoint import load_model
+from hrm_lm.serving.worker import Worker
 
 BOARD, PUBLISH_S = "hrm_lm_metrics", 1.0
 """Where replicas put their metrics for one another, and how often."""
@@ -29,13 +28,19 @@ BOARD, PUBLISH_S = "hrm_lm_metrics", 1.0
 @serve.ingress()
 class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with local_copy(settings.checkpoint, settings.fs) as folder:
-            model, tokenizer, checkpoint = load_model(folder, device)
-        served = Model(settings.name, model, tokenizer, settings.cycles, checkpoint.config.train.sample_h_cycles)
-        check_memory(served, settings.slots, settings.mixed_precision)
-        engine = Engine(model, tokenizer, settings.slots, settings.mixed_precision)
-        self.worker = Worker(engine, asyncio.get_running_loop(), settings.max_queue)
+        processes = multiprocessing.get_context("spawn")
+        connection, its = processes.Pipe()
+        processes.Process(target=host_engine, args=(settings, its), name="engine", daemon=True).start()
+        its.close()
+        try:
+            served: Model | Exception = await asyncio.to_thread(connection.recv)
+        except EOFError:  # killed, for the memory that it took, say
+            raise RuntimeError("the engine's process ended before it could answer") from None
+        if isinstance(served, Exception):
+            raise served
+        # Without its engine a replica is as good as dead, and Serve knows best what to do about that: what waits here is
+        # asked again elsewhere.
+        self.worker = Worker(connection, settings.slots, settings.max_queue, lost=lambda: os._exit(1))
         await self.worker.warm_up(served)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(self.worker, self.id)

@@ -35,18 +35,19 @@ class Writer:
 
     def whole(self) -> Json:
         choices = []
-        for row, (text, finish_reason) in enumerate(self.work.states):
-            text = self._echo(row) + text
+        for row, state in enumerate(self.work.states):
+            text = self._echo(row) + state.text
             said = (
                 {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
             )
-            end = {"logprobs": self._logprobs(row, self._tokens(row, 0)), "finish_reason": finish_reason}
+            end = {"logprobs": self._logprobs(row, state.logprobs), "finish_reason": state.finish_reason}
             choices.append({"index": row} | said | end)
         return self.head | {"choices": choices, "usage": self._usage()}
 
     def news(self) -> Iterator[Json]:
         """Chunks of what has come since the last ones, those of the usage at the end included."""
-        for row, (text, finish_reason) in enumerate(self.work.states):
+        for row, state in enumerate(self.work.states):
+            text, finish_reason = state.text, state.finish_reason
             if row not in self.told:
                 self.told[row] = 0, 0
                 if self.is_chat:
@@ -55,7 +56,7 @@ class Writer:
                     yield self._chunk(row, echo)
             characters, tokens = self.told[row]
             if row not in self.ended and (len(text) > characters or finish_reason):
-                new, news = text[characters:], self._tokens(row, tokens)
+                new, news = text[characters:], state.logprobs[tokens:]
                 said = ({"content": new} if new else {}) if self.is_chat else new
                 yield self._chunk(row, said, self._logprobs(row, news), finish_reason)
                 self.told[row] = len(text), tokens + len(news)
@@ -72,19 +73,11 @@ class Writer:
     def _usage(self) -> Json:
         # A prompt with several answers counts once.
         prompt = sum(len(request.prompt) for request in self.work.requests[:: self.job.asked.n or 1])
-        completion = sum(len(answer.tokens) for answer in self.work.answers)
+        completion = sum(state.tokens for state in self.work.states)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _echo(self, row: int) -> str:
         return self.job.echoes[row] if self.job.echoes else ""
-
-    def _tokens(self, row: int, first: int) -> list[tuple[Token, int]]:
-        """The answer's tokens from number `first` on that belong to its text so far, and where each begins in it."""
-        if self.work.requests[row].logprobs is None:
-            return []
-        answer, text = self.work.answers[row], self.work.states[row].text
-        pairs = zip(answer.tokens[first:], answer.offsets[first:])
-        return [(token, offset) for token, offset in pairs if offset < len(text)]
 
     def _logprobs(self, row: int, tokens: list[tuple[Token, int]]) -> Json | None:
         if self.work.requests[row].logprobs is None:
