@@ -1,7 +1,7 @@
 """`hrm-lm serve` with the addition model: `python benchmarks/serving.py [--checkpoint FOLDER] [--soak MINUTES]`.
 
 Prints requests/s and latencies of one client, of many clients, each of whom asks again as soon as it is answered, and of
-requests that arrive at random at five times the rate of the one client; and the CPU time of a request by process, which a
+requests that arrive at random at two to five times the rate of the one client; and the CPU time of a request by process, which a
 busy machine does not distort. Clients keep their connections. Rounds alternate, and medians are told.
 
 With --soak, well-formed requests are asked for so long, whole and as streams, beside malformed ones and clients that go
@@ -31,6 +31,7 @@ from hrm_lm.cluster.start import free_port
 COMMAND = [sys.executable, "-m", "hrm_lm.commands"]
 MARK = "HRM_LM_BENCHMARK"
 """A variable of the environment by which the server's processes are known."""
+ARRIVE = (2, 3, 4, 5)
 SHOWN = ("ServeReplica", "spawn_main", "haproxy -db", "HAProxyManager", "ProxyActor", "ServeController")
 
 
@@ -184,13 +185,13 @@ def compare(server: Server, clients: int, seconds: float, rounds: int) -> None:
         await measure(server, clients, 3)  # warm
         for _ in range(rounds):
             one, many = await measure(server, 1, seconds), await measure(server, clients, seconds)
-            yield one, many, await measure(server, 4 * clients, seconds, 5 * one.rate)
+            yield one, many, *[await measure(server, 4 * clients, seconds, times * one.rate) for times in ARRIVE]
 
     async def run():
         return [each async for each in all_rounds()]
 
     results = uvloop.run(run())
-    names = ("1 client", f"{clients} clients", "5 x 1 client's rate")
+    names = ("1 client", f"{clients} clients", *(f"{times} x 1 client's rate" for times in ARRIVE))
     print(f"{'':<20}{'requests/s':>11}{'p50 ms':>9}{'p95 ms':>9}{'right':>7}  CPU ms a request")
     for name, of_rounds in zip(names, zip(*results)):
         rate, p50, p95, right = (
@@ -199,7 +200,7 @@ def compare(server: Server, clients: int, seconds: float, rounds: int) -> None:
         cpu = {process: statistics.median(each.cpu.get(process, 0) for each in of_rounds) for process in SHOWN}
         used = ", ".join(f"{process.split()[0]} {ms:.2f}" for process, ms in cpu.items() if ms >= 0.05)
         print(f"{name:<20}{rate:>11.0f}{p50:>9.1f}{p95:>9.1f}{right:>7.3f}  {used}")
-    for i, what in ((1, names[1]), (2, names[2])):
+    for i, what in enumerate(names[1:], 1):
         times = statistics.median(each[i].rate / each[0].rate for each in results)
         latency = statistics.median(each[i].p95 / each[0].p50 for each in results)
         print(f"{what}: {times:.1f} x the requests/s of one client, p95 {latency:.1f} x its median latency")

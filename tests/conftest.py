@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
         starts_processes = {"shared_cluster", "driver"} & set(item.fixturenames)
         if not starts_processes and not apart:
             item.add_marker("quick")
-        if starts_processes or item.path.name == "test_serve.py":
+        if starts_processes:
             # About one such test in some thousands fails for what its processes met on a busy machine. What the first try
             # said is shown.
             item.add_marker(pytest.mark.flaky(reruns=1))

@@ -125,7 +125,7 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(cluster, in_folder, m
     assert_same_weights(weights(result), train_locally(small_config(**options), in_folder / "alone").last_weights())
 
 
-def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(cluster, in_folder, driver):
+def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(cluster, in_folder, driver, monkeypatch):
     options = {"train__val_every": 20, "train__steps": 200, "train__log_every": 20}
     (in_folder / "c.yaml").write_text(small_config(**options).to_yaml())
     command = ["-m", "ray_jobs.train", "--config", "c.yaml", "--run_name", "r", "--save_dir", in_folder / "runs"]
@@ -136,6 +136,7 @@ def test_the_driver_killed_and_the_command_given_again_ends_as_if_undisturbed(cl
     assert "finished" not in killed.communicate()[0], "the run was over before the kill"
     wait_until(lambda: not held_by_ray())  # its workers have ended
 
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     again = driver(*command)
     out, err = again.communicate()
     assert again.returncode == 0, err

@@ -24,7 +24,7 @@ from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
 from hrm_lm.inference.engine import Engine
 from hrm_lm.models.build import build_model
-from hrm_lm.serving import host
+from hrm_lm.serving import host, worker
 from hrm_lm.serving.app import MOST_BYTES, App, digest
 from hrm_lm.serving.host import Host, check_memory
 from hrm_lm.serving.metrics import Metrics, merged
@@ -61,7 +61,7 @@ class Gated(Engine):
         self.gate.wait()
         if self.failures:
             self.failures -= 1
-            raise RuntimeError("planted")
+            raise AssertionError  # an error without words
         changed = super().step()
         if changed and self.holds:  # after the first token
             self.holds = False
@@ -96,6 +96,8 @@ class Server:
             self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
             ready.set()
             await task
+            self.engine.holds = False
+            self.engine.gate.set()
             worker.stop()
             await asyncio.to_thread(engine.join)
 
@@ -440,6 +442,18 @@ def test_a_server_whose_steps_keep_failing_is_not_healthy():
                 server.complete()
         status, _, text = server.raw("GET", "/health")
         assert status == 503 and "last 3 steps failed" in text
+
+
+def test_a_server_whose_step_hangs_is_not_healthy_whoever_still_waits_for_it(monkeypatch):
+    monkeypatch.setattr(worker, "STUCK_S", 0.5)
+    with running(timeout=0.2) as server:
+        server.engine.gate.clear()
+        for _ in range(3):  # each has gone away before the step takes too long
+            with pytest.raises(openai.APIStatusError, match="more than 0.2 s"):
+                server.complete()
+        wait_until(lambda: server.raw("GET", "/health")[0] == 503)
+        server.engine.gate.set()
+        wait_until(lambda: server.raw("GET", "/health")[0] == 200)
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])

@@ -174,7 +174,7 @@ class App:
         except TimeoutError:
             raise Refused(504, f"the answer took more than {self.timeout:g} s") from None
         work.changed.clear()
-        if work.failure:
+        if work.failure is not None:
             raise Refused(500, "the model failed")
 
     def end(self, work: Work) -> None:

@@ -6,17 +6,17 @@ both used one of them.
 """
 
 import math
+import multiprocessing
 import os
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -44,9 +44,13 @@ class Order(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Nobody wants what has not come of the answers. `None`, in the place of an order, ends the engine."""
+    """Nobody wants what has not come of the answers."""
 
     work: int
+
+
+Orders: TypeAlias = Order | Cancel | None
+"""None: the engine is to end. After each order there is a `Step`, or a `Failure` of a step."""
 
 
 class News(NamedTuple):
@@ -61,27 +65,33 @@ class News(NamedTuple):
     logprobs: Sequence[tuple[Token, int]]
     """Those of the tokens that belong to the text so far, and where each begins in it; where the request asked for that."""
     finish_reason: str | None
-    first_token: float
-    """When the order's first token came, by `time.monotonic`."""
 
 
 class Step(NamedTuple):
     """A step of the engine has ended."""
 
+    orders: int
+    """So many were carried out so far."""
     running: int
     """Answers that the engine gives now."""
+    is_idle: bool
+    """Whether the engine has nothing to do before the next order."""
     tokens: int
     """Of all answers, that are new."""
+    begun: Sequence[int]
+    """Works whose first token this step gave."""
     news: Sequence[News]
 
 
 class Failure(NamedTuple):
     """The answers to these orders are lost."""
 
+    orders: int
+    """See `Step`."""
     works: Sequence[int]
     reason: str
     of_step: bool
-    """Whether it was a step that failed; otherwise the engine did not take the order."""
+    """Whether a step failed, and the engine has nothing to do now; otherwise the engine did not take the order."""
 
 
 # --- the engine's side ---
@@ -94,7 +104,7 @@ class Held:
         self.order = order
         self.answers: list[Answer] = []
         self.unfinished = len(order.requests)
-        self.first_token: float | None = None
+        self.has_begun = False
 
 
 @dataclass
@@ -109,11 +119,13 @@ class Told:
 
 
 class Host:
-    """Runs an engine as told over a connection. lost: called, in a thread of its own, where the other side has gone."""
+    """Runs an engine as told over a connection."""
 
-    def __init__(self, engine: Engine, connection: Connection, lost: Callable[[], None] = lambda: None):
-        self.engine, self.connection, self.lost = engine, connection, lost
-        self._inbox: SimpleQueue[Order | Cancel | None] = SimpleQueue()
+    def __init__(self, engine: Engine, connection: Connection):
+        self.engine, self.connection = engine, connection
+        self.orders = 0
+        """How many were carried out."""
+        self._inbox: SimpleQueue[Orders] = SimpleQueue()
         self._held: dict[int, Held] = {}
         self._told: dict[Answer, Told] = {}
 
@@ -136,8 +148,9 @@ class Host:
             while (order := self.connection.recv()) is not None:
                 self._inbox.put(order)
         except (EOFError, OSError):
-            self.lost()
-        self._inbox.put(None)
+            pass  # the other side has gone
+        finally:
+            self._inbox.put(None)
 
     def _say(self, what: Step | Failure) -> None:
         with suppress(OSError):  # where the other side has gone, `_listen` ends the engine
@@ -148,6 +161,7 @@ class Host:
         try:
             order = self._inbox.get(block=not (self.engine.running or self.engine.waiting))
             while order:
+                self.orders += 1
                 if isinstance(order, Order):
                     self._add(order)
                 elif held := self._held.pop(order.work, None):
@@ -167,7 +181,7 @@ class Host:
         except Exception as failure:  # what `protocol` has let through fails alone
             traceback.print_exc()
             self._drop(self._held.pop(order.work))
-            self._say(Failure([order.work], str(failure), of_step=False))
+            self._say(Failure(self.orders, [order.work], explained(failure), of_step=False))
 
     def _drop(self, held: Held) -> None:
         for answer in held.answers:
@@ -175,12 +189,16 @@ class Host:
             self._told.pop(answer, None)
 
     def _tell(self, answers: list[Answer]) -> None:
-        news, new_tokens, now = [], 0, time.monotonic()
+        news: list[News] = []
+        begun: list[int] = []
+        new_tokens = 0
         for answer in answers:
             if (told := self._told.get(answer)) is None:  # it was cancelled
                 continue
             held, tokens = told.held, len(answer.tokens)
-            held.first_token = held.first_token or now
+            if not held.has_begun:
+                held.has_begun = True
+                begun.append(held.order.work)
             new_tokens += tokens - told.tokens
             told.tokens = tokens
             if not (held.order.streams or answer.finish_reason):
@@ -190,14 +208,15 @@ class Host:
                 pairs = zip(answer.tokens[told.logprobs :], answer.offsets[told.logprobs :])
                 fresh = [(token, offset) for token, offset in pairs if offset < len(answer.text)]
             text = answer.text[told.characters :]
-            news.append(News(held.order.work, told.row, text, tokens, fresh, answer.finish_reason, held.first_token))
+            news.append(News(held.order.work, told.row, text, tokens, fresh, answer.finish_reason))
             told.characters, told.logprobs = len(answer.text), told.logprobs + len(fresh)
             if answer.finish_reason:
                 del self._told[answer]
                 held.unfinished -= 1
                 if not held.unfinished:
                     del self._held[held.order.work]
-        self._say(Step(self.engine.running, new_tokens, news))
+        is_idle = not (self.engine.running or self.engine.waiting)
+        self._say(Step(self.orders, self.engine.running, is_idle, new_tokens, begun, news))
 
     def _fail(self, failure: Exception) -> None:
         """What the engine holds is lost: nobody knows how far the step went."""
@@ -205,11 +224,17 @@ class Host:
         self._held.clear()
         self._told.clear()
         self.engine.clear()
-        self._say(Failure(works, str(failure), of_step=True))
+        self._say(Failure(self.orders, works, explained(failure), of_step=True))
+
+
+def explained(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def host_engine(settings: Settings, connection: Connection) -> None:
     """The process of a replica's engine. First it says what is served, a `Model`, or why it cannot be, an exception."""
+    # It may wait for storage, or for a step that hangs: nothing else ends it with its replica.
+    Thread(target=end_with_parent, daemon=True).start()
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with local_copy(settings.checkpoint, settings.fs) as folder:
@@ -218,12 +243,22 @@ def host_engine(settings: Settings, connection: Connection) -> None:
         served = Model(settings.name, model.config, model.recurs_per_token, tokenizer, settings.cycles, sampled)
         check_memory(model, served, settings.slots, settings.mixed_precision)
         engine = Engine(model, tokenizer, settings.slots, settings.mixed_precision)
-    except Exception as error:
+    except UserError as error:
         connection.send(error)
         return
+    except Exception as error:
+        traceback.print_exc()  # which does not go over a connection
+        connection.send(RuntimeError(explained(error)))
+        return
     connection.send(served)
-    # A step may hang, on a GPU say: then nothing else ends the process.
-    Host(engine, connection, lost=lambda: os._exit(1)).run()
+    Host(engine, connection).run()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ To be imported once it is clear which Ray this is: Ray Serve reads its environme
 import asyncio
 import multiprocessing
 import os
+import sys
 from contextlib import suppress
 
 from ray import serve
@@ -30,17 +31,16 @@ class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         processes = multiprocessing.get_context("spawn")
         connection, its = processes.Pipe()
-        processes.Process(target=host_engine, args=(settings, its), name="engine", daemon=True).start()
+        self.engine = processes.Process(target=host_engine, args=(settings, its), name="engine", daemon=True)
+        self.engine.start()
         its.close()
         try:
             served: Model | Exception = await asyncio.to_thread(connection.recv)
-        except EOFError:  # killed, for the memory that it took, say
-            raise RuntimeError("the engine's process ended before it could answer") from None
+        except EOFError:
+            raise RuntimeError(self.how_the_engine_ended()) from None
         if isinstance(served, Exception):
             raise served
-        # Without its engine a replica is as good as dead, and Serve knows best what to do about that: what waits here is
-        # asked again elsewhere.
-        self.worker = Worker(connection, settings.slots, settings.max_queue, lost=lambda: os._exit(1))
+        self.worker = Worker(connection, settings.slots, settings.max_queue, self.end)
         await self.worker.warm_up(served)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(self.worker, self.id)
@@ -52,6 +52,15 @@ class Replica:
 
     def check_health(self) -> None:
         self.worker.check()
+
+    def end(self) -> None:
+        """Without its engine a replica is as good as dead, and Serve knows best what to do about that."""
+        print(self.how_the_engine_ended(), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def how_the_engine_ended(self) -> str:
+        self.engine.join(1)
+        return f"the engine's process has ended by itself (exit code {self.engine.exitcode})"
 
     async def publish(self) -> None:
         while True:

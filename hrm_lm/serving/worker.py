@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 from hrm_lm.config import Cycles
 from hrm_lm.inference.engine import Request, Token
-from hrm_lm.serving.host import Cancel, Failure, News, Order, Step
+from hrm_lm.serving.host import Cancel, Failure, News, Order, Orders, Step
 from hrm_lm.serving.protocol import Model, Refused
 
 STUCK_S = 300.0
@@ -42,14 +42,13 @@ class Work:
         self.failure: str | None = None
         self.began = time.monotonic()
         self.first_token: float | None = None
-        """When the first token of all came, as far as is known."""
+        """When the first token of all came."""
 
     def hear(self, news: News) -> None:
         state = self.states[news.row]
         state.text += news.text
         state.tokens, state.finish_reason = news.tokens, news.finish_reason
         state.logprobs += news.logprobs
-        self.first_token = news.first_token
 
 
 class Worker:
@@ -71,20 +70,20 @@ class Worker:
         """Of the last steps in a row."""
         self._works: dict[int, Work] = {}
         self._numbers = itertools.count()
-        self._heard = time.monotonic()
-        """When the engine last said something, or got something to do when it had nothing."""
+        self._orders = 0
+        """That the engine got."""
+        self._owes_since: float | None = None
+        """When the engine last said something, or got something to do; None where it has nothing to do."""
         self.loop.add_reader(connection.fileno(), self._hear)
 
     def submit(self, requests: Sequence[Request], streams: bool) -> Work:
         """Raises Refused where too much waits already."""
         if self.unfinished + len(requests) > self.most:
             raise Refused(429, f"{self.unfinished} answers run or wait already; try again later")
-        if not self.unfinished:
-            self._heard = time.monotonic()
         work, number = Work(requests, streams), next(self._numbers)
+        self._send(Order(number, requests, streams))
         self._works[number] = work
         self.unfinished += work.unfinished
-        self._send(Order(number, requests, streams))
         return work
 
     def cancel(self, work: Work) -> None:
@@ -105,14 +104,14 @@ class Worker:
             )
             work = self.submit([request], streams=False)
             await work.changed.wait()
-            if work.failure:
+            if work.failure is not None:
                 raise RuntimeError(work.failure)
 
     def check(self) -> None:
         """Raises RuntimeError where the engine will answer no more."""
         if self.failures >= MOST_FAILURES:
             raise RuntimeError(f"the engine's last {self.failures} steps failed")
-        if self.unfinished and time.monotonic() - self._heard > STUCK_S:
+        if self._owes_since is not None and time.monotonic() - self._owes_since > STUCK_S:
             raise RuntimeError(f"a step of the engine takes more than {STUCK_S:.0f} s")
 
     def stop(self) -> None:
@@ -120,7 +119,9 @@ class Worker:
         self._send(None)
         self.loop.remove_reader(self.connection.fileno())
 
-    def _send(self, order: Order | Cancel | None) -> None:
+    def _send(self, order: Orders) -> None:
+        self._orders += 1
+        self._owes_since = self._owes_since or time.monotonic()
         with suppress(OSError):  # `_hear` learns that the engine has gone
             self.connection.send(order)
 
@@ -131,13 +132,19 @@ class Worker:
             self.loop.remove_reader(self.connection.fileno())
             self.lost()
             return
-        self._heard = time.monotonic()
+        now = time.monotonic()
         if isinstance(said, Failure):
-            self.failures += said.of_step
+            self._owes_since = None if said.of_step and said.orders == self._orders else now
+            if said.of_step:
+                self.failures, self.running = self.failures + 1, 0
             self._fail(said.works, said.reason)
             return
+        self._owes_since = None if said.is_idle and said.orders == self._orders else now
         self.failures, self.running = 0, said.running
         self.tokens += said.tokens
+        for number in said.begun:
+            if number in self._works:
+                self._works[number].first_token = now
         for news in said.news:
             if news.work not in self._works:  # it was cancelled
                 continue
