@@ -1,8 +1,8 @@
 """`hrm-lm serve` with the addition model: `python benchmarks/serving.py [--checkpoint FOLDER] [--soak MINUTES]`.
 
 Prints requests/s and latencies of one client, of many clients, each of whom asks again as soon as it is answered, and of
-requests that arrive at random at two to five times the rate of the one client; and the CPU time of a request by process, which a
-busy machine does not distort. Clients keep their connections. Rounds alternate, and medians are told.
+requests that arrive at random at two to five times the rate of the one client; and the CPU time of a request by process
+(`spawn_main` is a replica's engine), which a busy machine does not distort. Clients keep their connections. Rounds alternate, and medians are told.
 
 With --soak, well-formed requests are asked for so long, whole and as streams, beside malformed ones and clients that go
 away; the replica is killed twice. Prints what became of the requests, and the memory over time.
@@ -32,6 +32,7 @@ COMMAND = [sys.executable, "-m", "hrm_lm.commands"]
 MARK = "HRM_LM_BENCHMARK"
 """A variable of the environment by which the server's processes are known."""
 ARRIVE = (2, 3, 4, 5)
+"""Rates of requests that arrive at random, as multiples of one client's rate."""
 SHOWN = ("ServeReplica", "spawn_main", "haproxy -db", "HAProxyManager", "ProxyActor", "ServeController")
 
 

@@ -87,6 +87,17 @@ def test_the_python_m_forms_still_run(module, monkeypatch, capsys):
     assert exit.value.code == 0 and "usage: hrm-lm" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "tune", "prepare", "predict", "serve", "evaluate"])
+def test_ctrl_c_while_a_job_still_imports_ends_in_a_line(name, tmp_path):
+    (tmp_path / "pydantic.py").write_text("raise KeyboardInterrupt")
+    job = subprocess.run(
+        [sys.executable, "-m", f"ray_jobs.{name}"], env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert job.returncode == 130 and job.stderr.startswith("interrupted") and "Traceback" not in job.stderr
+
+
 def test_the_help_of_train_has_the_fields_docstrings(command):
     code, out, _ = command(train, "--help")
     words = " ".join(out.split())

@@ -98,7 +98,7 @@ class Server:
             await task
             self.engine.holds = False
             self.engine.gate.set()
-            worker.stop()
+            worker.close()
             await asyncio.to_thread(engine.join)
 
         self.thread = threading.Thread(target=asyncio.run, args=(run(),))

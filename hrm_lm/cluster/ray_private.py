@@ -45,12 +45,12 @@ def started_by_this_process() -> bool:
 
 
 FALSE_ALARM = "'PreemptionWatcher' and ID: "
-"""In an error of Ray's core when a run starts, which says that Ray could not start that actor again if it lost what it was made
-with. Ray Train makes it anew with each group of workers."""
+"""Part of an error that Ray's core logs when a run starts: Ray could not start that actor again if it lost what the actor was
+made with. Ray Train makes the actor anew with each group of workers."""
 
 
 def silence_false_alarm() -> None:
-    """What other processes log reaches this one's terminal without FALSE_ALARM. To be called where Ray runs."""
+    """Keeps lines with FALSE_ALARM from this process's terminal, where Ray shows what other processes log. Ray must run."""
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
     def silenced(handle):

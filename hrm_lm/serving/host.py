@@ -1,8 +1,7 @@
 """An engine that runs apart from the event loop, which orders answers over a connection and hears what has come of them.
 
-It has a process of its own: between two operations of a model a thread of PyTorch must get Python's lock back, for which it
-would wait whenever the event loop's thread has something to do. Measured on two cores with 64 clients, a process that did
-both used one of them.
+It has a process of its own. Between two operations of a model a thread of PyTorch must get Python's lock back, and it would wait
+for that lock whenever the event loop has something to do. A process that did both used one core of two with 64 clients.
 """
 
 import math
@@ -34,64 +33,65 @@ from hrm_lm.training.plan import size
 
 
 class Order(NamedTuple):
-    """Answers that are wanted together."""
+    """Asks for answers that are wanted together."""
 
     work: int
-    """A number that tells it apart."""
+    """A number that no other order has."""
     requests: Sequence[Request]
     streams: bool
-    """Whether to tell of each token, or once an answer has ended."""
+    """Whether the other side hears of each token; otherwise it hears of an answer once that has ended."""
 
 
 class Cancel(NamedTuple):
-    """Nobody wants what has not come of the answers."""
+    """Says that nobody wants the rest of an order's answers."""
 
     work: int
 
 
-Orders: TypeAlias = Order | Cancel | None
-"""None: the engine is to end. After each order there is a `Step`, or a `Failure` of a step."""
+AnyOrder: TypeAlias = Order | Cancel
+"""A `Step` or a `Failure` of a step follows each of them."""
 
 
 class News(NamedTuple):
-    """What has come of an answer since the last news of it."""
+    """Tells what has come of an answer since the last news of it."""
 
     work: int
     row: int
     """Which of the order's requests it answers."""
     text: str
     tokens: int
-    """So many, without EOS."""
+    """How many tokens the answer has by now, without EOS."""
     logprobs: Sequence[tuple[Token, int]]
-    """Those of the tokens that belong to the text so far, and where each begins in it; where the request asked for that."""
+    """The new tokens that belong to the text so far, and where each begins in it. It is empty unless the request asked for
+    log-probabilities."""
     finish_reason: str | None
 
 
 class Step(NamedTuple):
-    """A step of the engine has ended."""
+    """Tells that a step of the engine has ended."""
 
     orders: int
-    """So many were carried out so far."""
+    """How many orders the engine has carried out so far."""
     running: int
-    """Answers that the engine gives now."""
+    """How many answers the engine gives now."""
     is_idle: bool
     """Whether the engine has nothing to do before the next order."""
     tokens: int
-    """Of all answers, that are new."""
+    """How many tokens this step gave to all answers together."""
     begun: Sequence[int]
-    """Works whose first token this step gave."""
+    """The works whose first token this step gave."""
     news: Sequence[News]
 
 
 class Failure(NamedTuple):
-    """The answers to these orders are lost."""
+    """Tells that the answers to some orders are lost."""
 
     orders: int
     """See `Step`."""
     works: Sequence[int]
     reason: str
     of_step: bool
-    """Whether a step failed, and the engine has nothing to do now; otherwise the engine did not take the order."""
+    """Whether a step failed, after which the engine has nothing to do; otherwise the engine did not take the order."""
 
 
 # --- the engine's side ---
@@ -124,13 +124,14 @@ class Host:
     def __init__(self, engine: Engine, connection: Connection):
         self.engine, self.connection = engine, connection
         self.orders = 0
-        """How many were carried out."""
-        self._inbox: SimpleQueue[Orders] = SimpleQueue()
+        """How many it has carried out."""
+        self._inbox: SimpleQueue[AnyOrder | None] = SimpleQueue()
+        """None: the other side has gone."""
         self._held: dict[int, Held] = {}
         self._told: dict[Answer, Told] = {}
 
     def run(self) -> None:
-        """Until it is told to end, or the other side has gone."""
+        """Runs the engine until the other side has gone."""
         # It takes what comes while the engine makes a step, so that the other side never waits until it can send.
         Thread(target=self._listen, name="orders", daemon=True).start()
         with self.engine:
@@ -145,10 +146,10 @@ class Host:
 
     def _listen(self) -> None:
         try:
-            while (order := self.connection.recv()) is not None:
-                self._inbox.put(order)
+            while True:
+                self._inbox.put(self.connection.recv())
         except (EOFError, OSError):
-            pass  # the other side has gone
+            pass
         finally:
             self._inbox.put(None)
 
@@ -157,7 +158,7 @@ class Host:
             self.connection.send(what)
 
     def _take_orders(self) -> bool:
-        """Carries out what has come, and waits for it where the engine has nothing to do. False: it is to end."""
+        """Carries out what has come, and waits for it where the engine has nothing to do. False: nobody orders any more."""
         try:
             order = self._inbox.get(block=not (self.engine.running or self.engine.waiting))
             while order:
@@ -219,7 +220,7 @@ class Host:
         self._say(Step(self.orders, self.engine.running, is_idle, new_tokens, begun, news))
 
     def _fail(self, failure: Exception) -> None:
-        """What the engine holds is lost: nobody knows how far the step went."""
+        """Gives up what the engine holds, because nobody knows how far the step went."""
         works = list(self._held)
         self._held.clear()
         self._told.clear()
@@ -232,7 +233,7 @@ def explained(error: Exception) -> str:
 
 
 def host_engine(settings: Settings, connection: Connection) -> None:
-    """The process of a replica's engine. First it says what is served, a `Model`, or why it cannot be, an exception."""
+    """Is a replica's engine process. First it sends what is served, a `Model`, or the exception that says why nothing is."""
     # It may wait for storage, or for a step that hangs: nothing else ends it with its replica.
     Thread(target=end_with_parent, daemon=True).start()
     try:

@@ -18,7 +18,7 @@ class Metrics:
 
     def __init__(self, worker: Worker, replica: str = "0"):
         self.worker, self.registry = worker, CollectorRegistry()
-        self.counted = worker.tokens
+        self.counted = worker.tokens  # those of the warm-up, at first
         own: dict[str, Any] = {"registry": self.registry, "labelnames": ["replica"]}
 
         def spread(name: str, what: str) -> Histogram:

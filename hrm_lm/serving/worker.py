@@ -1,7 +1,6 @@
 """What an event loop knows of an engine that runs elsewhere (`hrm_lm.serving.host`)."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,7 +9,7 @@ from multiprocessing.connection import Connection
 
 from hrm_lm.config import Cycles
 from hrm_lm.inference.engine import Request, Token
-from hrm_lm.serving.host import Cancel, Failure, News, Order, Orders, Step
+from hrm_lm.serving.host import AnyOrder, Cancel, Failure, News, Order, Step
 from hrm_lm.serving.protocol import Model, Refused
 
 STUCK_S = 300.0
@@ -52,10 +51,10 @@ class Work:
 
 
 class Worker:
-    """To be made and used in an event loop.
+    """Orders answers of an engine and hears what comes of them. An event loop makes it and calls it.
 
-    connection: to the engine. rows: answers that the engine gives at a time. most_waiting: how many may wait beyond that.
-    lost: called where the engine's process has ended by itself.
+    connection: leads to the engine. rows: how many answers the engine gives at a time. most_waiting: how many may wait beyond
+    that. lost: is called once the engine's process has ended by itself.
     """
 
     def __init__(self, connection: Connection, rows: int, most_waiting: int, lost: Callable[[], None]):
@@ -69,9 +68,8 @@ class Worker:
         self.failures = 0
         """Of the last steps in a row."""
         self._works: dict[int, Work] = {}
-        self._numbers = itertools.count()
         self._orders = 0
-        """That the engine got."""
+        """How many orders the engine was given."""
         self._owes_since: float | None = None
         """When the engine last said something, or got something to do; None where it has nothing to do."""
         self.loop.add_reader(connection.fileno(), self._hear)
@@ -80,14 +78,14 @@ class Worker:
         """Raises Refused where too much waits already."""
         if self.unfinished + len(requests) > self.most:
             raise Refused(429, f"{self.unfinished} answers run or wait already; try again later")
-        work, number = Work(requests, streams), next(self._numbers)
+        work, number = Work(requests, streams), self._orders
         self._send(Order(number, requests, streams))
         self._works[number] = work
         self.unfinished += work.unfinished
         return work
 
     def cancel(self, work: Work) -> None:
-        """Nobody wants what has not come of the answers."""
+        """Gives up what has not come of the answers."""
         if work.unfinished:
             number = next(number for number, each in self._works.items() if each is work)
             self._forget(number)
@@ -114,12 +112,12 @@ class Worker:
         if self._owes_since is not None and time.monotonic() - self._owes_since > STUCK_S:
             raise RuntimeError(f"a step of the engine takes more than {STUCK_S:.0f} s")
 
-    def stop(self) -> None:
-        """Ends the engine, once it has made its step."""
-        self._send(None)
+    def close(self) -> None:
+        """Lets the engine end, once it has made its step."""
         self.loop.remove_reader(self.connection.fileno())
+        self.connection.close()
 
-    def _send(self, order: Orders) -> None:
+    def _send(self, order: AnyOrder) -> None:
         self._orders += 1
         self._owes_since = self._owes_since or time.monotonic()
         with suppress(OSError):  # `_hear` learns that the engine has gone
