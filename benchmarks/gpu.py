@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_st
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ACTIVATION_MEMORY = {"b": 1.0, "l": 0.5, "xl": 0.3}  # with which 32,768 tokens fit 80 GB here
+ACTIVATION_MEMORY = {"b": 1.0, "l": 0.6, "xl": 0.45}  # with which 32,768 tokens fit 80 GB here
 PARTS = {"b": 1, "l": 2, "xl": 4}  # micro-batches with which they fit there, beside the other side's weights
 MEMORY_ARMS = {"b": (1.0, 0.6, 0.35), "l": (0.7, 0.5, 0.3), "xl": (0.3, 0.2)}
 
@@ -137,18 +137,23 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 class Table:
-    """Rows, printed and merged into a JSON file as they come. Several processes may share the file."""
+    """Rows, printed and merged into a JSON file as they come. Several processes may share the file.
+
+    fields: of the config, which are part of the name of our arms, so that others keep their rows.
+    """
 
     COLUMNS = ("section", "preset", "arm", "rate", "unit", "spread", "ratio", "gib", "warm_up_s", "of_peak", "note")
     WIDTHS = (8, 6, 22, 10, 8, 20, 6, 6, 7, 7, 0)
 
-    def __init__(self, output: Path | None):
-        self.output = output
+    def __init__(self, output: Path | None, fields: Sequence[str] = ()):
+        self.output, self.fields = output, fields
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         self.origin = {"date": datetime.date.today().isoformat(), "commit": commit.stdout.strip() or None}
         self._print(self.COLUMNS)
 
     def add(self, section: str, preset: str, arm: str, **row: Any) -> None:
+        if arm != "transformers":
+            arm = " ".join([arm, *self.fields])
         row = {"section": section, "preset": preset, "arm": arm, **row}
         rates = row.get("rates") or []
         shown = row | {"spread": f"{_shown(min(rates))} to {_shown(max(rates))}" if len(rates) > 1 else ""}
@@ -175,7 +180,8 @@ class Table:
         if self.output is None or not self.output.exists():
             return None
         rows = json.loads(self.output.read_text(encoding="utf-8"))["rows"]
-        return next((row.get("rate") for row in rows if _key(row) == (section, preset, arm)), None)
+        key = section, preset, " ".join([arm, *self.fields])
+        return next((row.get("rate") for row in rows if _key(row) == key), None)
 
     def _print(self, cells: Any) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, self.WIDTHS)).rstrip(), flush=True)
@@ -230,6 +236,7 @@ def rounded(length: int) -> int:
 
 def config_of(preset: str, args: argparse.Namespace, **overrides: Any) -> Config:
     fields = {
+        "train.packing": False, "train.batch_tokens": None, "train.length_window": 0, "train.grad_accum_steps": 1,
         "optim.name": "adamw", "train.ema_decay": 0.0, "train.compile": True, "model.hrm.backprop_warmup_steps": 0,
         "model.vocab_size": args.sizes.vocab_size, "train.activation_memory": ACTIVATION_MEMORY[preset],
     }  # fmt: skip
@@ -577,7 +584,7 @@ def trained(
     """The tokens/s of the intervals, and what the command said where it failed."""
     sizes = args.sizes
     fields = {
-        "train.packing": True, "train.batch_tokens": sizes.tokens * workers, "train.log_every": 10,
+        "train.packing": True, "train.batch_tokens": sizes.tokens * workers, "train.grad_accum_steps": 1, "train.log_every": 10,
         "train.length_window": min(65_536, sizes.dataset), "train.ema_decay": 0, "optim.name": "adamw",
         "train.activation_memory": ACTIVATION_MEMORY[preset], "model.vocab_size": sizes.vocab_size,
         "model.hrm.backprop_warmup_steps": 0, "model.max_prompt_len": sizes.longest + 1,
@@ -809,7 +816,7 @@ def main(argv: list[str] | None = None) -> None:
         args.output = ROOT / "benchmarks" / "results" / f"{slug.group() if slug else 'cpu'}.json"
 
     torch.set_float32_matmul_precision("high")
-    table = Table(args.output)
+    table = Table(args.output, args.set)
     with tempfile.TemporaryDirectory(prefix="gpu_") as args.temporary:
         for section, preset in itertools.product([name for name in SECTIONS if name in args.only], args.presets):
             if section in PRESET_SECTIONS:

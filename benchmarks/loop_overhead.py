@@ -172,7 +172,8 @@ def main() -> None:
             fields |= {
                 "data.dataset": fixed_lengths(folder), "data.tokenizer": "bytes", "model.vocab_size": 65_536,
                 "model.max_prompt_len": 512, "model.max_response_len": 512, "model.hrm.backprop_warmup_steps": 0,
-                "train.batch_size": 32, "train.val_every": 0, "train.log_every": 10,
+                "train.batch_size": 32, "train.val_every": 0, "train.log_every": 10, "train.packing": False,
+                "train.batch_tokens": None, "train.length_window": 0, "train.grad_accum_steps": 1,
             }  # fmt: skip
         config = load_config(PRESET_B if args.preset == "b" else None, fields | parse_set(args.set))
         trainer = TorchTrainer(

@@ -84,6 +84,7 @@ def losses(kind: str, seed: int, args: argparse.Namespace) -> list[float]:
     fields = {
         "train.seed": seed, "train.steps": args.steps, "train.compile": kind == "bf16" and not args.quick,
         "train.mixed_precision": "bf16" if kind == "bf16" else "none", "train.ema_decay": 0.0, "train.cuda_graphs": False,
+        "train.packing": False, "train.batch_tokens": None, "train.length_window": 0, "train.grad_accum_steps": 1,
         # As the recipe does in its first fifth, in so few steps.
         "optim.warmup_steps": args.steps // 10, "model.hrm.backprop_warmup_steps": args.steps // 5,
     }  # fmt: skip

@@ -1,24 +1,38 @@
-"""Eight trials of the default config on one GPU: all at once against one after another, through the tune command.
+"""Trials of the default config that share a GPU: all at once against one after another, through the tune command.
 
-Prints the seconds of both sweeps, Ray's start and the first import of PyTorch in each trial's process included, and
-their ratio. `--mps` starts NVIDIA's MPS for the trials, so that their kernels run side by side; without MPS the
-processes that share a GPU take turns. `--quick` shows on CPU that it works: two tiny trials, a CPU for each.
+Prints the seconds of both sweeps and their ratio, and where they go: Ray's start and the first trial's, the trials' own
+steps, and the steps/s of all together while all of them train. Before the sweeps, bare steps without Ray: of one process,
+and of several that begin together. What these do not gain by sharing the GPU, no sweep can gain. `--mps` starts NVIDIA's
+MPS, so that kernels of several processes run side by side; without MPS the processes take turns. Of a GPU with MPS it says
+which processes MPS serves. `--quick` shows on CPU that it works: two tiny trials, a CPU for each.
 
-    python benchmarks/trials_per_gpu.py [--trials 8] [--steps 2000] [--mps] [--set PATH=VALUE ...]
+    python benchmarks/trials_per_gpu.py [--trials 8] [--steps 20000] [--mps] [--set PATH=VALUE ...]
 """
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from hrm_lm.config import load_config, parse_set
+from hrm_lm.data.loading import prefetch, train_batches
+from hrm_lm.data.registry import load_dataset
+from hrm_lm.training.step import Stats, build_state, train_step
 
 FILE = """
 base:
-  train: {{steps: {steps}, val_every: {steps}, log_every: 50}}
+  train: {{steps: {steps}, val_every: {steps}, log_every: {log_every}}}
   data: {{dataset: synthetic}}
 search_space:
   optim.lr: {{loguniform: [5.0e-4, 5.0e-3]}}
@@ -27,17 +41,81 @@ tune: {{num_samples: {trials}, scheduler: fifo}}
 QUICK = ["model.d_model=16", "model.n_heads=2", "train.batch_size=8", "data.synthetic.max_digits=1"]
 
 
-def seconds(sweep: str, folder: str, at_once: int, share: float, sets: list[str]) -> float:
-    """Of a whole sweep whose trials take `share` of the GPU each, `at_once` of them at a time."""
+# --- without Ray ---------------------------------------------------------------------------------------------------
+
+
+def bare_steps(rank: int, steps: int, sets: list[str], begin: Any, ended: Any) -> None:
+    """A process that trains: it prepares itself, waits for the others, and says how many steps/s it took."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config(overrides={"data.dataset": "synthetic", "train.steps": 2 * steps} | parse_set(sets))
+    splits = load_dataset(config.data, config.model, config.train.seed)
+    state = build_state(config, splits.tokenizer.vocab_size, device)
+    source = train_batches(
+        splits.train, splits.tokenizer, state.model.collate, config.train, round_up=state.graphs is not None
+    )
+    stats, batches = Stats(state), prefetch(source, device)
+
+    def train(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            train_step(state, next(batches), stats)
+        stats.read()  # waits for the device
+        return count / (time.perf_counter() - start)
+
+    train(min(steps, 50))  # all that is prepared on first use
+    begin.wait()
+    ended.put(train(steps))
+
+
+def together(processes: int, steps: int, sets: list[str]) -> float:
+    """Steps/s of all processes, which train at the same time."""
+    context = mp.get_context("spawn")
+    begin, ended = context.Barrier(processes), context.Queue()
+    running = mp.spawn(bare_steps, (steps, sets, begin, ended), nprocs=processes, join=False)
+    rates = [ended.get(timeout=300) for _ in range(processes)]
+    while not running.join():
+        pass
+    return sum(rates)
+
+
+# --- through the command -------------------------------------------------------------------------------------------
+
+
+def sweep(file: str, folder: str, at_once: int, share: float, sets: list[str], limit: float) -> float | None:
+    """The seconds of a sweep whose trials take `share` of the GPU each, `at_once` of them at a time. Prints where they went.
+    None where it was not done after `limit` seconds.
+    """
+    name = f"{at_once}_at_once"
     fields = [f"tune.max_concurrent_trials={at_once}", f"tune.gpus_per_worker={share}", *sets]
-    command = [sys.executable, "-m", "hrm_lm.commands", "tune", "--config", sweep, "--save_dir", folder]
-    command += ["--run_name", f"{at_once}_at_once", *(part for field in fields for part in ("--set", field))]
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "hrm_lm.commands", "tune", "--config", file, "--save_dir", folder]
+    command += ["--run_name", name, *(part for field in fields for part in ("--set", field))]
+    began = time.time()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print(f"{at_once} at once: not done after {limit:g} s", flush=True)
+        return None
+    took = time.time() - began
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    took = time.perf_counter() - start
-    print(f"{at_once} at once: {took:.1f} s", flush=True)
+    trials = [
+        [json.loads(line) for line in results.read_text().splitlines()]
+        for results in Path(folder, name).rglob("result.json")
+        if results.parent != Path(folder, name)
+    ]
+    starts = [rows[0]["timestamp"] - rows[0]["time_this_iter_s"] for rows in trials if rows]
+    ends = [rows[-1]["timestamp"] for rows in trials if rows]
+    loops = [rows[-1]["seconds"] for rows in trials if rows]
+    rates = [rows[-1]["step"] / rows[-1]["seconds"] for rows in trials if rows]
+    processes = len({rows[-1]["pid"] for rows in trials if rows})
+    print(
+        f"{at_once} at once: {took:.1f} s, of {len(trials)} trials in {processes} processes; "
+        f"the first trial began after {min(starts) - began:.1f} s, the last ended {began + took - max(ends):.1f} s before the "
+        f"end; a trial's loop took {statistics.median(loops):.1f} s ({max(loops):.1f} s at most), "
+        f"{statistics.median(rates):.0f} steps/s, {min(at_once, len(trials)) * statistics.median(rates):.0f} of all together",
+        flush=True,
+    )
     return took
 
 
@@ -49,27 +127,40 @@ def mps(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        told = Path(folder, "log", "server.log")
+        served = [line for line in told.read_text().splitlines() if "Client" in line] if told.exists() else []
+        print(f"MPS: {len(served)} lines about clients in its log, the last {served[-1:]}")
         subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--mps", action="store_true")
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds of a sweep")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.steps, args.set = 2, 5, [*QUICK, *args.set]
-    with tempfile.TemporaryDirectory(prefix="trials_") as folder:
-        sweep = f"{folder}/sweep.yaml"
-        with open(sweep, "w", encoding="utf-8") as file:
-            file.write(FILE.format(steps=args.steps, trials=args.trials))
-        with mps(folder) if args.mps else nullcontext():
-            share = 0 if args.quick else 1 / args.trials
-            after, at_once = (seconds(sweep, folder, count, share, args.set) for count in (1, args.trials))
-    print(f"{args.trials} trials of {args.steps} steps: all at once take {at_once / after:.2f} of one after another")
+        args.trials, args.steps, args.set = 2, 50, [*QUICK, *args.set]
+    with tempfile.TemporaryDirectory(prefix="trials_") as folder, mps(folder) if args.mps else nullcontext():
+        alone = together(1, args.steps // 10, args.set)
+        several = together(args.trials, args.steps // 10, args.set)
+        print(
+            f"without Ray: {alone:.0f} steps/s alone, {several:.0f} of {args.trials} processes together, "
+            f"{several / alone:.2f} times as many",
+            flush=True,
+        )
+        file, log_every = f"{folder}/sweep.yaml", max(args.steps // 20, 1)
+        Path(file).write_text(FILE.format(steps=args.steps, trials=args.trials, log_every=log_every), encoding="utf-8")
+        share = 0 if args.quick or not torch.cuda.is_available() else 1 / args.trials
+        # At once first: whatever a sweep finds ready, by the one before, is then on the other side.
+        at_once, after = (sweep(file, folder, n, share, args.set, args.limit) for n in (args.trials, 1))
+    if at_once and after:
+        print(
+            f"{args.trials} trials of {args.steps} steps: all at once take {at_once / after:.2f} of one after another"
+        )
 
 
 if __name__ == "__main__":

@@ -246,17 +246,24 @@ HRM_TEXT = {
     "model.architecture": "prefix_lm", "model.max_prompt_len": 2048, "model.max_response_len": 2048,
     "model.hrm.l_cycles": 3, "model.hrm.backprop_steps": 5, "model.hrm.backprop_warmup_steps": 40000,
     "optim.name": "adam_atan2", "optim.schedule": "constant", "optim.warmup_steps": 2000, "train.steps": 200000,
-    "train.batch_size": 512, "train.mixed_precision": "bf16", "train.compile": True, "train.ema_decay": 0.9999,
+    "train.batch_tokens": 172_032, "train.packing": True, "train.length_window": 65_536, "train.mixed_precision": "bf16", "train.compile": True, "train.ema_decay": 0.9999,
     "train.val_every": 2000, "train.log_every": 50,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "size, d_model, n_heads, layers, lr, parallel",
-    [("b", 1024, 8, 6, 3e-4, "ddp"), ("l", 1280, 10, 12, 2.5e-4, "fsdp"), ("xl", 1536, 12, 16, 2.2e-4, "fsdp")],
+    "size, d_model, n_heads, layers, lr, parallel, parts, memory",
+    [
+        ("b", 1024, 8, 6, 3e-4, "ddp", 6, 1.0),
+        ("l", 1280, 10, 12, 2.5e-4, "fsdp", 1, 0.6),
+        ("xl", 1536, 12, 16, 2.2e-4, "fsdp", 1, 0.45),
+    ],
 )
-def test_the_hrm_text_presets_differ_in_size_and_share_the_recipe(size, d_model, n_heads, layers, lr, parallel):
+def test_the_hrm_text_presets_differ_in_size_and_share_the_recipe(
+    size, d_model, n_heads, layers, lr, parallel, parts, memory
+):
     sizes = {"model.d_model": d_model, "model.n_heads": n_heads, "optim.lr": lr, "ray.parallel": parallel}
+    sizes |= {"train.grad_accum_steps": parts, "train.activation_memory": memory}
     sizes |= {"model.hrm.h_layers": layers, "model.hrm.l_layers": layers}
     assert load_config(ROOT / "configs" / f"hrm_text_{size}.yaml") == load_config(overrides=HRM_TEXT | sizes)
 

@@ -57,6 +57,7 @@ from hrm_lm.commands.evaluate import main as evaluate
 from hrm_lm.commands.export import main as export
 from hrm_lm.commands.generate import main as generate
 from hrm_lm.commands.import_ import main as import_
+from hrm_lm.commands.predict import main as predict
 from hrm_lm.commands.prepare import main as prepare
 from hrm_lm.commands.report import main as report
 from hrm_lm.commands.train import main as train
@@ -67,8 +68,12 @@ from hrm_lm.data.loading import val_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.tokenizer import ByteTokenizer, PretrainedTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.inference.engine import Engine
 from hrm_lm.models.build import build_model
+from hrm_lm.predict.pipeline import Answerer
+from hrm_lm.predict.pipeline import read as read_chunks
 from hrm_lm.prepare.pipeline import run_task
+from hrm_lm.serving.protocol import Chat, Completion, Model, Refused, parse
 from hrm_lm.training.checkpoint import Progress, save_model
 from hrm_lm.training.checkpoint_files import safetensors_pieces
 from hrm_lm.training.loop import train as train_loop
@@ -170,6 +175,17 @@ SUITE = {
         "e": {"prompt": "q", "response": "a", "metric": "boxed"},
     },
 }
+ASKED: list[tuple[type[Completion] | type[Chat], dict[str, Any]]] = [
+    (Completion, {
+        "model": "m", "prompt": ["1+1", "2"], "n": 2, "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1,
+        "stop": ["7"], "logprobs": 2, "stream": True, "stream_options": {"include_usage": True}, "frequency_penalty": 0,
+    }),
+    (Completion, {"model": "m", "prompt": [[49, 43]], "max_tokens": 2, "h_cycles": 1, "echo": True, "user": "a", "best_of": 1}),
+    (Chat, {
+        "model": "m", "messages": [{"role": "user", "content": "1+1"}, {"role": "user", "content": [{"type": "text", "text": "2"}]}],
+        "max_completion_tokens": 2, "logprobs": True, "top_logprobs": 1, "reasoning_effort": "low", "tools": [],
+    }),
+]  # fmt: skip
 TRIAL = {"step": 2, "timestamp": 10**9, "loss": 1.0, "lr": 0.1, "hostname": "h"} | METRICS
 
 
@@ -210,6 +226,8 @@ class Valid:
             (folder / name).mkdir()
             model = build_model(prefix_lm.model, tokenizer.vocab_size)
             save_model(folder / name, model, prefix_lm, tokenizer, Progress(val_loss=1.0))
+        self.served = Model("m", model.config, model.recurs_per_token, tokenizer, model.config.hrm.cycles)
+        self.engine = Engine(model, tokenizer, rows=4)
         self.prefix_lm, self.reader = files_of(folder / "prefix_lm"), files_of(folder / "reader")
         assert export(["--checkpoint", str(folder / "prefix_lm"), "--output", str(folder / "transformers")]) == 0
         self.transformers = files_of(folder / "transformers")
@@ -622,6 +640,82 @@ def prepared(arguments: list[str]) -> int:
         return prepare(arguments)
 
 
+def a_prediction(rng: Rng, box: Sandbox, valid: Valid) -> None:
+    kind, arguments = rng.choice(["jsonl", "jsonl", "jsonl.gz", "parquet", "csv"]), []
+    if kind == "parquet":
+        data = mutated_bytes(rng, parquet(PAIRS))
+    elif kind == "csv":
+        data = mutated_bytes(rng, "\n".join(",".join(row) for row in [("prompt", "response"), *sums(12)]).encode())
+    else:
+        data = mutated_lines(rng, rng.choice([TEXT, TALK]))
+        data = gzip.compress(data) if kind == "jsonl.gz" else data
+    if rng.random() < 0.3:
+        specs = [
+            "{prompt}",
+            "{a.0}",
+            "{",
+            "a.b",
+            "",
+            "{prompt!r}",
+            "prompt.0",
+            "{prompt} {response}",
+            str(rng.choice(VALUES)),
+        ]
+        arguments += [rng.choice(["--prompt_field", "--response_field"]), rng.choice(specs)]
+    if rng.random() < 0.3:
+        arguments += rng.choice([["--format=parquet"], ["--strict"], ["--n=2", "--temperature=1"], ["--batch_size=3"]])
+    if rng.random() < 0.1:
+        flag = rng.choice(["--n", "--batch_size", "--num_workers", "--max_new_tokens", "--h_cycles", "--temperature"])
+        arguments += [flag, str(rng.choice([0, -1, 2**70, "nan", "x"]))]
+    files: Files = {f"data.{kind}": data} | ({"more.jsonl": TEXT} if rng.random() < 0.3 else {})
+    box.fresh({f"m/{file}": b for file, b in valid.reader.items()} | {f"i/{file}": b for file, b in files.items()})
+    if rng.random() < 0.1:  # what a killed command left, or so it seems
+        (box.out / ".predict").mkdir(parents=True)
+        name = rng.choice([".predict/plan.json", ".predict/chunk-000000.json", "_report.json"])
+        (box.out / name).write_bytes(mutated_json(rng, b'{"plan": "x", "first_size": 1, "is_last": true}'))
+    box.attempt(
+        lambda: predicted(["--input=case/i", "--output=out", "--checkpoint=case/m", "--max_new_tokens=2", *arguments])
+    )
+
+
+def predicted(arguments: list[str]) -> int:
+    """`hrm-lm predict`, whose chunks are answered here in place of Ray's actors."""
+
+    def run_actors(job, done, num_workers):
+        answer = Answerer(job)
+        for rows in read_chunks(job, done, None):
+            (row,) = answer(rows).to_pylist()
+            if row["error"]:
+                raise UserError(row["error"])
+            yield row["number"], json.loads(row["result"]), row["num_bytes"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hrm_lm.predict.pipeline.started_ray", nullcontext)
+        patch.setattr("hrm_lm.predict.pipeline.run_actors", run_actors)
+        return predict(arguments)
+
+
+def a_request(rng: Rng, box: Sandbox, valid: Valid) -> None:
+    """The body of a request to the server, which is refused in words or answered."""
+    kind, fields = rng.choice(ASKED)
+    body = mutated_json(rng, json.dumps(fields).encode())
+    box.attempt(lambda: asked(body, kind, valid))
+
+
+def asked(body: bytes, kind: type[Completion] | type[Chat], valid: Valid) -> int:
+    try:
+        job = parse(body, kind, valid.served, most=8)
+    except Refused as refused:
+        assert 400 <= refused.status < 500 and json.dumps(refused.body()).encode() and refused.message
+        return 0
+    with valid.engine as engine:
+        answers = [engine.add(request) for request in job.requests]
+        while engine.waiting or engine.running:
+            engine.step()
+    assert all(answer.finish_reason in ("stop", "length") for answer in answers)
+    return 0
+
+
 def prompts(rng: Rng, box: Sandbox, valid: Valid) -> None:
     name = rng.choice(["p.jsonl", "p.txt"])
     box.fresh({f"m/{file}": data for file, data in valid.checkpoint.items()} | {name: mutated_lines(rng, TEXT)})
@@ -631,7 +725,8 @@ def prompts(rng: Rng, box: Sandbox, valid: Valid) -> None:
 
 TARGETS = {
     a_config: 250, a_sweep: 200, a_dataset: 100, a_prepared_dataset: 150, a_tokenizer: 100, a_checkpoint: 200, a_run: 150,
-    a_transformers_folder: 50, a_corpus: 100, prompts: 30, a_saved_dataset: 60, a_task: 40, a_page: 30, a_recipe: 60,
+    a_transformers_folder: 50, a_corpus: 100, prompts: 30, a_saved_dataset: 60, a_task: 40, a_page: 30, a_recipe: 60, a_prediction: 60,
+    a_request: 300,
 }  # fmt: skip
 """What is thrown, and how many inputs of it in the suite."""
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_resumes_exactly, assert_same_weights, batches_of, eval_options, small_config, train_locally
@@ -14,6 +15,7 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.evaluation.scoring import Slice, score
 from hrm_lm.models.build import build_model
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.models.hrm import HRMCore
@@ -274,7 +276,23 @@ def test_answers_of_samples_that_halt_do_not_depend_on_the_samples_beside_them(a
     together = generate_ids(model, TOKENIZER, prompts, options, max_new_tokens=6, taken=taken)
     alone = [generate_ids(model, TOKENIZER, [prompt], options, max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone
-    assert len(taken) == (6 if architecture == "prefix_lm" else 1) and all(len(counts) == len(SOME) for counts in taken)
+    assert len(taken) == (6 if architecture == "prefix_lm" else 1)
+    assert all(sorted(which) == list(range(len(SOME))) and len(counts) == len(SOME) for which, counts in taken)
+
+
+@ARCHITECTURES
+def test_of_samples_that_halt_the_models_own_greedy_answers_are_right_and_no_others(architecture):
+    model, halt, _ = resting(architecture)
+    options = eval_options(cycles=Cycles(12, 2, halt))
+    prompts = [sample.prompt for sample in samples((9, 1), (7, 1), (5, 1), (6, 1), (8, 1), (9, 1))]
+    answers = generate_ids(model, TOKENIZER, prompts, options, max_new_tokens=5)
+    others = [[*answer[:-1], 4 if answer[-1] != 4 else 5] for answer in answers]
+    for responses, right in ((answers, True), (others, False)):
+        some = [Sample(*pair, ends=len(pair[1]) < 5) for pair in zip(prompts, responses, strict=True)]
+        work = Slice(0, 0, np.arange(len(some)), Ragged.of(some), options, 5, 0)
+        scores = score(model, TOKENIZER, work)
+        assert scores.right.tolist() == [right] * len(prompts)
+        assert ((scores.cycles >= 1) & (scores.cycles <= 12)).all()
 
 
 @ARCHITECTURES

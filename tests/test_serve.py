@@ -19,9 +19,10 @@ from hrm_lm.cluster.start import free_port
 from hrm_lm.commands import serve as commands
 from hrm_lm.commands.serve import main, name_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
+from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.models.build import build_model
 from hrm_lm.serving.app import digest
-from hrm_lm.serving.start import direct_ingress
+from hrm_lm.serving.start import direct_ingress, told_by
 from hrm_lm.training.checkpoint import Progress, save_model
 
 TOKENIZER = SimpleTokenizer("abcdefghijklmnopqrstuvwxyz0123456789 .,!?:\n")
@@ -94,6 +95,23 @@ def test_flags_say_what_is_served(planned):
 def test_what_cannot_be_served_is_refused_before_ray_starts(command, checkpoint, flags, message):
     code, out, err = command(main, "--checkpoint", checkpoint, *flags)
     assert code == 2 and message in err and not out
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (
+            "hrm_lm.errors.UserError: --slots 9: their caches take 2 GiB",
+            UserError("--slots 9: their caches take 2 GiB"),
+        ),
+        ("hrm_lm.errors.DamagedCheckpoint: c: weights: cut", UserError("c: weights: cut")),
+        ("torch.OutOfMemoryError: CUDA out of memory", RunFailed("CUDA out of memory")),
+        ("the actor died", RunFailed("the actor died")),
+    ],
+)
+def test_what_a_user_can_mend_in_a_replica_that_does_not_start_is_the_users_error(line, error):
+    told = told_by(line)
+    assert type(told) is type(error) and str(told) == f"nothing is served: {error}"
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None, workers: int | None = None) -> int:
         )  # fmt: skip
         output.write(evaluation)
     print(table(evaluation), file=sys.stderr)
-    print(f"results, samples and report.html in {output.uri}", file=sys.stderr)
-    print(json.dumps(documents(evaluation)))
+    print(json.dumps(documents(evaluation)), flush=True)
+    print(
+        f"results, samples and report.html in {output.uri}", file=sys.stderr
+    )  # last, where it is not lost behind the JSON
     return 0

@@ -42,7 +42,7 @@ def add_set(parser: argparse.ArgumentParser, fields: str) -> None:
 
 H_CYCLES = (
     "H-cycles (default: as trained); auto[:RESIDUAL[:MOST]]: until a sample's states change by less than RESIDUAL of their "
-    "norm (0.05), at most MOST (the most of training)"
+    f"norm ({Halting().residual}), at most MOST (the most of training)"
 )
 
 

@@ -48,11 +48,11 @@ class Scores(NamedTuple):
     labels: np.ndarray
     """(n,) float64: how many labels the sample has."""
     right: np.ndarray
-    """(n,) bool: whether each label is the likeliest token. Greedy decoding then gives the response."""
+    """(n,) bool: whether greedy decoding gives the response, which it does where each label is the likeliest token."""
     answers: list[str | None]
     """None where the answer was not wanted."""
     cycles: np.ndarray | None
-    """(n,): the H-cycles of each sample, where samples halt."""
+    """(n,) float64: the H-cycles of each sample, where samples halt; where tokens do, the mean over its prompt and its tokens."""
 
 
 def slices_of(tasks: Sequence[Task], every_cycles: Sequence[Cycles], options: EvalOptions, size: int) -> list[Slice]:
@@ -82,6 +82,8 @@ def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
         sums, cycles = losses(model, tokenizer, work.samples, options)
         loss, labels, right = sums[0], sums[1], sums[1] == sums[2]
         prompts, responses = apart(work.samples)
+        if options.cycles.halt is not None and model.recurs_per_token:
+            return generated_scores(model, tokenizer, work, options, sums)
         known = right & work.samples.ends
         answers = [tokenizer.decode(ids) if there else None for ids, there in zip(responses, known, strict=True)]
         asked = np.flatnonzero(~known)[: work.answers].tolist()
@@ -98,6 +100,26 @@ def score(model: LanguageModel, tokenizer: Tokenizer, work: Slice) -> Scores:
             f"--batch_size {options.batch_size}: more than the memory holds; give a smaller one{longest}"
         ) from None
     return Scores(loss, labels, right, answers, cycles)
+
+
+def generated_scores(
+    model: LanguageModel, tokenizer: Tokenizer, work: Slice, options: EvalOptions, sums: np.ndarray
+) -> Scores:
+    """Where each token that is generated halts by itself, only generating tells what is right. sums: see `losses`; a sample's
+    loss is that of halting once, after its prompt and its response.
+    """
+    prompts, responses = apart(work.samples)
+    taken: list[tuple[list[int], torch.Tensor]] = []
+    generated = generate_ids(model, tokenizer, prompts, options, max_new_tokens=work.max_new_tokens, taken=taken)
+    right = [
+        ids == response.tolist() if ends else ids[: len(response)] == response.tolist()
+        for ids, response, ends in zip(generated, responses, work.samples.ends, strict=True)
+    ]
+    cycles, times = np.zeros((2, len(prompts)))
+    for which, counts in taken:
+        cycles[which] += counts.cpu().numpy()
+        times[which] += 1
+    return Scores(sums[0], sums[1], np.array(right), [tokenizer.decode(ids) for ids in generated], cycles / times)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def generate_ids(
     scores: list[float] | None = None,
     in_step: bool = False,
     alive: Callable[[], None] = lambda: None,
-    taken: list[Tensor] | None = None,
+    taken: list[tuple[list[int], Tensor]] | None = None,
 ) -> list[list[int]]:
     """The responses to `prompts`, in their order; each ends before EOS or after `max_new_tokens` (the model's most).
 
@@ -50,7 +50,8 @@ def generate_ids(
     number: its place in `prompts`, or what `numbers` has there. scores: gets the mean log-probability of each response's
     tokens at temperature 1; EOS is one of them. in_step: takes all steps whatever the answers, as workers that share a
     model must, and captures no graph, since they communicate. alive: called whenever samples have ended.
-    taken: gets the H-cycles of prompts and tokens where samples halt (`Decoding.taken`), a tensor each time.
+    taken: where samples halt, gets places in `prompts` and the H-cycles that these took (`Decoding.taken`), for prompts
+    and, where the recurrence runs for each token, for each token.
     """
     if not prompts:
         return []
@@ -82,7 +83,8 @@ def generate_ids(
                 logits = decode(growing.last[: step_rows(len(running), rows, device)], decoding)[: len(running)]
             if taken is not None:
                 going = ~growing.done[new]  # others have ended, and wait until they are dropped
-                taken += [cycles if was_read else cycles[: len(going)][going] for cycles in decoding.taken]
+                which = [i for i, goes in zip(running[new], going.tolist()) if goes or was_read]
+                taken += [(which, cycles if was_read else cycles[: len(going)][going]) for cycles in decoding.taken]
             decoding.taken.clear()
             tokens = pick(logits, temperature, top_k, top_p, growing.uniforms(new))
             growing.extend(new, tokens, logits if scores is not None else None)

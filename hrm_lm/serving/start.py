@@ -30,7 +30,8 @@ LOOK_EVERY_S = 2.0
 def serve_until_stopped(plan: Plan, host: str, port: int, told: str) -> None:
     """Serves as planned until Ctrl-C or SIGTERM. told: what the user reads when requests are answered.
 
-    Raises UserError where the port is taken or the cluster serves something already, RunFailed where no replica starts.
+    Raises UserError where the port is taken, the cluster serves something already or a replica raises it, RunFailed where
+    none starts for another reason.
     """
     if "RAY_ADDRESS" not in os.environ:  # on another machine the port may be free
         check_port(host, port)
@@ -64,7 +65,7 @@ def serve_until_stopped(plan: Plan, host: str, port: int, told: str) -> None:
             say(told)
             wait_for_the_end()
         except (RuntimeError, TimeoutError) as error:
-            raise RunFailed(f"nothing is served: {failure() or error}") from None
+            raise failure(str(error)) from None
         finally:
             # In good order after Ctrl-C, too: what Ray started for Serve would outlive it.
             ray.shutdown() if own else serve.shutdown()
@@ -168,11 +169,20 @@ def wait_for_the_end() -> None:
             say(f"{APPLICATION}: {state}")
 
 
-def failure() -> str:
-    """Why replicas do not start: the last line of a traceback."""
+def failure(said: str) -> UserError | RunFailed:
+    """Why replicas do not start: the last line of a traceback, or else what was said."""
     from ray import serve
 
     application = serve.status().applications.get(APPLICATION)
     messages = [each.message for each in application.deployments.values()] if application else []
-    lines = [line for message in messages for line in message.splitlines() if line.strip()]
-    return re.sub(r"^([a-z_]+\.)+[A-Za-z]+: ", "", lines[-1].strip()) if lines else ""
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    return told_by(lines[-1]) if lines else RunFailed(f"nothing is served: {said}")
+
+
+def told_by(line: str) -> UserError | RunFailed:
+    """line: the last of a traceback."""
+    kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]
+    error = re.match(r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*): ", line)
+    text = f"nothing is served: {line[error.end() :] if error else line}"
+    mendable = error and error[1] in [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
+    return UserError(text) if mendable else RunFailed(text)

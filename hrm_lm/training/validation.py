@@ -109,7 +109,8 @@ def predicted(
     """(4,) float64: loss, labelled tokens, samples predicted whole, samples. And what `validate` says of the core, summed: the
     residual of each H-cycle and how many tokens there are, (h_cycles + 1,), or cycles and samples, (2,), where these halt.
 
-    A sample whose every labelled token is the argmax under teacher forcing is one that greedy decoding gets right.
+    A sample whose every labelled token is the argmax under teacher forcing is one that greedy decoding gets right: not so
+    where samples halt and the recurrence runs for each token, which then halts by itself.
     """
     device, halts = next(model.parameters()).device, options.cycles.halt is not None
     sums = torch.zeros(4, dtype=torch.float64, device=device)
