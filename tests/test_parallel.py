@@ -45,6 +45,10 @@ RECIPE = {
 SCORED = {
     "data__dataset": "reasoning_gym:syllogism", "data__val_samples": 9, "model__max_response_len": 5, "optim__lr": 0.03,
 }  # fmt: skip
+CARRIED = HYBRID | {
+    "model__architecture": "puzzle", "model__hrm__inject": "gated", "train__segments": 2, "train__fixed_point": 0.1,
+    "train__ema_decay": 0.7,
+}  # fmt: skip
 MUON = HYBRID | {"optim__name": "muon"}
 NODES = {
     "train__steps": 4, "train__val_every": 2, "train__grad_accum_steps": 2, "model__architecture": "prefix_lm",
@@ -167,7 +171,7 @@ def runs(tmp_path_factory):
     train_locally(small_config(**RECIPE), root / "one_then_two", stop_at=6)
     both = {
         "hybrid": HYBRID, "recipe": RECIPE, "bf16": RECIPE | {"train__mixed_precision": "bf16"}, "scored": SCORED,
-        "muon": MUON, "lora": RECIPE | {"train__init_from": str(root / "one_then_two/step_000006"), "train__lora__rank": 2},
+        "muon": MUON, "carried": CARRIED, "lora": RECIPE | {"train__init_from": str(root / "one_then_two/step_000006"), "train__lora__rank": 2},
     }  # fmt: skip
     two = [
         (name, trained, small_config(**fields, **TWO, ray__parallel=parallel), root / name)
@@ -231,12 +235,18 @@ def column(reports, name):
     return [metrics[name] for metrics in reports]
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "recipe", "muon", "lora"])
+@pytest.mark.parametrize("kind", ["hybrid", "recipe", "muon", "carried", "lora"])
 def test_fsdp_has_the_curve_of_ddp(runs, kind):
     ddp, fsdp = (runs[0][f"{kind}_{parallel}"] for parallel in ("ddp", "fsdp"))
     assert len(ddp) == 6
     for name in ("loss", "val_loss", "grad_norm"):
         assert column(fsdp, name) == pytest.approx(column(ddp, name), rel=1e-5)
+
+
+def test_two_workers_carry_states_from_segment_to_segment_as_one_does(runs, tmp_path):
+    one, two = train_locally(small_config(**CARRIED), tmp_path / "one").reports, runs[0]["carried_ddp"]
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-4)
 
 
 def test_replicas_that_multiply_in_float8_have_the_curve_of_bf16(runs):

@@ -1,4 +1,4 @@
-"""Nodes that are announced to go, and workers that hang."""
+"""Nodes that are announced to go, workers that hang, and a control process that dies."""
 
 import re
 import subprocess
@@ -107,9 +107,15 @@ def test_the_steps_that_a_run_had_taken_are_known_to_the_workers_that_follow(tmp
     assert reached.before == 0
     reached.step = 17
     reached.close()
-    assert Reached(LocalFileSystem(), str(tmp_path)).before == 17
+    reached = Reached(LocalFileSystem(), str(tmp_path))
+    assert reached.before == 17
+    assert [reached.repeated(step) for step in (11, 18)] == [
+        "at least 7 steps are repeated",
+        "0 steps are repeated",
+    ]
     (tmp_path / ".reached").write_bytes(b"")  # killed while it wrote
-    assert Reached(LocalFileSystem(), str(tmp_path)).before == 0
+    reached = Reached(LocalFileSystem(), str(tmp_path))
+    assert reached.before == 0 and reached.repeated(11) == "how many steps are repeated is not known"
 
 
 def test_a_worker_that_waits_for_data_for_too_long_says_where_and_fails(monkeypatch, capfd):
@@ -164,26 +170,20 @@ def nodes(monkeypatch, tmp_path_factory):
         cluster.shutdown()
 
 
+def without_end(nodes, folder: Path, driver, log) -> subprocess.Popen:
+    """A run `r` of two workers that goes on until it is stopped."""
+    small = ["model.d_model=16", "model.n_heads=2", "data.synthetic.max_digits=1", "ray.max_failures=0"]
+    fields = [*small, "train.steps=1000000", "train.val_every=1000000", "train.checkpoint_every=500"]
+    fields += ["ray.cpus_per_worker=1", "train.batch_size=8"]
+    command = ["-m", "ray_jobs.train", "--dataset", "synthetic", "--num_workers", 2, "--run_name", "r"]
+    settings = [word for field in fields for word in ("--set", field)]
+    return driver(*command, "--save_dir", folder / "runs", *settings, joins=nodes.address, stdout=log, stderr=log)
+
+
 @pytest.mark.long
 def test_a_drained_node_costs_no_step_and_is_no_failure(nodes, in_folder, driver):
-    small = ["model.d_model=16", "model.n_heads=2", "data.synthetic.max_digits=1", "ray.max_failures=0"]
-    fields = [*small, "train.steps=1000000", "train.val_every=1000000", "ray.cpus_per_worker=1", "train.batch_size=8"]
-    settings = [word for field in fields for word in ("--set", field)]
     with open("log", "w") as log:
-        command = (
-            "-m",
-            "ray_jobs.train",
-            "--dataset",
-            "synthetic",
-            "--num_workers",
-            "2",
-            "--run_name",
-            "r",
-            "--save_dir",
-            in_folder / "runs",
-            *settings,
-        )
-        trains = driver(*command, joins=nodes.address, stdout=log, stderr=log)
+        trains = without_end(nodes, in_folder, driver, log)
     wait_until(lambda: Path("runs/r/.reached").exists() or trains.poll() is not None)
     nodes.add_node(num_cpus=1)
     ray_command = [Path(sys.executable).parent / "ray", "drain-node", "--address", nodes.address]
@@ -199,6 +199,37 @@ def test_a_drained_node_costs_no_step_and_is_no_failure(nodes, in_folder, driver
     assert repeated == "0" and Path(f"runs/r/checkpoint_{int(step):08d}").exists()
     assert f"a node is about to go, and step {step} is saved" in log
     assert "attempt 2 starts" in log and "failures of workers so far: 0" in log and "attempt 3" not in log
+
+
+@pytest.fixture
+def remembered(monkeypatch, tmp_path):
+    """For a cluster that is started after it: its control process keeps its state in a folder."""
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+
+
+@pytest.mark.long
+def test_a_run_goes_on_where_rays_control_process_dies_and_starts_again_with_its_state(
+    remembered, nodes, in_folder, driver
+):
+    with open("log", "w") as log:
+        trains = without_end(nodes, in_folder, driver, log)
+
+    def saved() -> int:
+        """The newest checkpoint's step that Ray Train's list names."""
+        found = Path("runs/r/checkpoint_manager_snapshot.json")
+        steps = re.findall(r"checkpoint_(\d+)", found.read_text()) if found.exists() else []
+        return max(map(int, steps), default=0)
+
+    wait_until(lambda: saved() or trains.poll() is not None)
+    workers = set(re.findall(r"RayTrainWorker pid=(\d+)", Path("log").read_text()))
+    nodes.head_node.kill_gcs_server()  # by SIGKILL
+    nodes.head_node.start_gcs_server()
+    before = saved()
+    wait_until(lambda: saved() >= before + 2000 or trains.poll() is not None)
+    assert trains.poll() is None, Path("log").read_text()[-3000:]
+    log = Path("log").read_text()
+    assert set(re.findall(r"RayTrainWorker pid=(\d+)", log)) == workers and "attempt 2" not in log
 
 
 HANGS = """

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.fs
@@ -27,6 +28,7 @@ from conftest import (
 
 from hrm_lm.config import DataConfig, ModelConfig
 from hrm_lm.data.collate import pad, pad_batch
+from hrm_lm.data.prepared import cache
 from hrm_lm.data.prepared.cache import fetch
 from hrm_lm.data.prepared.format import token_dtype
 from hrm_lm.data.prepared.reader import load_prepared
@@ -358,6 +360,25 @@ def test_shards_come_when_they_are_due_or_ahead_of_that_and_the_cache_keeps_to_i
             train_files = [name for name in remote.fs.opened if name.startswith("train-")]
             assert len(set(train_files)) == 40 and len(train_files) <= 40 + 4, "once, and the next epoch's first block"
     assert len(splits.train._shards) <= 8, "what is removed does not stay mapped, and takes no room"
+
+
+@pytest.mark.parametrize("fits", [False, True], ids=["blocks", "whole"])
+def test_a_disk_that_does_not_hold_what_is_needed_at_a_time_is_refused_with_what_to_lower(remote, monkeypatch, fits):
+    train = remote.load(**{"cache_gb": 1} if fits else {}).train
+    disk = SimpleNamespace(free=0)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda root: disk)
+    words = r"cache: this disk has no room for .* GB of copies .* lower data.cache_gb \("
+    with pytest.raises(UserError, match=words):
+        train.expect(0, 5, 0)
+    disk.free = sum(train.remote.files[name][0] for name in cache._kept[train.remote.folder]) - 1
+    with pytest.raises(UserError, match=words):
+        train.expect(0, 5, 0)
+    disk.free += 1
+    train.expect(0, 5, 0)
+    idle(SimpleNamespace(train=train))
+    disk.free = 0
+    train.expect(0, 5, 0)  # all is there
+    assert len(remote.cached()) == len(cache._kept[train.remote.folder])
 
 
 def test_a_copy_that_another_process_removes_is_fetched_again(remote):

@@ -128,6 +128,11 @@ def test_a_model_is_called_after_its_run(path, name):
     assert name_of(path) == name
 
 
+def test_replicas_of_a_ray_of_its_own_have_the_priority_of_other_processes(server):
+    engines = [pid for pid in processes_with(server.mark) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert engines and {os.getpriority(os.PRIO_PROCESS, pid) for pid in engines} == {os.nice(0)}
+
+
 def test_an_haproxy_that_is_left_ends_with_the_command():
     with direct_ingress(1):
         folder = os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"]

@@ -81,14 +81,20 @@ class Reached:
     def __init__(self, fs: pyarrow.fs.FileSystem, folder: str):
         self._fs, self._path = fs, f"{folder}/.reached"
         self._period = 1 if isinstance(fs, pyarrow.fs.LocalFileSystem) else 2  # seconds
-        self.before = 0
-        """The steps taken before the workers were started again."""
+        self.before, self.known = 0, False
+        """The steps taken before the workers were started again, at least; and whether the file tells them."""
         with suppress(OSError, ValueError), fs.open_input_stream(self._path) as stream:
-            self.before = int(stream.read())
+            self.before, self.known = int(stream.read()), True
         self.step = self._written = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="reached", daemon=True)
         self._thread.start()
+
+    def repeated(self, step: int) -> str:
+        """What a run that goes on with this step says of those that it had taken before."""
+        if again := max(self.before - step + 1, 0):
+            return f"at least {again} steps are repeated"
+        return "0 steps are repeated" if self.known else "how many steps are repeated is not known"
 
     def _keep(self) -> None:
         while not self._closed.wait(self._period):

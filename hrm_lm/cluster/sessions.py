@@ -118,8 +118,7 @@ class RayTrainSession:
     def preempted(self, step: int) -> bool:
         if self._reached:
             if not self._reached.step and (step > 1 or self._reached.before):
-                repeated = max(self._reached.before - step + 1, 0)
-                say(f"resumed from step {step - 1}; {repeated} steps are repeated")
+                say(f"resumed from step {step - 1}; {self._reached.repeated(step)}")
             self._reached.step = step
         announced = self._lookout.sees(step)
         self._watchdog.alive(step)

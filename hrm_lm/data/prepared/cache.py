@@ -68,11 +68,29 @@ class RemoteFiles:
             self._ask(missing, first=False)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Says which files this process needs from now on: no other file takes their place."""
+        """Says which files this process needs from now on: no other file takes their place.
+
+        Raises UserError where the disk does not hold them: they would take one another's place over and over.
+        """
         _kept[self.folder] = frozenset(names)
         for name in _kept[self.folder]:
             with suppress(FileNotFoundError):
                 os.utime(self.folder / name)  # for other processes, which remove the oldest
+        if self.limit is not None:
+            self._check_disk(self.limit)
+
+    def _check_disk(self, limit: float) -> None:
+        root = self.folder.parent
+        root.mkdir(parents=True, exist_ok=True)
+        missing = sum(self.files[name][0] for name in self._missing(_kept[self.folder]))
+        others = sum(stat.st_size for stat, file in copies(root) if file.name not in _kept.get(file.parent, ()))
+        if missing > (room := shutil.disk_usage(root).free + others):
+            whole = sum(self.files[name][0] for name in _kept[self.folder])
+            raise UserError(
+                f"{root}: this disk has no room for {whole / 1e9:.3g} GB of copies that are needed at a time: {missing / 1e9:.3g} GB "
+                f"are missing, and {room / 1e9:.3g} GB are free; lower data.cache_gb ({limit / 1e9:g}), or set HRM_LM_CACHE "
+                "to a larger disk"
+            )
 
     def _missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not os.path.exists(self.folder / name)]
@@ -154,13 +172,7 @@ def reserve(partial: Path, size: int, limit: float) -> None:
     root = partial.parent.parent
     with counting(root):
         partial.unlink(missing_ok=True)
-        found = []
-        for folder in os.scandir(root):
-            if folder.is_dir() and re.fullmatch("[0-9a-f]{32}", folder.name):  # the folder may hold what is not ours
-                for file in os.scandir(folder):
-                    with suppress(FileNotFoundError):  # another process found it damaged
-                        if file.name.endswith((".bin", ".idx", ".partial")):
-                            found.append((file.stat(), Path(file.path)))
+        found = list(copies(root))
         found.sort(key=lambda entry: (entry[1].name in _kept.get(entry[1].parent, ()), entry[0].st_mtime_ns))
         used, free = sum(stat.st_size for stat, _ in found), shutil.disk_usage(root).free
         over = used + size - min(limit, used + free)
@@ -169,6 +181,16 @@ def reserve(partial: Path, size: int, limit: float) -> None:
                 over -= stat.st_size
         with open(partial, "wb") as file:
             file.truncate(size)
+
+
+def copies(root: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """The files of all datasets in the cache's folder `root`, which may hold what is not ours."""
+    for folder in os.scandir(root):
+        if folder.is_dir() and re.fullmatch("[0-9a-f]{32}", folder.name):
+            for file in os.scandir(folder):
+                with suppress(FileNotFoundError):  # another process found it damaged
+                    if file.name.endswith((".bin", ".idx", ".partial")):
+                        yield file.stat(), Path(file.path)
 
 
 def _remove(file: Path) -> bool:

@@ -119,7 +119,6 @@ class PreparedSplit(FlatSplit):
         now = self.blocks.around(start, stop, seed)
         if now == self._expected:
             return
-        self._expected = now
         first, last = self.blocks.span(now[0], seed)[0], self.blocks.span(now[-1], seed)[1]
         (coming,) = self.blocks.around(last, last + 1, seed)
         # Processes that make batches may still read the block before. Where a window is in two blocks, the first is that.
@@ -127,6 +126,7 @@ class PreparedSplit(FlatSplit):
         files = {block: self.files(self.blocks.shards(block, seed)) for block in (*gone, *now, coming)}
         present = [name for block in now for name in files[block]]
         self.remote.keep([name for names in files.values() for name in names] + [*self.validation])
+        self._expected = now
         self.remote.fetch_ahead(dict.fromkeys([*present, *self.validation, *files[coming]]))
 
     def fitted(self, limits: Limits, truncate: bool) -> Split:
