@@ -565,6 +565,14 @@ def test_a_parquet_row_that_is_no_text_is_left_out_and_no_other(tmp_path):
     assert [(item.reason, item.position) for item in items if isinstance(item, Problem)] == [("not UTF-8 text", 2)]
 
 
+def test_what_is_done_of_a_plan_that_is_not_there_is_not_gone_on_with(tmp_path, command):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(records(pairs(9))))
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    (tmp_path / "out/.prepare/survey-00000.json").write_text("{}")
+    code, _, err = command(main, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes")
+    assert code == 2 and "damaged: .prepare has survey-00000.json, but no plan.json; delete what is there" in err
+
+
 @pytest.mark.parametrize("name", ["meta.json", ".prepare/plan.json"])
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 5000])
 def test_a_damaged_file_of_an_earlier_command_is_named(tmp_path, command, name, text):

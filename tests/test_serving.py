@@ -347,7 +347,9 @@ def test_what_asks_for_nothing_is_taken(server):
     assert server.complete(best_of=1, suffix=None, presence_penalty=0.0).choices[0].text
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": "small"}', b"[" * 100_000, b'{"a": NaN}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff", b'{"model": "small"}', b"[" * 100_000, b'{"a": NaN}', b'{"\\ud800": 1}']
+)
 def test_a_body_that_is_no_request_is_refused(server, body):
     for path in ("/v1/completions", "/v1/chat/completions"):
         status, _, text = server.raw("POST", path, body)

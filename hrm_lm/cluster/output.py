@@ -90,6 +90,11 @@ class Output:
                             "delete it, or give another --output"
                         )
                     return False
+                if left := sorted(name for name in self.list() if name.endswith(".json")):
+                    raise UserError(
+                        f"--output {location}: damaged: {self.WORK} has {left[0]}, but no {PLAN}; delete what is there, or give "
+                        "another --output"
+                    )
             elif there:
                 raise UserError(f"--output {location}: is not empty; give another --output")
             retrying(what, lambda: self.fs.create_dir(self.folder, recursive=True))

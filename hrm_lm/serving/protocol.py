@@ -168,6 +168,8 @@ def parse(body: bytes, kind: type[Completion] | type[Chat], model: Model, most: 
 
 def _refusal(error: ValidationError) -> Refused:
     first = error.errors(include_url=False, include_input=False)[0]
+    if not first["loc"]:
+        return Refused(400, "the name of a field is no text", code="unknown_parameter")
     name, *rest = map(str, first["loc"])
     if first["type"] == "extra_forbidden":
         return Refused(400, f"unknown field {'.'.join([name, *rest])}", name, "unknown_parameter")
