@@ -152,9 +152,7 @@ class Table:
         self._print(self.COLUMNS)
 
     def add(self, section: str, preset: str, arm: str, **row: Any) -> None:
-        if arm != "transformers":
-            arm = " ".join([arm, *self.fields])
-        row = {"section": section, "preset": preset, "arm": arm, **row}
+        row = {"section": section, "preset": preset, "arm": self._named(arm), **row}
         rates = row.get("rates") or []
         shown = row | {"spread": f"{_shown(min(rates))} to {_shown(max(rates))}" if len(rates) > 1 else ""}
         self._print([_shown(shown.get(column)) for column in self.COLUMNS])
@@ -180,8 +178,11 @@ class Table:
         if self.output is None or not self.output.exists():
             return None
         rows = json.loads(self.output.read_text(encoding="utf-8"))["rows"]
-        key = section, preset, " ".join([arm, *self.fields])
+        key = section, preset, self._named(arm)
         return next((row.get("rate") for row in rows if _key(row) == key), None)
+
+    def _named(self, arm: str) -> str:
+        return arm if arm.startswith("transformers") else " ".join([arm, *self.fields])
 
     def _print(self, cells: Any) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, self.WIDTHS)).rstrip(), flush=True)

@@ -279,7 +279,7 @@ class Run:
             print(time.strftime("%H:%M:%S"), line, end="", file=sys.stderr, flush=True)
             self.tracebacks += "Traceback (most recent" in line
             self.attempts += bool(re.search(r"attempt \d+ starts", line))
-            if found := re.search(r"resumed from step (\d+); (?:at least )?(\d+) steps are repeated", line):
+            if found := re.search(r"resumed from step (\d+); (?:at least )?(\d+) steps", line):
                 self.resumed_from = int(found[1])
                 self.repeated.append(max(self.last - self.resumed_from, 0))
                 self.told.append(int(found[2]))

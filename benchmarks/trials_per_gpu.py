@@ -1,7 +1,7 @@
 """Trials of the default config that share a GPU: all at once against one after another, through the tune command.
 
-Prints the seconds of both sweeps and their ratio, and where they go: Ray's start and the first trial's, the trials' own
-steps, and the steps/s of all together while all of them train. Before the sweeps, bare steps without Ray: of one process,
+Prints the seconds of both sweeps and their ratio, and where they go: Ray's start and the first trial's, and the trials' own
+loops. Before the sweeps, bare steps without Ray: of one process,
 and of several that begin together. What these do not gain by sharing the GPU, no sweep can gain. `--mps` starts NVIDIA's
 MPS, so that kernels of several processes run side by side; without MPS the processes take turns. Of a GPU with MPS it says
 which processes MPS serves. `--quick` shows on CPU that it works: two tiny trials, a CPU for each.
@@ -12,6 +12,7 @@ which processes MPS serves. `--quick` shows on CPU that it works: two tiny trial
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -73,10 +74,9 @@ def together(processes: int, steps: int, sets: list[str]) -> float:
     context = mp.get_context("spawn")
     begin, ended = context.Barrier(processes), context.Queue()
     running = mp.spawn(bare_steps, (steps, sets, begin, ended), nprocs=processes, join=False)
-    rates = [ended.get(timeout=300) for _ in range(processes)]
-    while not running.join():
+    while not running.join():  # it raises what a process raised, and ends the others
         pass
-    return sum(rates)
+    return sum(ended.get() for _ in range(processes))
 
 
 # --- through the command -------------------------------------------------------------------------------------------
@@ -91,14 +91,19 @@ def sweep(file: str, folder: str, at_once: int, share: float, sets: list[str], l
     command = [sys.executable, "-m", "hrm_lm.commands", "tune", "--config", file, "--save_dir", folder]
     command += ["--run_name", name, *(part for field in fields for part in ("--set", field))]
     began = time.time()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        told, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         print(f"{at_once} at once: not done after {limit:g} s", flush=True)
+        process.send_signal(signal.SIGINT)  # as from the keyboard: the command ends its own Ray
+        process.communicate()
         return None
     took = time.time() - began
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
+    if process.returncode:
+        sys.exit(told)
     trials = [
         [json.loads(line) for line in results.read_text().splitlines()]
         for results in Path(folder, name).rglob("result.json")
@@ -113,7 +118,7 @@ def sweep(file: str, folder: str, at_once: int, share: float, sets: list[str], l
         f"{at_once} at once: {took:.1f} s, of {len(trials)} trials in {processes} processes; "
         f"the first trial began after {min(starts) - began:.1f} s, the last ended {began + took - max(ends):.1f} s before the "
         f"end; a trial's loop took {statistics.median(loops):.1f} s ({max(loops):.1f} s at most), "
-        f"{statistics.median(rates):.0f} steps/s, {min(at_once, len(trials)) * statistics.median(rates):.0f} of all together",
+        f"{statistics.median(rates):.0f} steps/s",
         flush=True,
     )
     return took
@@ -128,7 +133,7 @@ def mps(folder: str) -> Iterator[None]:
         yield
     finally:
         told = Path(folder, "log", "server.log")
-        served = [line for line in told.read_text().splitlines() if "Client" in line] if told.exists() else []
+        served = [line for line in told.read_text().splitlines() if "client" in line.lower()] if told.exists() else []
         print(f"MPS: {len(served)} lines about clients in its log, the last {served[-1:]}")
         subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True)
 

@@ -365,20 +365,42 @@ def test_shards_come_when_they_are_due_or_ahead_of_that_and_the_cache_keeps_to_i
 @pytest.mark.parametrize("fits", [False, True], ids=["blocks", "whole"])
 def test_a_disk_that_does_not_hold_what_is_needed_at_a_time_is_refused_with_what_to_lower(remote, monkeypatch, fits):
     train = remote.load(**{"cache_gb": 1} if fits else {}).train
+    files, folder = train.remote.files, train.remote.folder
     disk = SimpleNamespace(free=0)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda root: disk)
-    words = r"cache: this disk has no room for .* GB of copies .* lower data.cache_gb \("
-    with pytest.raises(UserError, match=words):
+
+    def expect():
+        train._expected = None
         train.expect(0, 5, 0)
-    disk.free = sum(train.remote.files[name][0] for name in cache._kept[train.remote.folder]) - 1
-    with pytest.raises(UserError, match=words):
-        train.expect(0, 5, 0)
-    disk.free += 1
-    train.expect(0, 5, 0)
+
+    def refused():
+        with pytest.raises(UserError, match=r"cache: this disk has no room for the .* GB of copies that a run needs"):
+            expect()
+
+    refused()
+    soon = []
+    if not fits:  # the next block once more
+        last = train.blocks.span(train.blocks.around(0, 5, 0)[-1], 0)[1]
+        (coming,) = train.blocks.around(last, last + 1, 0)
+        soon = train.files(train.blocks.shards(coming, 0))
+    need = sum(files[name][0] for name in [*cache._kept[folder], *soon])
+    disk.free = need - 1
+    refused()
+    other = remote.cache / ("0" * 32)
+    other.mkdir()
+    (other / "train-00000.bin").write_bytes(b"x")  # of a dataset that may go
+    expect()
     idle(SimpleNamespace(train=train))
-    disk.free = 0
-    train.expect(0, 5, 0)  # all is there
-    assert len(remote.cached()) == len(cache._kept[train.remote.folder])
+    (other / "train-00000.bin").unlink()
+    there = sum(remote.cached().values())
+    disk.free = need - there
+    expect()
+    disk.free = max(disk.free - 1, 0)
+    refused() if soon else expect()
+    partial = folder / f"{next(iter(cache._kept[folder]))}.partial"
+    with open(partial, "wb") as file:
+        file.truncate(10**9)  # nothing of it is written yet
+    refused() if soon else expect()
 
 
 def test_a_copy_that_another_process_removes_is_fetched_again(remote):

@@ -283,16 +283,25 @@ def test_answers_of_samples_that_halt_do_not_depend_on_the_samples_beside_them(a
 @ARCHITECTURES
 def test_of_samples_that_halt_the_models_own_greedy_answers_are_right_and_no_others(architecture):
     model, halt, _ = resting(architecture)
-    options = eval_options(cycles=Cycles(12, 2, halt))
-    prompts = [sample.prompt for sample in samples((9, 1), (7, 1), (5, 1), (6, 1), (8, 1), (9, 1))]
-    answers = generate_ids(model, TOKENIZER, prompts, options, max_new_tokens=5)
+    model.head.weight.data[TOKENIZER.eos_id] *= 2  # some answers end early, and wait for the others
+    prompts = [sample.prompt for sample in samples(*[(size, 1) for size in (9, 8, 7, 9, 8, 7, 8, 9) * 3])]
+
+    def options(batch_size):
+        return eval_options(batch_size, cycles=Cycles(12, 2, halt))
+
+    answers = generate_ids(model, TOKENIZER, prompts, options(64), max_new_tokens=7)
+    prompts, answers = zip(*[pair for pair in zip(prompts, answers) if pair[1]])
+    assert len({*map(len, answers)}) > 1
     others = [[*answer[:-1], 4 if answer[-1] != 4 else 5] for answer in answers]
-    for responses, right in ((answers, True), (others, False)):
-        some = [Sample(*pair, ends=len(pair[1]) < 5) for pair in zip(prompts, responses, strict=True)]
-        work = Slice(0, 0, np.arange(len(some)), Ragged.of(some), options, 5, 0)
-        scores = score(model, TOKENIZER, work)
-        assert scores.right.tolist() == [right] * len(prompts)
-        assert ((scores.cycles >= 1) & (scores.cycles <= 12)).all()
+    shorter = [answer[:-1] for answer in answers]  # they would have to end there
+    for responses, right in ((answers, True), (others, False), (shorter, False)):
+        ends = [len(response) < len(answer) or len(answer) < 7 for response, answer in zip(responses, answers)]
+        some = [Sample(prompt, *pair) for prompt, *pair in zip(prompts, responses, ends)]
+        work = [Slice(0, 0, np.arange(len(some)), Ragged.of(some), options(size), 7, 0) for size in (64, 3, 1)]
+        together, waiting, alone = (score(model, TOKENIZER, one) for one in work)
+        assert together.right.tolist() == [right] * len(prompts)
+        for scores in (together, waiting):
+            assert scores.cycles == pytest.approx(alone.cycles), "whatever is beside a sample"
 
 
 @ARCHITECTURES

@@ -98,19 +98,19 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(command, checkpoint,
 
 
 @pytest.mark.parametrize(
-    ("line", "error"),
+    ("lines", "error"),
     [
+        (["Traceback", "hrm_lm.errors.UserError: --slots 9: too many"], UserError("--slots 9: too many")),
         (
-            "hrm_lm.errors.UserError: --slots 9: their caches take 2 GiB",
-            UserError("--slots 9: their caches take 2 GiB"),
+            ["hrm_lm.errors.DamagedCheckpoint: c: damaged:", "weights are cut"],
+            UserError("c: damaged:\nweights are cut"),
         ),
-        ("hrm_lm.errors.DamagedCheckpoint: c: weights: cut", UserError("c: weights: cut")),
-        ("torch.OutOfMemoryError: CUDA out of memory", RunFailed("CUDA out of memory")),
-        ("the actor died", RunFailed("the actor died")),
+        (["Traceback", "torch.OutOfMemoryError: CUDA out of memory"], RunFailed("CUDA out of memory")),
+        (["s3: the actor died"], RunFailed("s3: the actor died")),
     ],
 )
-def test_what_a_user_can_mend_in_a_replica_that_does_not_start_is_the_users_error(line, error):
-    told = told_by(line)
+def test_what_a_user_can_mend_in_a_replica_that_does_not_start_is_the_users_error(lines, error):
+    told = told_by(lines)
     assert type(told) is type(error) and str(told) == f"nothing is served: {error}"
 
 

@@ -81,10 +81,11 @@ class Reached:
     def __init__(self, fs: pyarrow.fs.FileSystem, folder: str):
         self._fs, self._path = fs, f"{folder}/.reached"
         self._period = 1 if isinstance(fs, pyarrow.fs.LocalFileSystem) else 2  # seconds
-        self.before, self.known = 0, False
-        """The steps taken before the workers were started again, at least; and whether the file tells them."""
+        self.before, self.exact = 0, False
+        """The steps taken before the workers were started again; whether it is these and no more."""
         with suppress(OSError, ValueError), fs.open_input_stream(self._path) as stream:
-            self.before, self.known = int(stream.read()), True
+            count, *end = stream.read().decode().split()
+            self.before, self.exact = int(count), end == ["end"]
         self.step = self._written = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="reached", daemon=True)
@@ -92,20 +93,19 @@ class Reached:
 
     def repeated(self, step: int) -> str:
         """What a run that goes on with this step says of those that it had taken before."""
-        if again := max(self.before - step + 1, 0):
-            return f"at least {again} steps are repeated"
-        return "0 steps are repeated" if self.known else "how many steps are repeated is not known"
+        again = max(self.before - step + 1, 0)
+        return f"{again} steps are repeated" if self.exact else f"at least {again} steps are repeated"
 
     def _keep(self) -> None:
         while not self._closed.wait(self._period):
-            self._write()
-        self._write()
+            if self.step != self._written:
+                self._write()
+        self._write(" end")
 
-    def _write(self) -> None:
-        if (step := self.step) == self._written:
-            return
+    def _write(self, end: str = "") -> None:
+        step = self.step
         with suppress(OSError), self._fs.open_output_stream(self._path, compression=None) as stream:
-            stream.write(str(step).encode())
+            stream.write(f"{step}{end}".encode())
             self._written = step
 
     def close(self) -> None:

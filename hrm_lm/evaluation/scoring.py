@@ -110,7 +110,9 @@ def generated_scores(
     """
     prompts, responses = apart(work.samples)
     taken: list[tuple[list[int], torch.Tensor]] = []
-    generated = generate_ids(model, tokenizer, prompts, options, max_new_tokens=work.max_new_tokens, taken=taken)
+    longest = max(len(response) for response in responses) + 1
+    most = work.max_new_tokens and min(max(work.max_new_tokens, longest), model.config.max_response_len)
+    generated = generate_ids(model, tokenizer, prompts, options, max_new_tokens=most, taken=taken)
     right = [
         ids == response.tolist() if ends else ids[: len(response)] == response.tolist()
         for ids, response, ends in zip(generated, responses, work.samples.ends, strict=True)
@@ -119,7 +121,8 @@ def generated_scores(
     for which, counts in taken:
         cycles[which] += counts.cpu().numpy()
         times[which] += 1
-    return Scores(sums[0], sums[1], np.array(right), [tokenizer.decode(ids) for ids in generated], cycles / times)
+    answers: list[str | None] = [tokenizer.decode(ids[: work.max_new_tokens]) for ids in generated]
+    return Scores(sums[0], sums[1], np.array(right), answers, cycles / times)
 
 
 @torch.no_grad()

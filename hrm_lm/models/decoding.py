@@ -82,7 +82,8 @@ def generate_ids(
                 new = slice(0, len(running))
                 logits = decode(growing.last[: step_rows(len(running), rows, device)], decoding)[: len(running)]
             if taken is not None:
-                going = ~growing.done[new]  # others have ended, and wait until they are dropped
+                # Others have ended, and wait until they are dropped.
+                going = ~growing.done[new] & (growing.count[new] < most)
                 which = [i for i, goes in zip(running[new], going.tolist()) if goes or was_read]
                 taken += [(which, cycles if was_read else cycles[: len(going)][going]) for cycles in decoding.taken]
             decoding.taken.clear()

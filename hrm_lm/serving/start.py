@@ -178,14 +178,15 @@ def failure(said: str) -> UserError | RunFailed:
 
     application = serve.status().applications.get(APPLICATION)
     messages = [each.message for each in application.deployments.values()] if application else []
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    return told_by(lines[-1]) if lines else RunFailed(f"nothing is served: {said}")
+    return told_by([line.strip() for message in messages for line in message.splitlines() if line.strip()] or [said])
 
 
-def told_by(line: str) -> UserError | RunFailed:
-    """line: the last of a traceback."""
+def told_by(lines: list[str]) -> UserError | RunFailed:
+    """lines: a message that ends with a traceback."""
     kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]
-    error = re.match(r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*): ", line)
-    text = f"nothing is served: {line[error.end() :] if error else line}"
-    mendable = error and error[1] in [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
-    return UserError(text) if mendable else RunFailed(text)
+    mendable = [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
+    for i in reversed(range(len(lines))):
+        name, _, text = lines[i].partition(": ")
+        if name in mendable:
+            return UserError("\n".join([f"nothing is served: {text}", *lines[i + 1 :]]))
+    return RunFailed(f"nothing is served: {re.sub(r'^([A-Za-z_]+[.])+[A-Za-z]+: ', '', lines[-1])}")

@@ -67,29 +67,40 @@ class RemoteFiles:
         if missing := self._missing(names):
             self._ask(missing, first=False)
 
-    def keep(self, names: Iterable[str]) -> None:
-        """Says which files this process needs from now on: no other file takes their place.
+    def keep(self, names: Iterable[str], soon: int = 0) -> None:
+        """Says which files this process needs from now on: no other file takes their place. soon: bytes that it will need
+        besides.
 
         Raises UserError where the disk does not hold them: they would take one another's place over and over.
         """
-        _kept[self.folder] = frozenset(names)
-        for name in _kept[self.folder]:
+        kept = _kept[self.folder] = frozenset(names)
+        for name in kept:
             with suppress(FileNotFoundError):
                 os.utime(self.folder / name)  # for other processes, which remove the oldest
         if self.limit is not None:
-            self._check_disk(self.limit)
+            self._check_disk(kept, soon)
 
-    def _check_disk(self, limit: float) -> None:
+    def _check_disk(self, kept: frozenset[str], soon: int) -> None:
+        """Of a mixture's datasets each looks at itself alone."""
         root = self.folder.parent
         root.mkdir(parents=True, exist_ok=True)
-        missing = sum(self.files[name][0] for name in self._missing(_kept[self.folder]))
-        others = sum(stat.st_size for stat, file in copies(root) if file.name not in _kept.get(file.parent, ()))
-        if missing > (room := shutil.disk_usage(root).free + others):
-            whole = sum(self.files[name][0] for name in _kept[self.folder])
+        with counting(root):
+            room = shutil.disk_usage(
+                root
+            ).free  # before the copies: what is written meanwhile makes it seem more, not less
+            missing = soon + sum(self.files[name][0] for name in self._missing(kept))
+            for stat, file in copies(root):
+                own = file.parent == self.folder and file.name.removesuffix(".partial") in kept
+                if file.suffix == ".partial":
+                    room += 512 * stat.st_blocks if own else 0  # a file is as long as it will be before it is fetched
+                elif not own:
+                    room += stat.st_size
+        if missing > room:
+            whole = soon + sum(self.files[name][0] for name in kept)
             raise UserError(
-                f"{root}: this disk has no room for {whole / 1e9:.3g} GB of copies that are needed at a time: {missing / 1e9:.3g} GB "
-                f"are missing, and {room / 1e9:.3g} GB are free; lower data.cache_gb ({limit / 1e9:g}), or set HRM_LM_CACHE "
-                "to a larger disk"
+                f"{root}: this disk has no room for the {whole / 1e9:.3g} GB of copies that a run needs at a time: {missing / 1e9:.3g} "
+                f"GB are missing, and {room / 1e9:.3g} GB are free; set HRM_LM_CACHE to a larger disk, or lower data.cache_gb of a "
+                "new run"
             )
 
     def _missing(self, names: Iterable[str]) -> list[str]:

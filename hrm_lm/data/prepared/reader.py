@@ -125,7 +125,9 @@ class PreparedSplit(FlatSplit):
         gone = self.blocks.around(first - 1, first, seed) if first and len(now) == 1 else []
         files = {block: self.files(self.blocks.shards(block, seed)) for block in (*gone, *now, coming)}
         present = [name for block in now for name in files[block]]
-        self.remote.keep([name for names in files.values() for name in names] + [*self.validation])
+        # Of the first block on, there are two at a time, and later three.
+        soon = 0 if gone else sum(self.remote.files[name][0] for name in files[coming])
+        self.remote.keep([name for names in files.values() for name in names] + [*self.validation], soon)
         self._expected = now
         self.remote.fetch_ahead(dict.fromkeys([*present, *self.validation, *files[coming]]))
 
