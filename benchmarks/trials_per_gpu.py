@@ -1,10 +1,9 @@
 """Trials of the default config that share a GPU: all at once against one after another, through the tune command.
 
 Prints the seconds of both sweeps and their ratio, and where they go: Ray's start and the first trial's, and the trials' own
-loops. Before the sweeps, bare steps without Ray: of one process,
-and of several that begin together. What these do not gain by sharing the GPU, no sweep can gain. `--mps` starts NVIDIA's
-MPS, so that kernels of several processes run side by side; without MPS the processes take turns. Of a GPU with MPS it says
-which processes MPS serves. `--quick` shows on CPU that it works: two tiny trials, a CPU for each.
+loops. Before the sweeps it takes bare steps without Ray, in one process and then in several that begin together. What these do
+not gain by sharing the GPU, no sweep can gain. `--mps` starts NVIDIA's MPS, so that kernels of several processes run side by
+side, and tells at the end what MPS's log says of its clients; without MPS the processes take turns. `--quick` shows on CPU that it works: two tiny trials, a CPU for each.
 
     python benchmarks/trials_per_gpu.py [--trials 8] [--steps 20000] [--mps] [--set PATH=VALUE ...]
 """

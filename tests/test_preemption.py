@@ -110,6 +110,8 @@ def test_the_steps_that_a_run_had_taken_are_known_to_the_workers_that_follow(tmp
     reached = Reached(LocalFileSystem(), str(tmp_path))
     assert reached.before == 17
     assert [reached.repeated(step) for step in (11, 18)] == ["7 steps are repeated", "0 steps are repeated"]
+    reached.close()  # before its first step
+    assert Reached(LocalFileSystem(), str(tmp_path)).before == 17
     (tmp_path / ".reached").write_bytes(b"17")  # killed a moment later
     reached = Reached(LocalFileSystem(), str(tmp_path))
     assert [reached.repeated(step) for step in (11, 18)] == [

@@ -82,7 +82,7 @@ class Reached:
         self._fs, self._path = fs, f"{folder}/.reached"
         self._period = 1 if isinstance(fs, pyarrow.fs.LocalFileSystem) else 2  # seconds
         self.before, self.exact = 0, False
-        """The steps taken before the workers were started again; whether it is these and no more."""
+        """How many steps were taken before the workers started again, at least, and whether this count is exact."""
         with suppress(OSError, ValueError), fs.open_input_stream(self._path) as stream:
             count, *end = stream.read().decode().split()
             self.before, self.exact = int(count), end == ["end"]
@@ -92,7 +92,7 @@ class Reached:
         self._thread.start()
 
     def repeated(self, step: int) -> str:
-        """What a run that goes on with this step says of those that it had taken before."""
+        """Tells how many steps a run repeats that goes on with this step."""
         again = max(self.before - step + 1, 0)
         return f"{again} steps are repeated" if self.exact else f"at least {again} steps are repeated"
 
@@ -100,7 +100,8 @@ class Reached:
         while not self._closed.wait(self._period):
             if self.step != self._written:
                 self._write()
-        self._write(" end")
+        if self.step:
+            self._write(" end")
 
     def _write(self, end: str = "") -> None:
         step = self.step

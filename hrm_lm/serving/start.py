@@ -173,7 +173,7 @@ def wait_for_the_end() -> None:
 
 
 def failure(said: str) -> UserError | RunFailed:
-    """Why replicas do not start: the last line of a traceback, or else what was said."""
+    """Tells why replicas do not start: by the error that a traceback ends with, or else by what was said."""
     from ray import serve
 
     application = serve.status().applications.get(APPLICATION)
@@ -182,7 +182,7 @@ def failure(said: str) -> UserError | RunFailed:
 
 
 def told_by(lines: list[str]) -> UserError | RunFailed:
-    """lines: a message that ends with a traceback."""
+    """Makes an error of a message, which may end with a traceback, for the user who reads it. lines: are those of the message."""
     kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]
     mendable = [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
     for i in reversed(range(len(lines))):

@@ -68,7 +68,7 @@ class RemoteFiles:
             self._ask(missing, first=False)
 
     def keep(self, names: Iterable[str], soon: int = 0) -> None:
-        """Says which files this process needs from now on: no other file takes their place. soon: bytes that it will need
+        """Says which files this process needs from now on: no other file takes their place. soon: how many bytes it will need
         besides.
 
         Raises UserError where the disk does not hold them: they would take one another's place over and over.
@@ -81,13 +81,14 @@ class RemoteFiles:
             self._check_disk(kept, soon)
 
     def _check_disk(self, kept: frozenset[str], soon: int) -> None:
-        """Of a mixture's datasets each looks at itself alone."""
+        """Raises UserError where the disk does not hold `kept` and `soon` bytes more. It takes no account of the other datasets of
+        a mixture, whose copies may go.
+        """
         root = self.folder.parent
         root.mkdir(parents=True, exist_ok=True)
         with counting(root):
-            room = shutil.disk_usage(
-                root
-            ).free  # before the copies: what is written meanwhile makes it seem more, not less
+            # Before the copies are counted: what is written meanwhile makes the room seem larger, and never smaller.
+            room = shutil.disk_usage(root).free
             missing = soon + sum(self.files[name][0] for name in self._missing(kept))
             for stat, file in copies(root):
                 own = file.parent == self.folder and file.name.removesuffix(".partial") in kept
