@@ -12,7 +12,8 @@ applications.
 
 The sections:
 
-    fixed     Sequences of 1,024 tokens, half of them response: the bare step here, and compiled `HrmTextForCausalLM`.
+    fixed     Sequences of 1,024 tokens, half of them response: the bare step here, in bf16 and with `train.mixed_precision=fp8`,
+              and compiled `HrmTextForCausalLM`.
     real      Lengths of an instruction set (log-normal, mean 200 a side, up to 1,023): packed here, there random batches
               padded to their longest sample, as many samples as fit as many positions.
     memory    `train.activation_memory`, on packed batches of these lengths.
@@ -71,6 +72,7 @@ from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.checkpoint import Snapshot
 from hrm_lm.training.flops import known_peak, training_flops
 from hrm_lm.training.loop import train
+from hrm_lm.training.profiling import table as profile_table
 from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -153,12 +155,16 @@ class Table:
 
     def add(self, section: str, preset: str, arm: str, **row: Any) -> None:
         row = {"section": section, "preset": preset, "arm": self._named(arm), **row}
+        profile = row.pop("profile", None)
         rates = row.get("rates") or []
         shown = row | {"spread": f"{_shown(min(rates))} to {_shown(max(rates))}" if len(rates) > 1 else ""}
         self._print([_shown(shown.get(column)) for column in self.COLUMNS])
         if self.output is None:
             return
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        if profile:
+            name = re.sub(r"[^\w.-]+", "_", "_".join(["profile", self.output.stem, section, preset, row["arm"]]))
+            self.output.with_name(f"{name}.txt").write_text(profile, encoding="utf-8")
         with self.output.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -238,6 +244,7 @@ def rounded(length: int) -> int:
 def config_of(preset: str, args: argparse.Namespace, **overrides: Any) -> Config:
     fields = {
         "train.packing": False, "train.batch_tokens": None, "train.length_window": 0, "train.grad_accum_steps": 1,
+        "train.cuda_graphs": False,  # whose memory is not that of a step
         "optim.name": "adamw", "train.ema_decay": 0.0, "train.compile": True, "model.hrm.backprop_warmup_steps": 0,
         "model.vocab_size": args.sizes.vocab_size, "train.activation_memory": ACTIVATION_MEMORY[preset],
     }  # fmt: skip
@@ -409,10 +416,24 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
             row |= {"gib": (peaks[name] - others) / 2**30}
         if peak and "flops_per_token" in row:
             row["of_peak"] = row["rate"] * row["flops_per_token"] / peak
-    if len(ready) == 2:
-        first, second = ready
-        rows[first]["ratio"] = statistics.median(a / b for a, b in zip(rates[first], rates[second]))
+        if args.profile:
+            row["profile"] = profile_of(ready[name].step)
+    for name in ready.keys() & {"ours", "fp8"} if "transformers" in ready else ():
+        rows[name]["ratio"] = statistics.median(a / b for a, b in zip(rates[name], rates["transformers"]))
     return rows
+
+
+def profile_of(step: Callable[[], int]) -> str:
+    """Where the time of three steps goes (`hrm_lm.training.profiling`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        schedule = torch.profiler.schedule(wait=0, warmup=1, active=3, repeat=1)
+        with torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))) as p:
+            for _ in range(4):
+                step()
+                synchronize()  # a profiled step begins and ends with an idle device
+                p.step()
+        return profile_table(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
 
 
 def warmed_up(make: Callable[[], Side], args: argparse.Namespace) -> tuple[Side | None, Any]:
@@ -456,10 +477,11 @@ def fixed(preset: str, args: argparse.Namespace, table: Table) -> None:
     config, rng = config_of(preset, args), np.random.default_rng(0)
     samples = [fixed_samples(rng, args.sizes) for _ in range(args.sizes.batches)]
     vocabulary, parts = Vocabulary(args.sizes.vocab_size), PARTS[preset]
+    batches = [join(Ragged.of(some), vocabulary) for some in samples]
+    in_fp8 = config_of(preset, args, **{"train.mixed_precision": "fp8", "ray.parallel": "ddp"})
     sides: dict[str, Attempts] = {
-        "ours": [
-            (_our_note(config), lambda: ours(config, [join(Ragged.of(some), vocabulary) for some in samples])),
-        ],
+        "ours": [(_our_note(config), lambda: ours(config, batches))],
+        "fp8": [(_our_note(in_fp8), lambda: ours(in_fp8, batches))],
         "transformers": [
             (f"compiled{_in(n)}", lambda n=n: theirs(config, samples, "whole", n)) for n in (parts, 2 * parts)
         ],
@@ -778,6 +800,7 @@ PRESET_SECTIONS = {
     "fixed": fixed, "real": real, "memory": memory, "generate": generate, "workers": workers, "trainer": trainer,
 }  # fmt: skip
 SECTIONS = [*PRESET_SECTIONS, "small"]
+SIDES = ["ours", "fp8", "transformers"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -785,7 +808,7 @@ def main(argv: list[str] | None = None) -> None:
     some = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--only", type=some, default=SECTIONS, metavar="SECTION,...", help=", ".join(SECTIONS))
     parser.add_argument("--presets", type=some, default=["b"], metavar="PRESET,...", help="b, l, xl")
-    parser.add_argument("--sides", type=some, default=["ours", "transformers"], help="ours, transformers")
+    parser.add_argument("--sides", type=some, default=SIDES, metavar="SIDE,...", help=", ".join(SIDES))
     parser.add_argument(
         "--compiled", type=some, default=["whole", "layers", "no"], metavar="HOW,...",
         help="what of Transformers' model is tried in `real`, in this order: whole, layers, no",
@@ -798,11 +821,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of a round")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for a side to warm up, or a command to end")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="of the config, on our side")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="beside the JSON file, of each side that is measured: where its steps' time goes",
+    )
     parser.add_argument("--output", type=Path, help="the JSON file [benchmarks/results/<device>.json; none if --quick]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled")
     args = parser.parse_args(argv)
     known_values = {
-        "only": SECTIONS, "presets": ACTIVATION_MEMORY, "sides": ["ours", "transformers"],
+        "only": SECTIONS, "presets": ACTIVATION_MEMORY, "sides": SIDES,
         "compiled": ["whole", "layers", "no"], "precisions": ["bf16", "none"],
     }  # fmt: skip
     for name, known in known_values.items():

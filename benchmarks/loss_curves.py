@@ -1,12 +1,13 @@
-"""Whether packed, compiled bf16 training follows eager float32: loss curves of both over the same steps, for several seeds.
+"""Whether packed, compiled training in bf16 and in fp8 follows eager float32: loss curves of the three over the same steps, for
+several seeds.
 
-Both take the same samples in the same order from the same initial weights. One has them packed end to end; the other has
-them in rows of their own, in micro-batches of alike lengths, with dense masks and exact float32 products. The text is a
+All take the same samples in the same order from the same initial weights. Two have them packed end to end; float32 has them
+in rows of their own, in micro-batches of alike lengths, with dense masks and exact float32 products. The text is a
 chain of tokens in which a few successors, by Zipf's law, follow each token; a seed draws other weights and another chain
 through the same successors. The differences of the smoothed curves are set beside those that seeds make.
 
     python benchmarks/loss_curves.py                          # HRM-Text B: benchmarks/results/loss_curves.json, docs/loss_curves.svg
-    python benchmarks/loss_curves.py --seeds 1                # adds a seed to what is there, or repeats it
+    python benchmarks/loss_curves.py --seeds 1 --kinds fp8    # adds this to what is there, or repeats it
     python benchmarks/loss_curves.py --quick --output DIR/loss_curves.json --plot DIR/loss_curves.svg     # tiny, also on CPU
 """
 
@@ -30,10 +31,11 @@ from hrm_lm.training.step import Stats, build_state, train_step
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KINDS = {"float32": "eager float32, unpacked", "bf16": "compiled bf16, packed"}
+KINDS = {"float32": "eager float32, unpacked", "bf16": "compiled bf16, packed", "fp8": "compiled fp8, packed"}
 SUCCESSORS = 8
 MICRO_BATCHES = 4  # of float32 without packing, to save memory and padding
 SMOOTH = 20  # steps of the running mean
+DASHES = {"float32": "", "bf16": ' stroke-dasharray="5 4"', "fp8": ' stroke-dasharray="1.5 3"'}
 
 
 class Vocabulary:
@@ -81,9 +83,10 @@ def losses(kind: str, seed: int, args: argparse.Namespace) -> list[float]:
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     budget, longest = (512, 60) if args.quick else (args.tokens, 1023)
+    packed = kind != "float32"
     fields = {
-        "train.seed": seed, "train.steps": args.steps, "train.compile": kind == "bf16" and not args.quick,
-        "train.mixed_precision": "bf16" if kind == "bf16" else "none", "train.ema_decay": 0.0, "train.cuda_graphs": False,
+        "train.seed": seed, "train.steps": args.steps, "train.compile": packed and not args.quick,
+        "train.mixed_precision": kind if packed else "none", "ray.parallel": "ddp", "train.ema_decay": 0.0, "train.cuda_graphs": False,
         "train.packing": False, "train.batch_tokens": None, "train.length_window": 0, "train.grad_accum_steps": 1,
         # As the recipe does in its first fifth, in so few steps.
         "optim.warmup_steps": args.steps // 10, "model.hrm.backprop_warmup_steps": args.steps // 5,
@@ -95,9 +98,9 @@ def losses(kind: str, seed: int, args: argparse.Namespace) -> list[float]:
     torch._dynamo.reset()
     state = build_state(config, 1024 if args.quick else 65_536, DEVICE)
     stats, curve, start = Stats(state), [], time.perf_counter()
-    with patch.object(masks, "FLEX_FROM", masks.FLEX_FROM if kind == "bf16" else float("inf")):
+    with patch.object(masks, "FLEX_FROM", masks.FLEX_FROM if packed else float("inf")):
         for samples in samples_of(seed, args.steps, budget, longest):
-            rows = [pack(Ragged.of(samples), Vocabulary(), width=budget)] if kind == "bf16" else micro_batches(samples)
+            rows = [pack(Ragged.of(samples), Vocabulary(), width=budget)] if packed else micro_batches(samples)
             train_step(state, [to_device(batch, DEVICE) for batch in rows], stats)
             curve.append(stats.read()["loss"])
     print(
@@ -113,13 +116,15 @@ def smoothed(curve: list[float]) -> np.ndarray:
 
 
 def differences(curves: dict[str, dict[str, list[float]]]) -> dict[str, np.ndarray]:
-    """Absolute differences of smoothed curves: (seeds, steps) between both kinds, (pairs, steps) between float32 seeds."""
+    """Absolute differences of smoothed curves: (seeds, steps) of a kind from float32, (pairs, steps) between float32 seeds."""
     smooth = {kind: {seed: smoothed(curve) for seed, curve in of.items()} for kind, of in curves.items()}
-    both = sorted(smooth["float32"].keys() & smooth["bf16"].keys())
-    pairs = list(itertools.combinations(sorted(smooth["float32"]), 2))
-    return {
-        "kinds": np.array([np.abs(smooth["bf16"][seed] - smooth["float32"][seed]) for seed in both]),
-        "seeds": np.array([np.abs(smooth["float32"][a] - smooth["float32"][b]) for a, b in pairs]),
+    exact = smooth.pop("float32")
+    apart = {
+        kind: np.array([np.abs(curve - exact[seed]) for seed, curve in sorted(of.items()) if seed in exact])
+        for kind, of in smooth.items()
+    }
+    return apart | {
+        "seeds": np.array([np.abs(exact[a] - exact[b]) for a, b in itertools.combinations(sorted(exact), 2)])
     }
 
 
@@ -147,19 +152,21 @@ def plot(curves: dict[str, dict[str, list[float]]], apart: dict[str, np.ndarray]
             parts.append(f'<polyline points="{points}" fill="none" {style}/>')
 
     lines = []
-    for kind, dash in (("float32", ""), ("bf16", ' stroke-dasharray="5 4"')):
+    for kind, dash in DASHES.items():
         for i, curve in enumerate(curve for _, curve in sorted(curves[kind].items())):
             color = colors[i % len(colors)]
             lines.append((smoothed(curve), f'stroke="{color}" stroke-width="1.6"{dash}'))
     values = np.concatenate([line for line, _ in lines])
     low, high = np.floor(values.min()), np.ceil(values.max())
     ticks = [(value, f"{value:g}") for value in np.arange(low, high + 1)]
-    title = f"Loss, mean of {SMOOTH} steps; a colour a seed; solid: {KINDS['float32']}; dashed: {KINDS['bf16']}"
+    title = f"Loss, mean of {SMOOTH} steps; a colour a seed; solid: {KINDS['float32']}; dashed: {KINDS['bf16']}; dotted: fp8"
     panel(title, top, heights[0], low, high, ticks, lines)
     lines = [(np.log10(line + 1e-6), 'stroke="#888" stroke-width="1.2"') for line in apart["seeds"]]
-    lines += [(np.log10(line + 1e-6), 'stroke="#111" stroke-width="1.6"') for line in apart["kinds"]]
+    for kind in KINDS.keys() & apart.keys():
+        style = f'stroke="#111" stroke-width="1.6"{DASHES[kind]}'
+        lines += [(np.log10(line + 1e-6), style) for line in apart[kind]]
     ticks = [(value, f"{10.0**value:g}") for value in range(-4, 1)]
-    title = "Their differences: black between the two kinds, grey between seeds of float32"
+    title = "Their differences: black, dashed and dotted, from float32; grey, between seeds of float32"
     panel(title, top + heights[0] + gap, heights[1], -4, 0, ticks, lines)
     bottom = top + sum(heights) + gap
     for step in np.linspace(0, steps, 7):
@@ -179,6 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=4096, help="of a step")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="which to train")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "loss_curves.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "loss_curves.svg")
@@ -188,10 +196,11 @@ def main() -> None:
 
     made = {name: getattr(args, name) for name in ("preset", "steps", "tokens", "quick", "set")}
     known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-    curves = known["curves"] if known.get("made") == made else {kind: {} for kind in KINDS}
-    for seed, kind in itertools.product(args.seeds.split(","), KINDS):
+    curves: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
+    curves |= known["curves"] if known.get("made") == made else {}
+    for seed, kind in itertools.product(args.seeds.split(","), args.kinds.split(",")):
         curves[kind][seed] = losses(kind, int(seed), args)
-        apart = differences(curves)
+        apart = differences(dict(curves))
         summary = {
             name: {"max": float(of.max()), "mean": float(of.mean())} for name, of in apart.items() if of.size
         }  # fmt: skip
@@ -202,11 +211,9 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(content) + "\n", encoding="utf-8")
         args.plot.write_text(plot(curves, apart), encoding="utf-8")
-    for name, what in (("kinds", f"{KINDS['bf16']} to {KINDS['float32']}"), ("seeds", "float32, seed to seed")):
-        if name in summary:
-            print(
-                f"{what}: the smoothed losses differ by {summary[name]['mean']:.4f}, at most {summary[name]['max']:.4f}"
-            )
+    for name, of in summary.items():
+        what = "float32, seed to seed" if name == "seeds" else f"{KINDS[name]}, from float32"
+        print(f"{what}: the smoothed losses differ by {of['mean']:.4f}, at most {of['max']:.4f}")
 
 
 if __name__ == "__main__":

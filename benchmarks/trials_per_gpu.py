@@ -3,7 +3,8 @@
 Prints the seconds of both sweeps and their ratio, and where they go: Ray's start and the first trial's, and the trials' own
 loops. Before the sweeps it takes bare steps without Ray, in one process and then in several that begin together. What these do
 not gain by sharing the GPU, no sweep can gain. `--mps` starts NVIDIA's MPS, so that kernels of several processes run side by
-side, and tells at the end what MPS's log says of its clients; without MPS the processes take turns. `--quick` shows on CPU that it works: two tiny trials, a CPU for each.
+side, and tells at the end what MPS's log says of its clients; without MPS the processes take turns. `--quick` shows on CPU that
+it works: two tiny trials, a CPU for each.
 
     python benchmarks/trials_per_gpu.py [--trials 8] [--steps 20000] [--mps] [--set PATH=VALUE ...]
 """
@@ -29,6 +30,7 @@ from hrm_lm.config import load_config, parse_set
 from hrm_lm.data.loading import prefetch, train_batches
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.training.step import Stats, build_state, train_step
+from hrm_lm.tuning.trial import share_multiprocessors
 
 FILE = """
 base:
@@ -44,8 +46,9 @@ QUICK = ["model.d_model=16", "model.n_heads=2", "train.batch_size=8", "data.synt
 # --- without Ray ---------------------------------------------------------------------------------------------------
 
 
-def bare_steps(rank: int, steps: int, sets: list[str], begin: Any, ended: Any) -> None:
-    """A process that trains: it prepares itself, waits for the others, and says how many steps/s it took."""
+def bare_steps(rank: int, share: float, steps: int, sets: list[str], begin: Any, ended: Any) -> None:
+    """A process that trains: it prepares itself, waits for the others, and says how many steps/s it took. share: of the GPU."""
+    share_multiprocessors(share)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(overrides={"data.dataset": "synthetic", "train.steps": 2 * steps} | parse_set(sets))
@@ -72,7 +75,7 @@ def together(processes: int, steps: int, sets: list[str]) -> float:
     """Steps/s of all processes, which train at the same time."""
     context = mp.get_context("spawn")
     begin, ended = context.Barrier(processes), context.Queue()
-    running = mp.spawn(bare_steps, (steps, sets, begin, ended), nprocs=processes, join=False)
+    running = mp.spawn(bare_steps, (1 / processes, steps, sets, begin, ended), nprocs=processes, join=False)
     while not running.join():  # it raises what a process raised, and ends the others
         pass
     return sum(ended.get() for _ in range(processes))

@@ -578,10 +578,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _sharded_precision(self):
         parallel, precision = self.ray.parallel, self.train.mixed_precision
-        if parallel != "ddp" and precision in ("fp16", "fp8"):
-            raise ValueError(
-                f"train.mixed_precision: {precision} does not go with ray.parallel {parallel}; use bf16 or none"
-            )
+        if parallel != "ddp" and precision == "fp16":
+            raise ValueError(f"train.mixed_precision: fp16 does not go with ray.parallel {parallel}; use bf16 or none")
         return self
 
     @model_validator(mode="after")

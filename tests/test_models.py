@@ -92,6 +92,7 @@ def test_losses_made_in_pieces_are_those_made_at_once(monkeypatch):
     results = []
     for at_once in (1 << 28, 5 * VOCAB):
         monkeypatch.setattr(layers, "LOGITS_AT_ONCE", at_once)
+        model.head.logits_at_once = at_once
         model.zero_grad()
         each = losses(model.train(), batch_of(model, *some))
         each.sum().backward()
@@ -99,6 +100,30 @@ def test_losses_made_in_pieces_are_those_made_at_once(monkeypatch):
             right = model(batch_of(model, *some), CYCLES).predictions[-1].right
         results.append((each.detach(), right, [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_compiled_losses_compute_no_logits_twice_where_eager_ones_would(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    again = []
+    monkeypatch.setattr(layers, "checkpoint", lambda function, *args, **how: again.append(1) or function(*args))
+    count = layers.LOGITS_AT_ONCE // 1000 + 1
+    with torch.device("meta"):  # nothing is computed
+        head, states, labels = layers.Head(8, 1000), torch.empty(count, 8), torch.empty(count, dtype=torch.long)
+    head.losses(states, labels)
+    assert len(again) == 2
+    head.compile_losses()
+    head.losses(states, labels)
+    assert len(again) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_swiglu_that_is_made_for_compilers_is_that_of_autograd(dtype):
+    gate_up, gradient = torch.randn(3, 5, 16).to(dtype).requires_grad_(), torch.randn(3, 5, 8).to(dtype)
+    for_compilers, expected = (
+        torch.autograd.grad(function(gate_up), gate_up, gradient)[0]
+        for function in (layers.SiluMul.apply, layers.silu_mul)
+    )
+    torch.testing.assert_close(for_compilers, expected)
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])

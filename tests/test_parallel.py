@@ -179,8 +179,9 @@ def runs(tmp_path_factory):
         for parallel in ("ddp", "fsdp")
         for name in [f"{kind}_{parallel}"]
     ]
-    float8 = small_config(**RECIPE, **TWO, train__mixed_precision="fp8")
-    two.append(("fp8_ddp", trained, float8, root / "fp8_ddp"))
+    for parallel in ("ddp", "fsdp"):
+        float8 = small_config(**RECIPE, **TWO, train__mixed_precision="fp8", ray__parallel=parallel)
+        two.append((f"fp8_{parallel}", trained, float8, root / f"fp8_{parallel}"))
     sharded = small_config(**RECIPE, **TWO, ray__parallel="fsdp")
     two.append(("two_then_one", trained, sharded, root / "two_then_one", 6))
     two.append(("one_then_two", trained, sharded, root / "one_then_two"))
@@ -249,8 +250,9 @@ def test_two_workers_carry_states_from_segment_to_segment_as_one_does(runs, tmp_
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-4)
 
 
-def test_replicas_that_multiply_in_float8_have_the_curve_of_bf16(runs):
-    bf16, float8 = (runs[0][f"{precision}_ddp"] for precision in ("bf16", "fp8"))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_workers_that_multiply_in_float8_have_the_curve_of_bf16(runs, parallel):
+    bf16, float8 = (runs[0][f"{precision}_{parallel}"] for precision in ("bf16", "fp8"))
     assert column(float8, "loss") != column(bf16, "loss")
     assert column(float8, "loss") == pytest.approx(column(bf16, "loss"), abs=0.03)
 

@@ -65,8 +65,8 @@ class Cursor:
         self._fill([*self.filled, *filled])
 
     def rope(self, table: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the next tokens' positions, (rows, 1, 1, D). table: those of all positions, (capacity, D)."""
-        cos, sin = (values.index_select(0, first(self.place, rows))[:, None, None] for values in table)
+        """Cosines and sines of the next tokens' positions, (rows, 1, 1, D). table: those of all positions, (capacity, 1, D)."""
+        cos, sin = (values.index_select(0, first(self.place, rows))[:, None] for values in table)
         return cos, sin
 
     def mask(self, rows: int) -> Tensor:

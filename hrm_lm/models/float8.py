@@ -6,7 +6,8 @@ they multiply, e5m2 for gradients, whose range is wider. The rest is as with bf1
 norms, gates. So is what does not learn: validation and generation multiply by the same weights in bf16.
 
 Weights are cast once a step, however many applications and micro-batches it has (`recast`). That is why this is not
-torchao's `Float8Linear`, which casts a weight at every application: here a step applies a weight many times.
+torchao's `Float8Linear`, which casts a weight at every application: here a step applies a weight many times. Where the model is
+sharded a worker has whole weights only after they were gathered, in bf16, and casts these at every application.
 """
 
 from functools import cache
@@ -25,12 +26,12 @@ MULTIPLE = 16
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x as float8, and what to multiply it with to have x again, 0-dim float32. Infinity and NaN make it all NaN."""
-    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
+    largest = x.abs().amax().float().clamp(min=1e-12)
+    return (x.float() * (torch.finfo(dtype).max / largest)).to(dtype), largest / torch.finfo(dtype).max
 
 
 class Float8Product(torch.autograd.Function):
-    """x (N, K) @ weight.T (K, O) -> (N, O) in bf16, where N, K and O are multiples of 16. The weight's gradient is float32.
+    """x (N, K) @ weight.T (K, O) -> (N, O) in bf16, where N, K and O are multiples of 16. The weight's gradient has its dtype.
 
     `torch._scaled_mm` wants its first matrix row by row and its second column by column, hence the transposed copies.
     Only the forward product takes the faster, less exact way to sum, as in torchao.
@@ -40,6 +41,7 @@ class Float8Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor, w_scale: Tensor) -> Tensor:
         """w8: (O, K), w8t: (K, O), the same values; weight: (O, K), for its gradient."""
         x8, x_scale = to_float8(x, E4M3)
+        ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(x8, x_scale, w8t, w_scale)
         return torch._scaled_mm(x8, w8.t(), x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
@@ -49,19 +51,24 @@ class Float8Product(torch.autograd.Function):
         g8, g_scale = to_float8(gradient.contiguous(), E5M2)
         of_x = torch._scaled_mm(g8, w8t.t(), g_scale, w_scale, out_dtype=torch.bfloat16)
         g8t, x8t = g8.t().contiguous(), x8.t().contiguous()
-        of_weight = torch._scaled_mm(g8t, x8t.t(), g_scale, x_scale, out_dtype=torch.float32)
+        of_weight = torch._scaled_mm(g8t, x8t.t(), g_scale, x_scale, out_dtype=ctx.weight_dtype)
         return of_x, of_weight, None, None, None
 
 
 class Float8Linear(nn.Linear):
-    """Takes a linear layer's place and its parameter. The float8 copies are no buffers: they are neither saved nor sent."""
+    """Takes a linear layer's place and its parameter.
 
-    def __init__(self, linear: nn.Linear):
+    sharded: whether the weight will be a sharded one. Otherwise there are float8 copies of it, which `recast` fills. They are no
+    buffers: they are neither saved nor sent.
+    """
+
+    def __init__(self, linear: nn.Linear, sharded: bool = False):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
-        self.w8 = torch.zeros_like(self.weight, dtype=E4M3, requires_grad=False)
-        self.w8t = self.w8.t().contiguous()
-        self.scale = torch.ones((), device=self.weight.device)
+        self.copies: tuple[Tensor, Tensor, Tensor] | None = None
+        if not sharded:
+            w8 = torch.zeros_like(self.weight, dtype=E4M3, requires_grad=False)
+            self.copies = w8, w8.t().contiguous(), torch.ones((), device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., O), in bf16 while training."""
@@ -71,16 +78,20 @@ class Float8Linear(nn.Linear):
         count = rows.shape[0]
         if count % MULTIPLE:
             rows = F.pad(rows, (0, 0, 0, -count % MULTIPLE))
-        y = Float8Product.apply(rows, self.weight, self.w8, self.w8t, self.scale)
+        y = Float8Product.apply(rows, self.weight, *(self.copies or float8_copies(self.weight.detach())))
         return y[:count].view(*x.shape[:-1], -1)
 
 
-def cast_weight(weight: Tensor, w8: Tensor, w8t: Tensor, scale: Tensor) -> None:
-    """Writes the last three, in place: a CUDA graph reads them there."""
-    values, factor = to_float8(weight, E4M3)
-    w8.copy_(values)
-    w8t.copy_(values.t())
-    scale.copy_(factor)
+def float8_copies(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(O, K) -> the same in float8, that transposed (K, O), and what to multiply them with."""
+    w8, scale = to_float8(weight, E4M3)
+    return w8, w8.t().contiguous(), scale
+
+
+def cast_weight(weight: Tensor, copies: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Writes the copies, in place: a CUDA graph reads them there."""
+    for copy, made in zip(copies, float8_copies(weight), strict=True):
+        copy.copy_(made)
 
 
 @cache
@@ -88,8 +99,10 @@ def compiled_cast_weight():
     return torch.compile(cast_weight, dynamic=False)
 
 
-def use_float8(model: nn.Module, device: torch.device) -> None:
+def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) -> None:
     """From here on the model, which is on `device`, trains in float8. Its parameters and their names stay.
+
+    sharded: whether it will be sharded.
 
     Raises UserError for a GPU without float8. A CPU computes it slowly.
     """
@@ -102,7 +115,7 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
     for module in list(model.modules()):
         if isinstance(module, (SelfAttention, SwiGLU)):
             for name, linear in list(module.named_children()):
-                setattr(module, name, Float8Linear(linear))
+                setattr(module, name, Float8Linear(linear, sharded))
 
 
 @torch.no_grad()
@@ -110,5 +123,5 @@ def recast(model: nn.Module, compiled: bool) -> None:
     """Makes the float8 copies those of the weights. Due before a step, whatever has changed the weights since the last."""
     cast = compiled_cast_weight() if compiled else cast_weight
     for module in model.modules():
-        if isinstance(module, Float8Linear):
-            cast(module.weight, module.w8, module.w8t, module.scale)
+        if isinstance(module, Float8Linear) and module.copies:
+            cast(module.weight, module.copies)

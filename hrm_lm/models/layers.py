@@ -84,23 +84,21 @@ class ScaledEmbedding(nn.Embedding):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Rotary:
-    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), halves rotated against each other.
+    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), halves rotated against each other. The sines of the
+    left half are negative, as `rotate` wants them.
 
-    positions: (T,) or (B, T), integer. Returns two float32 tensors, (T, D) or (B, 1, T, D).
+    positions: (T,) or (B, T), integer. Returns two float32 tensors, (T, 1, D) or (B, T, 1, D), the same for all heads.
     """
     frequencies = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    if positions.dim() == 2:
-        angles = angles.unsqueeze(1)  # over the heads
-    return angles.cos(), angles.sin()
+    angles = positions[..., None, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, rope: Rotary) -> Tensor:
-    """x: (..., B, H, T, D), turned by its positions; keeps the dtype."""
+    """x: (B, T, H, D), turned by its positions; keeps the dtype."""
     cos, sin = rope
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 @cache
@@ -132,16 +130,16 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """x: (B, T, C). Returns the same shape."""
         B, T, C = x.shape
-        parts = self.qkv(x).view(B, T, -1, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        gate, qk, v = parts.split([len(parts) - 3, 2, 1])
-        q, k = rotate(qk, rope)  # each (B, H, T, D), turned together: half as many operations
-        v = v[0]
+        heads = (B, T, -1, C // self.n_heads)
+        qkv = self.qkv(x)
+        gate, qk, v = qkv.split([qkv.shape[-1] - 3 * C, 2 * C, C], dim=-1)
+        qk = rotate(qk.view(heads), rope)  # together: half as many operations
+        # Views of (B, T, ...) until the end: in backward what the projection reads is then made in one pass.
+        q, k, v = (part.transpose(1, 2) for part in (*qk.chunk(2, dim=2), v.view(heads)))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
-        if len(gate):
-            y = torch.sigmoid(gate[0]) * y
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0).transpose(1, 2).reshape(B, T, C)
+        return self.out(torch.sigmoid(gate) * y if gate.shape[-1] else y)
 
 
 class CrossAttention(nn.Module):
@@ -180,24 +178,62 @@ class SwiGLU(nn.Module):
         return math.ceil(round(expansion * d_model * 2 / 3) / multiple) * multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
+        gate_up = self.gate_up(x)
+        return self.out(SiluMul.apply(gate_up) if torch.compiler.is_compiling() else silu_mul(gate_up))
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """(..., 2 h) -> (..., h)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class SiluMul(torch.autograd.Function):
+    """`silu_mul`, with a gradient that compiles well."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return silu_mul(gate_up)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return silu_mul_gradient(*ctx.saved_tensors, gradient)
+
+
+def silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
+    """(..., 2 h) and (..., h) -> (..., 2 h). There is no `cat` in it, of which a kernel comes that computes both parts for each
+    element.
+    """
+    gate, up = gate_up.unflatten(-1, (2, -1)).float().split(1, dim=-2)  # (..., 1, h)
+    of_gate = torch.arange(2, device=gate.device)[:, None] == 0
+    sigmoid = gate.sigmoid()
+    slope = sigmoid * torch.where(of_gate, up * (1 + gate * (1 - sigmoid)), gate)
+    return (gradient.unsqueeze(-2) * slope).to(gate_up.dtype).flatten(-2)
 
 
 class Head(nn.Linear):
-    """States to logits of the next token, or to losses of labels. Logits are made so many at a time that their float32
-    copies stay small: of a vocabulary of 65,536, those of 16,384 labels would take 4 GiB, and their gradients as much.
+    """States to logits of the next token, or to losses of labels. Logits are made so many at a time that they stay small: of a
+    vocabulary of 65,536, the float32 copies of those of 16,384 labels would take 4 GiB, and their gradients as much.
     """
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__(d_model, vocab_size, bias=False)
         lecun_normal_(self.weight, d_model)
         self.label_losses = label_losses
+        self.logits_at_once = LOGITS_AT_ONCE
+
+    def compile_losses(self) -> None:
+        """From here on losses are computed by compiled kernels, which hold logits in the dtype of the states alone. So there
+        may be more of them at a time, and hardly any must be computed once more in backward.
+        """
+        self.label_losses = torch.compile(label_losses)
+        self.logits_at_once = COMPILED_LOGITS_AT_ONCE
 
     def losses(self, states: Tensor, labels: Tensor) -> Tensor:
         """states: (..., C), where `labels` (...) are predicted. Returns their cross-entropy (...), float32, 0 at IGNORE."""
         rows, targets = states.flatten(0, -2), labels.flatten()
-        pieces = -(-rows.shape[0] * self.out_features // LOGITS_AT_ONCE)
+        pieces = -(-rows.shape[0] * self.out_features // self.logits_at_once)
         if pieces == 1:
             return self.label_losses(rows, self.weight, targets).view_as(labels)
         size = -(-len(targets) // pieces)
@@ -218,7 +254,9 @@ class Head(nn.Linear):
 
 
 LOGITS_AT_ONCE = 1 << 28
-"""Logits that are held at a time while losses are computed: 1 GiB in float32."""
+"""Logits that are held at a time while losses are computed, in float32: 1 GiB."""
+COMPILED_LOGITS_AT_ONCE = 5 << 28
+"""The same where they are never in float32: 2.5 GiB in bf16."""
 
 
 def label_losses(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

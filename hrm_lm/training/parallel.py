@@ -45,7 +45,7 @@ def parallelize(model: LanguageModel, config: Config, device: torch.device, worl
             )
     mesh = _mesh(config.ray.parallel, device, world_size)
     policy = MixedPrecisionPolicy()
-    if config.train.mixed_precision == "bf16":
+    if config.train.mixed_precision in ("bf16", "fp8"):
         # Inputs are left as they are: the rotary cosines must not lose their precision.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     blocks = [module for module in model.modules() if isinstance(module, Block)]

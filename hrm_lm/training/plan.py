@@ -17,7 +17,7 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.encoder_decoder import HRMEncoderDecoder
 from hrm_lm.models.hrm import carries_gradient
-from hrm_lm.models.layers import LOGITS_AT_ONCE, Block
+from hrm_lm.models.layers import COMPILED_LOGITS_AT_ONCE, LOGITS_AT_ONCE, Block
 from hrm_lm.models.lora import add_lora
 from hrm_lm.training.flops import matrix_peak, training_flops
 from hrm_lm.training.memory import batch_of, kept_bytes, largest_lengths, most_cycles
@@ -144,9 +144,11 @@ def activation_bytes(model: LanguageModel, config: Config, prompts: int, labels:
     else:
         kept = (prompts + labels) * (core or values(model))
     width = 4 if config.train.mixed_precision == "none" else 2
-    logits = min(labels * model.head.out_features * outputs, LOGITS_AT_ONCE)
-    # Logits are there in the step's precision and in float32, and so are their gradients.
-    return kept * width * config.train.activation_memory + logits * 2 * (4 + width)
+    # Logits and their gradients are there in the step's precision, and, where nothing is compiled, in float32.
+    compiled = config.train.compile
+    at_once = COMPILED_LOGITS_AT_ONCE if compiled else LOGITS_AT_ONCE
+    logits = min(labels * model.head.out_features * outputs, at_once) * 2 * (width if compiled else 4 + width)
+    return kept * width * config.train.activation_memory + logits
 
 
 def _block_values(block: Block) -> int:

@@ -142,7 +142,7 @@ def build_state(
     model = build_model(config.model, vocab_size).to(device)
     add_lora(model, config.train.lora)
     if config.train.mixed_precision == "fp8":
-        use_float8(model, device)
+        use_float8(model, device, sharded=world_size > 1 and config.ray.parallel != "ddp")
     if config.train.compile:
         # Block by block: they are alike, so one compilation serves all of them in every cycle. (Stacks compiled whole
         # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
@@ -157,7 +157,7 @@ def build_state(
                 module.compile()
             elif isinstance(module, Stack):  # whose norm stands outside of its blocks
                 module.norm.compile()
-        model.head.label_losses = torch.compile(model.head.label_losses)
+        model.head.compile_losses()
     parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     optimizer = build_optimizer(model, config.optim, device)

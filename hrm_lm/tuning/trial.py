@@ -6,6 +6,7 @@ perturbing and resuming work the same way for both.
 """
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,6 +66,7 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     """What Tune runs. params: dotted path -> value."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for each checkpoint is no news
     enter(setup.driver_folder)
+    share_multiprocessors(setup.resources.get("GPU", 0))
     try:
         config = point(setup.base, params)
     except UserError as error:
@@ -85,6 +87,17 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
         ray.tune.report(failed(outcome["status"], outcome["step"], outcome["error"], setup))
     elif session.last_report:
         ray.tune.report(session.last_report | {"status": outcome["status"]})
+
+
+def share_multiprocessors(gpus: float) -> None:
+    """Under NVIDIA's MPS, a process that has such a share of a GPU takes at most twice that share of its multiprocessors, unless
+    the environment says otherwise. Without MPS this changes nothing. Due before the process first uses the GPU.
+
+    Eight processes that train the default config, on an H200, take 1,372 steps/s together with a quarter each, and 1,038
+    where each may take all.
+    """
+    if 0 < gpus < 0.5:
+        os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", f"{200 * gpus:g}")
 
 
 def failed(status: str, step: int, error: str, setup: TrialSetup) -> dict[str, Any]:
