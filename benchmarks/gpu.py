@@ -22,7 +22,7 @@ The sections:
     generate  32 prompts, 256 new tokens, greedy: here, and `transformers.generate` with the same weights.
     small     The default config: bare steps, and the loop in this process.
 
-A side's memory (GiB) is the peak while it steps, less what the other side holds at rest. Warm-up is the time from building
+A side's memory (GiB) is the peak while it steps, less what the other sides hold at rest. Warm-up is the time from building
 the model until three steps are done, with no kernel compiled before. The share of the matrix peak is what a run logs as
 `mfu` (`hrm_lm.training.flops`).
 """
@@ -402,7 +402,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
                 tokens = sum(ready[name].step() for _ in range(args.steps))
                 synchronize()
             except torch.OutOfMemoryError:
-                rows[name]["note"] += "; out of memory beside the other side"
+                rows[name]["note"] += "; out of memory beside the other sides"
                 del ready[name], held[name]
                 continue
             rates[name].append(tokens / (time.perf_counter() - start))
@@ -478,7 +478,7 @@ def fixed(preset: str, args: argparse.Namespace, table: Table) -> None:
     samples = [fixed_samples(rng, args.sizes) for _ in range(args.sizes.batches)]
     vocabulary, parts = Vocabulary(args.sizes.vocab_size), PARTS[preset]
     batches = [join(Ragged.of(some), vocabulary) for some in samples]
-    in_fp8 = config_of(preset, args, **{"train.mixed_precision": "fp8", "ray.parallel": "ddp"})
+    in_fp8 = config_of(preset, args, **{"train.mixed_precision": "fp8"})
     sides: dict[str, Attempts] = {
         "ours": [(_our_note(config), lambda: ours(config, batches))],
         "fp8": [(_our_note(in_fp8), lambda: ours(in_fp8, batches))],

@@ -7,7 +7,7 @@ chain of tokens in which a few successors, by Zipf's law, follow each token; a s
 through the same successors. The differences of the smoothed curves are set beside those that seeds make.
 
     python benchmarks/loss_curves.py                          # HRM-Text B: benchmarks/results/loss_curves.json, docs/loss_curves.svg
-    python benchmarks/loss_curves.py --seeds 1 --kinds fp8    # adds this to what is there, or repeats it
+    python benchmarks/loss_curves.py --seeds 1 --kinds fp8    # adds this to curves of the same settings, or repeats it
     python benchmarks/loss_curves.py --quick --output DIR/loss_curves.json --plot DIR/loss_curves.svg     # tiny, also on CPU
 """
 
@@ -82,11 +82,11 @@ def losses(kind: str, seed: int, args: argparse.Namespace) -> list[float]:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
-    budget, longest = (512, 60) if args.quick else (args.tokens, 1023)
+    budget, longest = (512, 60) if args.quick else (args.tokens, min(1023, args.tokens // 2))
     packed = kind != "float32"
     fields = {
         "train.seed": seed, "train.steps": args.steps, "train.compile": packed and not args.quick,
-        "train.mixed_precision": kind if packed else "none", "ray.parallel": "ddp", "train.ema_decay": 0.0, "train.cuda_graphs": False,
+        "train.mixed_precision": kind if packed else "none", "train.ema_decay": 0.0, "train.cuda_graphs": False,
         "train.packing": False, "train.batch_tokens": None, "train.length_window": 0, "train.grad_accum_steps": 1,
         # As the recipe does in its first fifth, in so few steps.
         "optim.warmup_steps": args.steps // 10, "model.hrm.backprop_warmup_steps": args.steps // 5,
@@ -132,7 +132,7 @@ def plot(curves: dict[str, dict[str, list[float]]], apart: dict[str, np.ndarray]
     """An SVG: the smoothed curves above, and below the differences, on a logarithmic scale."""
     width, left, top, heights, gap = 720, 64, 28, (260, 150), 52
     colors = ("#1b6ca8", "#c1440e", "#3a7d44", "#7b4fa3", "#a67c00")
-    steps = len(next(iter(curves["float32"].values())))
+    steps = len(next(curve for of in curves.values() for curve in of.values()))
     x = left + (np.arange(steps - SMOOTH + 1) + SMOOTH) / steps * (width - left - 16)
     parts = []
 
@@ -162,7 +162,7 @@ def plot(curves: dict[str, dict[str, list[float]]], apart: dict[str, np.ndarray]
     title = f"Loss, mean of {SMOOTH} steps; a colour a seed; solid: {KINDS['float32']}; dashed: {KINDS['bf16']}; dotted: fp8"
     panel(title, top, heights[0], low, high, ticks, lines)
     lines = [(np.log10(line + 1e-6), 'stroke="#888" stroke-width="1.2"') for line in apart["seeds"]]
-    for kind in KINDS.keys() & apart.keys():
+    for kind in (kind for kind in KINDS if kind in apart):
         style = f'stroke="#111" stroke-width="1.6"{DASHES[kind]}'
         lines += [(np.log10(line + 1e-6), style) for line in apart[kind]]
     ticks = [(value, f"{10.0**value:g}") for value in range(-4, 1)]
@@ -183,7 +183,7 @@ def plot(curves: dict[str, dict[str, list[float]]], apart: dict[str, np.ndarray]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("b", "l", "xl"), default="b")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="[300; 60 if --quick]")
     parser.add_argument("--tokens", type=int, default=4096, help="of a step")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--kinds", default=",".join(KINDS), help="which to train")
@@ -192,15 +192,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "loss_curves.svg")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    args.steps = min(args.steps, 60) if args.quick else args.steps
+    args.steps = args.steps or (60 if args.quick else 300)
 
     made = {name: getattr(args, name) for name in ("preset", "steps", "tokens", "quick", "set")}
     known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     curves: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
-    curves |= known["curves"] if known.get("made") == made else {}
+    if known and known["made"] != made:
+        parser.error(f"{args.output} holds curves of other settings ({known['made']}); take these, or another --output")
+    curves |= known.get("curves", {})
     for seed, kind in itertools.product(args.seeds.split(","), args.kinds.split(",")):
         curves[kind][seed] = losses(kind, int(seed), args)
-        apart = differences(dict(curves))
+        apart = differences(curves)
         summary = {
             name: {"max": float(of.max()), "mean": float(of.mean())} for name, of in apart.items() if of.size
         }  # fmt: skip

@@ -12,7 +12,9 @@ from hrm_lm.data.registry import load_dataset
 from hrm_lm.data.sampler import batch_rows, divided
 from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.errors import UserError
+from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import layout
+from hrm_lm.models.float8 import Float8Linear
 from hrm_lm.training import loop, memory, parallel
 from hrm_lm.training.memory import batch_of, does_not_fit, kept_bytes, largest_lengths
 from hrm_lm.training.step import Stats, build_state, train_step
@@ -109,6 +111,23 @@ def test_what_the_optimizer_keeps_is_counted(name):
     slots = [slot for slots in state.optimizer.state.values() for slot in slots.values()]
     real = sum(slot.nbytes for slot in slots if slot.dim())
     assert kept_bytes(state.model, config)["optimizer"] == real
+
+
+def test_the_float8_copies_of_weights_are_counted_where_a_run_has_them():
+    fields = SHORT | {"train__mixed_precision": "fp8", "model__d_model": 32}
+    state = build_state(small_config(**fields), 20)
+    real = sum(
+        copy.nbytes
+        for module in state.model.modules()
+        if isinstance(module, Float8Linear)
+        for copy in module.copies
+        if copy.dim()
+    )
+    assert kept_bytes(state.model, state.config)["float8 copies"] == real > 0
+    with torch.device("meta"):  # for a plan
+        model = build_model(state.config.model, 20)
+    assert kept_bytes(model, state.config)["float8 copies"] == real
+    assert "float8 copies" not in kept_bytes(model, small_config(**fields, ray__num_workers=2, ray__parallel="fsdp"))
 
 
 def test_data_of_one_length_are_tried_at_that_length():

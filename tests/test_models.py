@@ -10,6 +10,7 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, layout
 from hrm_lm.models.hrm import HRMCore, carries_gradient
 from hrm_lm.models.layers import Stack, rotary
+from hrm_lm.training.step import build_state
 
 VOCAB = 20
 CYCLES = Cycles(2, 2)
@@ -102,18 +103,24 @@ def test_losses_made_in_pieces_are_those_made_at_once(monkeypatch):
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_compiled_losses_compute_no_logits_twice_where_eager_ones_would(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+@pytest.mark.parametrize(
+    "fields, pieces",
+    [
+        ({}, 2),
+        ({"train__compile": True}, 2),  # its logits are in float32
+        ({"train__compile": True, "train__mixed_precision": "bf16"}, 0),
+        ({"train__compile": True, "train__mixed_precision": "bf16", "model__hrm__deep_supervision": 0.5}, 2),
+    ],
+)
+def test_compiled_losses_in_bf16_compute_no_logits_twice_where_others_do(monkeypatch, fields, pieces):
     again = []
     monkeypatch.setattr(layers, "checkpoint", lambda function, *args, **how: again.append(1) or function(*args))
+    head = build_state(small_config(**fields), 1000).model.head
     count = layers.LOGITS_AT_ONCE // 1000 + 1
-    with torch.device("meta"):  # nothing is computed
-        head, states, labels = layers.Head(8, 1000), torch.empty(count, 8), torch.empty(count, dtype=torch.long)
-    head.losses(states, labels)
-    assert len(again) == 2
-    head.compile_losses()
-    head.losses(states, labels)
-    assert len(again) == 2
+    head.label_losses = layers.label_losses  # not the compiled ones, for nothing is to be computed
+    states, labels = torch.empty(count, head.in_features), torch.empty(count, dtype=torch.long)
+    head.to("meta").losses(states.to("meta"), labels.to("meta"))
+    assert len(again) == pieces
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

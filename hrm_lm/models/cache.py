@@ -199,7 +199,7 @@ class Decoding:
     caches: list[list[KVCache]]
     """Of the blocks, for each application of a stack."""
     rope: tuple[Tensor, Tensor]
-    """Rotary cosines and sines of all positions, (capacity, D)."""
+    """Rotary cosines and sines of all positions, (capacity, 1, D)."""
     memory: list[KVCache]
     """Of what the blocks attend to besides their own past."""
     taken: list[Tensor] = field(default_factory=list, kw_only=True)

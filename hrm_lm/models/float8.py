@@ -22,6 +22,8 @@ from hrm_lm.models.layers import SelfAttention, SwiGLU
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """What the sizes of a float8 product are multiples of."""
+CAST = (SelfAttention, SwiGLU)
+"""Whose matrices multiply in float8."""
 
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,16 +40,18 @@ class Float8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor, w_scale: Tensor) -> Tensor:
-        """w8: (O, K), w8t: (K, O), the same values; weight: (O, K), for its gradient."""
+    def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor | None, w_scale: Tensor) -> Tensor:
+        """w8: (O, K), w8t: (K, O), the same values, or None if backward is to make them; weight: (O, K), for its gradient."""
         x8, x_scale = to_float8(x, E4M3)
-        ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(x8, x_scale, w8t, w_scale)
+        ctx.weight_dtype, ctx.has_w8t = weight.dtype, w8t is not None
+        ctx.save_for_backward(x8, x_scale, weight if w8t is None else w8t, w_scale)
         return torch._scaled_mm(x8, w8.t(), x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x8, x_scale, w8t, w_scale = ctx.saved_tensors
+        if not ctx.has_w8t:
+            w8t = to_float8(w8t, E4M3)[0].t().contiguous()
         g8, g_scale = to_float8(gradient.contiguous(), E5M2)
         of_x = torch._scaled_mm(g8, w8t.t(), g_scale, w_scale, out_dtype=torch.bfloat16)
         g8t, x8t = g8.t().contiguous(), x8.t().contiguous()
@@ -78,20 +82,20 @@ class Float8Linear(nn.Linear):
         count = rows.shape[0]
         if count % MULTIPLE:
             rows = F.pad(rows, (0, 0, 0, -count % MULTIPLE))
-        y = Float8Product.apply(rows, self.weight, *(self.copies or float8_copies(self.weight.detach())))
+        if self.copies:
+            w8, w8t, scale = self.copies
+        else:  # the gathered weight stays for the step, and a copy for each application would take room
+            (w8, scale), w8t = to_float8(self.weight.detach(), E4M3), None
+        y = Float8Product.apply(rows, self.weight, w8, w8t, scale)
         return y[:count].view(*x.shape[:-1], -1)
 
 
-def float8_copies(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(O, K) -> the same in float8, that transposed (K, O), and what to multiply them with."""
-    w8, scale = to_float8(weight, E4M3)
-    return w8, w8.t().contiguous(), scale
-
-
-def cast_weight(weight: Tensor, copies: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Writes the copies, in place: a CUDA graph reads them there."""
-    for copy, made in zip(copies, float8_copies(weight), strict=True):
-        copy.copy_(made)
+def cast_weight(weight: Tensor, w8: Tensor, w8t: Tensor, scale: Tensor) -> None:
+    """Writes the last three, in place: a CUDA graph reads them there."""
+    values, factor = to_float8(weight, E4M3)
+    w8.copy_(values)
+    w8t.copy_(values.t())
+    scale.copy_(factor)
 
 
 @cache
@@ -113,9 +117,15 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
             f"{version}; use bf16"
         )
     for module in list(model.modules()):
-        if isinstance(module, (SelfAttention, SwiGLU)):
+        if isinstance(module, CAST):
             for name, linear in list(module.named_children()):
                 setattr(module, name, Float8Linear(linear, sharded))
+
+
+def float8_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Those that multiply in float8, or would."""
+    matrices = (child for module in model.modules() if isinstance(module, CAST) for child in module.children())
+    return [linear.weight for linear in matrices if isinstance(linear, nn.Linear)]
 
 
 @torch.no_grad()
@@ -124,4 +134,4 @@ def recast(model: nn.Module, compiled: bool) -> None:
     cast = compiled_cast_weight() if compiled else cast_weight
     for module in model.modules():
         if isinstance(module, Float8Linear) and module.copies:
-            cast(module.weight, module.copies)
+            cast(module.weight, *module.copies)

@@ -198,7 +198,8 @@ class SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return silu_mul_gradient(*ctx.saved_tensors, gradient)
+        (gate_up,) = ctx.saved_tensors
+        return silu_mul_gradient(gate_up, gradient)
 
 
 def silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
@@ -222,13 +223,7 @@ class Head(nn.Linear):
         lecun_normal_(self.weight, d_model)
         self.label_losses = label_losses
         self.logits_at_once = LOGITS_AT_ONCE
-
-    def compile_losses(self) -> None:
-        """From here on losses are computed by compiled kernels, which hold logits in the dtype of the states alone. So there
-        may be more of them at a time, and hardly any must be computed once more in backward.
-        """
-        self.label_losses = torch.compile(label_losses)
-        self.logits_at_once = COMPILED_LOGITS_AT_ONCE
+        """If there are more, some of them are held at a time, and computed once more in backward."""
 
     def losses(self, states: Tensor, labels: Tensor) -> Tensor:
         """states: (..., C), where `labels` (...) are predicted. Returns their cross-entropy (...), float32, 0 at IGNORE."""
@@ -255,8 +250,6 @@ class Head(nn.Linear):
 
 LOGITS_AT_ONCE = 1 << 28
 """Logits that are held at a time while losses are computed, in float32: 1 GiB."""
-COMPILED_LOGITS_AT_ONCE = 5 << 28
-"""The same where they are never in float32: 2.5 GiB in bf16."""
 
 
 def label_losses(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

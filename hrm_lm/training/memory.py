@@ -18,6 +18,7 @@ from hrm_lm.data.sampler import batch_rows, global_batches
 from hrm_lm.data.splits import Ragged, Splits
 from hrm_lm.errors import UserError
 from hrm_lm.models.contract import autocast, layout
+from hrm_lm.models.float8 import float8_weights
 from hrm_lm.training.optim import hidden_matrices, local, new_slots
 from hrm_lm.training.parallel import forget_gathered, is_sharded
 from hrm_lm.training.step import TrainState, backprop_steps_of
@@ -87,6 +88,9 @@ def kept_bytes(model: nn.Module, config: Config) -> dict[str, int]:
     trained = size(p for p in model.parameters() if p.requires_grad)
     spared = size(hidden_matrices(model)) if config.optim.name == "muon" else 0
     kept = {"weights": size(model.parameters()), "gradients": trained, "optimizer": 2 * trained - spared}
+    sharded = config.ray.parallel != "ddp" and config.ray.workers.most > 1
+    if config.train.mixed_precision == "fp8" and not sharded:
+        kept["float8 copies"] = 2 * sum(weight.numel() for weight in float8_weights(model))
     return kept | ({"average": trained} if config.train.ema_decay else {})
 
 

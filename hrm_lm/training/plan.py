@@ -17,11 +17,11 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.encoder_decoder import HRMEncoderDecoder
 from hrm_lm.models.hrm import carries_gradient
-from hrm_lm.models.layers import COMPILED_LOGITS_AT_ONCE, LOGITS_AT_ONCE, Block
+from hrm_lm.models.layers import Block
 from hrm_lm.models.lora import add_lora
 from hrm_lm.training.flops import matrix_peak, training_flops
 from hrm_lm.training.memory import batch_of, kept_bytes, largest_lengths, most_cycles
-from hrm_lm.training.step import Stats, backprop_steps_of, build_state, cycles_of, train_step
+from hrm_lm.training.step import Stats, backprop_steps_of, build_state, cycles_of, logits_at_once, train_step
 
 VOCABULARY = 64
 """Of the dry run, where `model.vocab_size` is not set."""
@@ -144,11 +144,11 @@ def activation_bytes(model: LanguageModel, config: Config, prompts: int, labels:
     else:
         kept = (prompts + labels) * (core or values(model))
     width = 4 if config.train.mixed_precision == "none" else 2
-    # Logits and their gradients are there in the step's precision, and, where nothing is compiled, in float32.
-    compiled = config.train.compile
-    at_once = COMPILED_LOGITS_AT_ONCE if compiled else LOGITS_AT_ONCE
-    logits = min(labels * model.head.out_features * outputs, at_once) * 2 * (width if compiled else 4 + width)
-    return kept * width * config.train.activation_memory + logits
+    # An output's logits are kept, or computed once more in backward if they are many; one output's gradients are there at a time.
+    # They are in the step's precision, and, where nothing is compiled, in float32, too.
+    logits, at_once = labels * model.head.out_features, logits_at_once(config)
+    logits = logits * (outputs + 1) if logits <= at_once else 2 * at_once
+    return kept * width * config.train.activation_memory + logits * (width if config.train.compile else 4 + width)
 
 
 def _block_values(block: Block) -> int:

@@ -21,7 +21,7 @@ from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
 from hrm_lm.models.float8 import recast, use_float8
-from hrm_lm.models.layers import Block, Stack
+from hrm_lm.models.layers import LOGITS_AT_ONCE, Block, Stack
 from hrm_lm.models.lora import add_lora
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
@@ -157,7 +157,8 @@ def build_state(
                 module.compile()
             elif isinstance(module, Stack):  # whose norm stands outside of its blocks
                 module.norm.compile()
-        model.head.compile_losses()
+        model.head.label_losses = torch.compile(model.head.label_losses)
+    model.head.logits_at_once = logits_at_once(config)
     parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     optimizer = build_optimizer(model, config.optim, device)
@@ -167,6 +168,15 @@ def build_state(
         for group in optimizer.param_groups:
             group["lr"], group["capturable"] = graphs.lr, True
     return TrainState(config, model, parallel, optimizer, scaler, average, device, rank, world_size, graphs=graphs)
+
+
+def logits_at_once(config: Config) -> int:
+    """How many logits are held at a time while losses are computed. Compiled kernels in bf16 hold no float32 copies of them, so they
+    may be five times as many: 2.5 GiB, and as much for their gradients. With deep supervision each output has its own.
+    """
+    train, hrm = config.train, config.model.hrm
+    lean = train.compile and train.mixed_precision in ("bf16", "fp8") and not hrm.deep_supervision
+    return 5 * LOGITS_AT_ONCE if lean else LOGITS_AT_ONCE
 
 
 def learning_rate(config: OptimConfig, steps: int, step: int) -> float:
