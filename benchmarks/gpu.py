@@ -379,6 +379,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
             clean()
             before = allocated()
             side, told = warmed_up(make, args)
+            progress(f"{name} {note}: " + (f"warm after {told:.1f} s" if side else told))
             notes.append(note if side else f"{note}: {told}".removeprefix(": "))
             if side:
                 clean()
@@ -406,6 +407,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
                 del ready[name], held[name]
                 continue
             rates[name].append(tokens / (time.perf_counter() - start))
+            progress(f"{name}, round {turn + 1} of {args.rounds}: {rates[name][-1]:,.0f} tokens/s")
             if DEVICE.type == "cuda":
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
     peak = known_peak(_device_name(), "bf16", tf32=True)
@@ -434,6 +436,11 @@ def profile_of(step: Callable[[], int]) -> str:
                 synchronize()  # a profiled step begins and ends with an idle device
                 p.step()
         return profile_table(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
+
+
+def progress(text: str) -> None:
+    """What is known before the row is: a run may be cut off."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def warmed_up(make: Callable[[], Side], args: argparse.Namespace) -> tuple[Side | None, Any]:

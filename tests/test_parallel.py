@@ -215,6 +215,8 @@ def runs(tmp_path_factory):
     hsdp, fsdp, ddp = (small_config(**NODES, **FOUR, ray__parallel=parallel) for parallel in ("hsdp", "fsdp", "ddp"))
     train_locally(small_config(**NODES), root / "one_then_hsdp", stop_at=2)
     four = [("hsdp", trained, hsdp, root / "hsdp")]
+    in_float8 = small_config(**NODES, **FOUR, ray__parallel="hsdp", train__mixed_precision="fp8")
+    four.append(("fp8_hsdp", trained, in_float8, root / "fp8_hsdp"))
     four.append(("one_then_hsdp", trained, hsdp, root / "one_then_hsdp"))
     four.append(("hsdp_then_fsdp", trained, hsdp, root / "hsdp_then_fsdp", 2))
     four.append(("hsdp_then_fsdp", trained, fsdp, root / "hsdp_then_fsdp"))
@@ -271,6 +273,11 @@ def test_workers_that_multiply_in_float8_have_the_curve_of_bf16(runs, parallel):
     bf16, float8 = (runs[0][f"{precision}_{parallel}"] for precision in ("bf16", "fp8"))
     assert column(float8, "loss") != column(bf16, "loss")
     assert column(float8, "loss") == pytest.approx(column(bf16, "loss"), abs=0.05)
+
+
+def test_nodes_that_multiply_in_float8_have_the_curve_of_float32(runs):
+    float32, float8 = (column(runs[0][name], "loss") for name in ("hsdp", "fp8_hsdp"))
+    assert float8 != float32 and float8 == pytest.approx(float32, abs=0.05)
 
 
 def test_sharded_weights_in_float8_are_cast_from_what_was_gathered_in_bf16(runs):
