@@ -18,7 +18,7 @@ from hrm_lm.config import load_config
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.tuning.space import Sweep, point
 from hrm_lm.tuning.sweep import run_sweep, trial_resources, trials_at_once
-from hrm_lm.tuning.trial import share_multiprocessors
+from hrm_lm.tuning.trial import TrialSetup, run_trial
 
 # Trials also save checkpoints between validations, which none of this may take for results.
 BASE = small_config(train__steps=20, train__val_every=5, train__checkpoint_every=3, train__log_every=5).to_dict()
@@ -45,16 +45,23 @@ def test_as_many_trials_fit_a_gpu_as_their_share_of_it_says(trials):
     assert workers_that_fit({"CPU": 1, "GPU": 1.01 / trials}, nodes) == trials - 1
 
 
+@pytest.mark.parametrize("own", [None, "40"])  # a user's own limit holds
 @pytest.mark.parametrize("gpus, percentage", [(0.125, "25"), (0.5, None), (1, None), (0, None)])
-def test_trials_that_share_a_gpu_under_mps_take_at_most_twice_their_share_of_it(monkeypatch, gpus, percentage):
-    name = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-    monkeypatch.setenv(name, "")  # so that the test leaves nothing behind
-    monkeypatch.delenv(name)
-    share_multiprocessors(gpus)
-    assert os.environ.get(name) == percentage
-    monkeypatch.setenv(name, "40")
-    share_multiprocessors(gpus)
-    assert os.environ[name] == "40", "a user's own limit holds"
+def test_trials_that_share_a_gpu_under_mps_take_at_most_twice_their_share_of_it(
+    in_folder, monkeypatch, gpus, percentage, own
+):
+    name, reports = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", []
+    monkeypatch.setenv(name, own or "")  # so that the test leaves nothing behind
+    if own is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    setup = TrialSetup(
+        base={}, metric="val_loss", mode="min", driver_folder=str(in_folder), in_process=True, workers=1,
+        resources={"GPU": gpus},
+    )  # fmt: skip
+    run_trial({"train.steps": -1}, setup)  # ends at once
+    assert [report["status"] for report in reports] == ["invalid"]
+    assert os.environ.get(name) == (own or percentage)
 
 
 HEAD, GPU_NODE = {"CPU": 4, "node:__internal_head__": 1}, {"CPU": 16, "GPU": 1}

@@ -209,7 +209,7 @@ def silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
     gate, up = gate_up.unflatten(-1, (2, -1)).float().split(1, dim=-2)  # (..., 1, h)
     of_gate = torch.arange(2, device=gate.device)[:, None] == 0
     sigmoid = gate.sigmoid()
-    slope = sigmoid * torch.where(of_gate, up * (1 + gate * (1 - sigmoid)), gate)
+    slope = torch.where(of_gate, up * (sigmoid * (1 + gate * (1 - sigmoid))), gate * sigmoid)
     return (gradient.unsqueeze(-2) * slope).to(gate_up.dtype).flatten(-2)
 
 
