@@ -70,6 +70,11 @@ def main() -> None:
         parser.error(f"--only: {', '.join(sorted(unknown))}: known are {', '.join(KINDS)}")
 
     git = ["git", "-C", str(ROOT)]
+    for commit in args.commits:
+        if subprocess.run(
+            [*git, "rev-parse", "-q", "--verify", f"{commit}^{{commit}}"], stdout=subprocess.DEVNULL
+        ).returncode:
+            parser.error(f"{commit}: this repository has no such commit")
     with tempfile.TemporaryDirectory() as root:
         folders = {commit: Path(root, str(i)) for i, commit in enumerate(args.commits)}
         try:
