@@ -6,8 +6,8 @@ in rows of their own, in micro-batches of alike lengths, with dense masks and ex
 chain of tokens in which a few successors, by Zipf's law, follow each token; a seed draws other weights and another chain
 through the same successors. The differences of the smoothed curves are set beside those that seeds make.
 
-    python benchmarks/loss_curves.py                          # HRM-Text B: benchmarks/results/loss_curves.json, docs/loss_curves.svg
-    python benchmarks/loss_curves.py --seeds 1 --kinds fp8    # adds this to curves of the same settings, or repeats it
+    python benchmarks/loss_curves.py --output DIR/loss_curves.json --plot DIR/loss_curves.svg       # HRM-Text B
+    python benchmarks/loss_curves.py --seeds 1 --kinds fp8 ...    # adds these to a file of the same settings, or repeats them
     python benchmarks/loss_curves.py --quick --output DIR/loss_curves.json --plot DIR/loss_curves.svg     # tiny, also on CPU
 """
 
@@ -193,6 +193,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     args.steps = args.steps or (60 if args.quick else 300)
+
+    if unknown := set(args.kinds.split(",")) - KINDS.keys():
+        parser.error(f"--kinds: {', '.join(sorted(unknown))}: known are {', '.join(KINDS)}")
 
     made = {name: getattr(args, name) for name in ("preset", "steps", "tokens", "quick", "set")}
     known = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}

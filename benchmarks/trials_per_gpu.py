@@ -161,9 +161,9 @@ def main() -> None:
         )
         file, log_every = f"{folder}/sweep.yaml", max(args.steps // 20, 1)
         Path(file).write_text(FILE.format(steps=args.steps, trials=args.trials, log_every=log_every), encoding="utf-8")
-        share = 0 if args.quick or not torch.cuda.is_available() else 1 / args.trials
+        on_gpu = torch.cuda.is_available() and not args.quick
         # At once first: whatever a sweep finds ready, by the one before, is then on the other side.
-        at_once, after = (sweep(file, folder, n, share, args.set, args.limit) for n in (args.trials, 1))
+        at_once, after = (sweep(file, folder, n, on_gpu / n, args.set, args.limit) for n in (args.trials, 1))
     if at_once and after:
         print(
             f"{args.trials} trials of {args.steps} steps: all at once take {at_once / after:.2f} of one after another"

@@ -505,6 +505,10 @@ class RayConfig(Section):
         least, _, most = str(self.num_workers).partition(":")
         return Workers(int(least), int(most or least))
 
+    def shards(self, workers: int) -> bool:
+        """Whether so many workers hold a part of the model each."""
+        return workers > 1 and self.parallel != "ddp"
+
 
 class Config(Section):
     """All that decides a run."""

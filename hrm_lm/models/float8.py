@@ -23,7 +23,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """What the sizes of a float8 product are multiples of."""
 CAST = (SelfAttention, SwiGLU)
-"""Whose matrices multiply in float8."""
+"""The modules whose matrices multiply in float8."""
 
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
 
 
 def float8_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Those that multiply in float8, or would."""
+    """Lists the weights that multiply in float8 where `use_float8` was called."""
     matrices = (child for module in model.modules() if isinstance(module, CAST) for child in module.children())
     return [linear.weight for linear in matrices if isinstance(linear, nn.Linear)]
 

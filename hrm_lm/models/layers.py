@@ -189,7 +189,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 class SiluMul(torch.autograd.Function):
-    """`silu_mul`, with a gradient that compiles well."""
+    """Computes `silu_mul`. Its gradient is that of autograd, in a form that compiles well."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class SiluMul(torch.autograd.Function):
 
 
 def silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
-    """(..., 2 h) and (..., h) -> (..., 2 h). There is no `cat` in it, of which a kernel comes that computes both parts for each
+    """(..., 2 h) and (..., h) -> (..., 2 h). It avoids `cat`: Inductor makes a kernel of it that computes both halves for each
     element.
     """
     gate, up = gate_up.unflatten(-1, (2, -1)).float().split(1, dim=-2)  # (..., 1, h)

@@ -88,8 +88,7 @@ def kept_bytes(model: nn.Module, config: Config) -> dict[str, int]:
     trained = size(p for p in model.parameters() if p.requires_grad)
     spared = size(hidden_matrices(model)) if config.optim.name == "muon" else 0
     kept = {"weights": size(model.parameters()), "gradients": trained, "optimizer": 2 * trained - spared}
-    sharded = config.ray.parallel != "ddp" and config.ray.workers.most > 1
-    if config.train.mixed_precision == "fp8" and not sharded:
+    if config.train.mixed_precision == "fp8" and not config.ray.shards(config.ray.workers.most):
         kept["float8 copies"] = 2 * sum(weight.numel() for weight in float8_weights(model))
     return kept | ({"average": trained} if config.train.ema_decay else {})
 

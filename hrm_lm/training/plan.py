@@ -54,7 +54,7 @@ def plan(config: Config, device: torch.device, obstacle: str | None = None) -> s
     flops = mean_flops(model, config, tokens, count * labels, count)
     parts = train.grad_accum_steps
     at_most = "at most " if least < workers else ""
-    sharded = config.ray.parallel != "ddp" and workers > 1
+    sharded = config.ray.shards(workers)
     shares = least if sharded else 1  # the fewest workers hold the largest parts
     kept = kept_bytes(model, config)
     activations = activation_bytes(model, config, count * prompt, count * labels)

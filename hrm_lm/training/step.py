@@ -142,7 +142,7 @@ def build_state(
     model = build_model(config.model, vocab_size).to(device)
     add_lora(model, config.train.lora)
     if config.train.mixed_precision == "fp8":
-        use_float8(model, device, sharded=world_size > 1 and config.ray.parallel != "ddp")
+        use_float8(model, device, config.ray.shards(world_size))
     if config.train.compile:
         # Block by block: they are alike, so one compilation serves all of them in every cycle. (Stacks compiled whole
         # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
