@@ -557,6 +557,8 @@ def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace,
         size = 1 if kind == "alone" else count
         spread = {"ray.parallel": "fsdp" if kind == "fsdp" else "ddp", "ray.num_workers": size}
         config = config_of(preset, args, **spread, **{"train.batch_size": size})
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         state = build_state(config, args.sizes.vocab_size, device, rank if size > 1 else 0, size)
         stats, rates = Stats(state), []
         for round_ in range(args.rounds + 1):  # the first one compiles
@@ -569,6 +571,10 @@ def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace,
             tokens = sum(int(batch.num_tokens) for batch in batches[: args.steps])
             rates += [tokens * size / (time.perf_counter() - start)] * (round_ > 0)
         rows[kind] = {"rate": statistics.median(rates), "rates": rates, "loss": stats.read()["loss"]}
+        if device.type == "cuda":
+            rows[kind]["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if rank == 0:
+            progress(f"{kind}: {rows[kind]}")
         del state, stats
     if rank == 0:
         results.write_text(json.dumps(rows))

@@ -1,5 +1,7 @@
 """`train.mixed_precision: fp8`: the products' accuracy, and that a run in float8 is a run like any other."""
 
+import math
+
 import pytest
 import torch
 from conftest import (
@@ -14,7 +16,7 @@ from torch import nn
 from hrm_lm.data.collate import to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
-from hrm_lm.models.float8 import Float8Linear, recast, use_float8
+from hrm_lm.models.float8 import E4M3, E5M2, Float8Linear, recast, to_float8_both, use_float8
 from hrm_lm.models.layers import SwiGLU
 from hrm_lm.training.step import Stats, build_state, train_step
 
@@ -29,7 +31,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def layer_and_reference(device: str) -> tuple[Float8Linear, torch.Tensor]:
     torch.manual_seed(0)
     layer = Float8Linear(nn.Linear(96, 160, bias=False, device=device))
-    recast(layer, compiled=False)
+    recast(layer)
     return layer, layer.weight.detach()
 
 
@@ -90,6 +92,13 @@ def test_the_loss_follows_that_of_bf16(architecture):
     assert (float8 - bf16).abs().max() < 0.1, (float8, bf16)
 
 
+@pytest.mark.slow  # a compiler runs
+def test_losses_of_compiled_steps_on_a_cpu_are_finite():
+    """Those of this width were not."""
+    fields = {"model__architecture": "prefix_lm", "model__d_model": 64, "model__n_heads": 4}
+    assert all(map(math.isfinite, losses_of(steps=2, train__mixed_precision="fp8", train__compile=True, **fields)))
+
+
 def test_a_run_that_is_stopped_resumes_exactly_and_its_checkpoints_are_those_of_bf16(tmp_path):
     fields = {"train__val_every": 2, "train__steps": 6, "train__ema_decay": 0.9}
     run = assert_resumes_exactly(small_config(train__mixed_precision="fp8", **fields), tmp_path, 4)
@@ -131,6 +140,22 @@ def test_what_cannot_be_is_refused(monkeypatch):
 # --- on a GPU ----------------------------------------------------------------------------------------------------
 
 MODEL = {"model__d_model": 128, "model__n_heads": 4, "model__architecture": "prefix_lm"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16, 16), (160, 96), (96, 352), (512, 1024), (1040, 2816)], ids=str)
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_the_kernel_casts_as_pytorch_does(shape, dtype):
+    import hrm_lm.models.float8_kernels  # noqa: F401  (needs Triton)
+
+    x = torch.randn(shape, device="cuda").bfloat16()
+    largest = x.abs().amax()
+    x[-1, -1] = largest * 2  # the last value fills the range
+    rows, columns, scale = to_float8_both(x, dtype)
+    expected = (x.float() * (torch.finfo(dtype).max / x.abs().amax().float())).to(dtype)
+    assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(columns.view(torch.uint8), expected.t().contiguous().view(torch.uint8))
+    torch.testing.assert_close(columns.float().t() * scale, x.float(), rtol=0.13, atol=float(scale) * 0.01)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Who may import whom: Ray stays in its wing, imports run in no circle, the library knows no job scripts."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 
@@ -44,6 +45,8 @@ def of_package(module: str, *packages: str) -> bool:
 @pytest.mark.slow
 def test_data_models_training_and_reports_load_no_ray():
     modules = [module for module in MODULES if of_package(module, *WITHOUT_RAY)]
+    if importlib.util.find_spec("triton") is None:  # PyTorch for CPUs comes without it
+        modules.remove("hrm_lm.models.float8_kernels")
     code = (
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nassert 'ray' not in sys.modules"
     )

@@ -10,8 +10,6 @@ torchao's `Float8Linear`, which casts a weight at every application: here a step
 sharded a worker has whole weights only after they were gathered, in bf16, and casts these at every application.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,36 +24,62 @@ CAST = (SelfAttention, SwiGLU)
 """The modules whose matrices multiply in float8."""
 
 
+def factors(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What to multiply a tensor with to fill the range of `dtype`, and what to multiply that with to have the tensor again.
+
+    largest: the largest magnitude in it. Returns tensors of its shape, float32.
+    """
+    largest = largest.float().clamp(min=1e-12)
+    return torch.finfo(dtype).max / largest, largest / torch.finfo(dtype).max
+
+
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x as float8, and what to multiply it with to have x again, 0-dim float32. Infinity and NaN make it all NaN."""
-    largest = x.abs().amax().float().clamp(min=1e-12)
-    return (x.float() * (torch.finfo(dtype).max / largest)).to(dtype), largest / torch.finfo(dtype).max
+    factor, scale = factors(x.abs().amax(), dtype)
+    return (x.float() * factor).to(dtype), scale
+
+
+def to_float8_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, K) as float8, the same transposed, (K, N), contiguous, and what to multiply them with."""
+    # By rows first: Inductor then takes a row's largest magnitude in the kernel that makes x.
+    factor, scale = factors(x.abs().amax(-1).amax(), dtype)
+    return *cast_both(x, factor, dtype), scale
+
+
+def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if x.is_cuda:
+        return torch.ops.hrm_lm.cast_both(x, factor, dtype)
+    x8 = (x.float() * factor).to(dtype)
+    return x8, x8.t().contiguous()
+
+
+def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a (M, K) @ b.T (K, N), both contiguous: `torch._scaled_mm` wants its second matrix column by column."""
+    return torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=fast)
 
 
 class Float8Product(torch.autograd.Function):
     """x (N, K) @ weight.T (K, O) -> (N, O) in bf16, where N, K and O are multiples of 16. The weight's gradient has its dtype.
 
-    `torch._scaled_mm` wants its first matrix row by row and its second column by column, hence the transposed copies.
     Only the forward product takes the faster, less exact way to sum, as in torchao.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor | None, w_scale: Tensor) -> Tensor:
         """w8: (O, K), w8t: (K, O), the same values, or None if backward is to make them; weight: (O, K), for its gradient."""
-        x8, x_scale = to_float8(x, E4M3)
+        x8, x8t, x_scale = to_float8_both(x, E4M3)
         ctx.weight_dtype, ctx.has_w8t = weight.dtype, w8t is not None
-        ctx.save_for_backward(x8, x_scale, weight if w8t is None else w8t, w_scale)
-        return torch._scaled_mm(x8, w8.t(), x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+        ctx.save_for_backward(x8t, x_scale, weight if w8t is None else w8t, w_scale)
+        return product(x8, w8, (x_scale, w_scale), torch.bfloat16, fast=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x8, x_scale, w8t, w_scale = ctx.saved_tensors
+        x8t, x_scale, w8t, w_scale = ctx.saved_tensors
         if not ctx.has_w8t:
-            w8t = to_float8(w8t, E4M3)[0].t().contiguous()
-        g8, g_scale = to_float8(gradient.contiguous(), E5M2)
-        of_x = torch._scaled_mm(g8, w8t.t(), g_scale, w_scale, out_dtype=torch.bfloat16)
-        g8t, x8t = g8.t().contiguous(), x8.t().contiguous()
-        of_weight = torch._scaled_mm(g8t, x8t.t(), g_scale, x_scale, out_dtype=ctx.weight_dtype)
+            _, w8t, _ = to_float8_both(w8t, E4M3)
+        g8, g8t, g_scale = to_float8_both(gradient, E5M2)
+        of_x = product(g8, w8t, (g_scale, w_scale), torch.bfloat16)
+        of_weight = product(g8t, x8t, (g_scale, x_scale), ctx.weight_dtype)
         return of_x, of_weight, None, None, None
 
 
@@ -69,6 +93,8 @@ class Float8Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, sharded: bool = False):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
+        if self.weight.is_cuda:
+            import hrm_lm.models.float8_kernels  # noqa: F401  (registers `torch.ops.hrm_lm.cast_both`, and needs Triton)
         self.copies: tuple[Tensor, Tensor, Tensor] | None = None
         if not sharded:
             w8 = torch.zeros_like(self.weight, dtype=E4M3, requires_grad=False)
@@ -86,21 +112,12 @@ class Float8Linear(nn.Linear):
             w8, w8t, scale = self.copies
         else:  # the gathered weight stays for the step, and a copy for each application would take room
             (w8, scale), w8t = to_float8(self.weight.detach(), E4M3), None
-        y = Float8Product.apply(rows, self.weight, w8, w8t, scale)
+        if torch.is_grad_enabled():
+            y = Float8Product.apply(rows, self.weight, w8, w8t, scale)
+        else:
+            x8, x_scale = to_float8(rows, E4M3)
+            y = product(x8, w8, (x_scale, scale), torch.bfloat16, fast=True)
         return y[:count].view(*x.shape[:-1], -1)
-
-
-def cast_weight(weight: Tensor, w8: Tensor, w8t: Tensor, scale: Tensor) -> None:
-    """Writes the last three, in place: a CUDA graph reads them there."""
-    values, factor = to_float8(weight, E4M3)
-    w8.copy_(values)
-    w8t.copy_(values.t())
-    scale.copy_(factor)
-
-
-@cache
-def compiled_cast_weight():
-    return torch.compile(cast_weight, dynamic=False)
 
 
 def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) -> None:
@@ -129,9 +146,16 @@ def float8_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def recast(model: nn.Module, compiled: bool) -> None:
-    """Makes the float8 copies those of the weights. Due before a step, whatever has changed the weights since the last."""
-    cast = compiled_cast_weight() if compiled else cast_weight
-    for module in model.modules():
-        if isinstance(module, Float8Linear) and module.copies:
-            cast(module.weight, *module.copies)
+def recast(model: nn.Module) -> None:
+    """Makes the float8 copies those of the weights. Due before a step, whatever has changed the weights since the last.
+
+    They are cast from bf16, as sharded ones are, and written in place: a CUDA graph reads them there.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Float8Linear) and module.copies]
+    if not layers:
+        return
+    weights = [layer.weight.to(torch.bfloat16) for layer in layers]
+    largest = torch.stack(torch._foreach_norm(weights, torch.inf))
+    for layer, weight, factor, scale in zip(layers, weights, *factors(largest, E4M3)):
+        for copy, new in zip(layer.copies or (), (*cast_both(weight, factor, E4M3), scale)):
+            copy.copy_(new)
