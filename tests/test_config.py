@@ -255,7 +255,7 @@ HRM_TEXT = {
     [
         ("b", 1024, 8, 6, 3e-4, "ddp", 6, 1.0),
         ("l", 1280, 10, 12, 2.5e-4, "fsdp", 1, 0.6),
-        ("xl", 1536, 12, 16, 2.2e-4, "fsdp", 1, 0.45),
+        ("xl", 1536, 12, 16, 2.2e-4, "fsdp", 1, 0.35),
     ],
 )
 def test_the_hrm_text_presets_differ_in_size_and_share_the_recipe(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +25,7 @@ from hrm_lm.models.lora import add_lora
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
 from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
+from hrm_lm.training.recomputation import keep_activations
 from hrm_lm.training.stability import WATCHED, observed, on_all
 
 
@@ -151,7 +151,7 @@ def build_state(
         # Under DDP, Dynamo would cut a block where DDP's buckets end, to reduce some of its gradients before the others. Here
         # they are ready all at once, when the first application of the block has had its backward pass.
         torch._dynamo.config.optimize_ddp = False
-        torch._functorch.config.activation_memory_budget = config.train.activation_memory
+        keep_activations(config.train.activation_memory)
         # What PyTorch 2.13 compiles for a CPU casts to float8 with infinities, at times.
         eager_blocks = config.train.mixed_precision == "fp8" and device.type == "cpu"
         for module in model.modules():
