@@ -69,10 +69,10 @@ from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.checkpoint import Snapshot
+from hrm_lm.training.compilation import keep_activations
 from hrm_lm.training.flops import known_peak, training_flops
 from hrm_lm.training.loop import train
 from hrm_lm.training.profiling import table as profile_table
-from hrm_lm.training.recomputation import keep_activations
 from hrm_lm.training.step import Stats, backprop_steps_of, build_state, train_step
 
 ROOT = Path(__file__).parent.parent

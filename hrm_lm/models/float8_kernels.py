@@ -30,7 +30,7 @@ def cast_tile(x, factor, rows, columns, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl
 
 @register_flop_formula(cast_tile, get_raw=True)
 def cast_cost(*_, kwargs: dict[str, Any], **__) -> int:
-    """FLOPs to weigh a cast with, for `hrm_lm.training.recomputation`. To make a value again, find its row's largest and cast it
+    """FLOPs to weigh a cast with, for `hrm_lm.training.compilation`. To make a value again, find its row's largest and cast it
     moves some 10 bytes; meanwhile an H200 does 3,000 FLOPs of a float8 product. They count twice, since PyTorch
     weighs them against the memory of both copies, of which one is kept.
     """

@@ -20,12 +20,11 @@ from hrm_lm.data.collate import IGNORE, AnyBatch
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import LanguageModel, autocast
 from hrm_lm.models.float8 import recast, use_float8
-from hrm_lm.models.layers import LOGITS_AT_ONCE, Block, Stack
+from hrm_lm.models.layers import LOGITS_AT_ONCE
 from hrm_lm.models.lora import add_lora
 from hrm_lm.training.graphs import StepGraphs, step_graphs
 from hrm_lm.training.optim import WeightAverage, build_optimizer
 from hrm_lm.training.parallel import forget_gathered, is_sharded, parallelize, unsynchronized
-from hrm_lm.training.recomputation import keep_activations
 from hrm_lm.training.stability import WATCHED, observed, on_all
 
 
@@ -138,29 +137,18 @@ def build_state(
 ) -> TrainState:
     """A new model and its optimizer: the same weights on every rank and device for the same seed."""
     device = device or torch.device("cpu")
+    if config.train.compile:
+        from hrm_lm.training import compilation  # half a second, most of it for PyTorch's compiler
+
+        if device.type == "cuda":
+            compilation.start_compilers()  # they need some seconds, as building the model does
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, vocab_size).to(device)
     add_lora(model, config.train.lora)
     if config.train.mixed_precision == "fp8":
         use_float8(model, device, config.ray.shards(world_size))
     if config.train.compile:
-        # Block by block: they are alike, so one compilation serves all of them in every cycle. (Stacks compiled whole
-        # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
-        # make more kinds than Dynamo would keep.
-        torch._dynamo.config.recompile_limit = 64
-        # Under DDP, Dynamo would cut a block where DDP's buckets end, to reduce some of its gradients before the others. Here
-        # they are ready all at once, when the first application of the block has had its backward pass.
-        torch._dynamo.config.optimize_ddp = False
-        keep_activations(config.train.activation_memory)
-        # What PyTorch 2.13 compiles for a CPU casts to float8 with infinities, at times.
-        eager_blocks = config.train.mixed_precision == "fp8" and device.type == "cpu"
-        for module in model.modules():
-            if isinstance(module, Block) and not eager_blocks:
-                module.compile()
-            elif isinstance(module, Stack) and device.type == "cpu":
-                # Its norm stands outside of its blocks. A GPU has a kernel for it.
-                module.norm.compile()
-        model.head.label_losses = torch.compile(model.head.label_losses)
+        compilation.compile_model(model, config.train, device)
     model.head.logits_at_once = logits_at_once(config)
     parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")

@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 
 from hrm_lm.models.layers import Block, rotary
-from hrm_lm.training.recomputation import keep_activations
+from hrm_lm.training.compilation import keep_activations
 
 
 @pytest.fixture

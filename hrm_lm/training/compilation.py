@@ -1,0 +1,68 @@
+"""What `train.compile` compiles, and what compiled blocks keep for their backward pass where `train.activation_memory` is
+below 1.
+
+What they keep PyTorch chooses: it weighs the memory of what a matrix product leaves against the product's FLOPs, and takes for
+free whatever it knows no FLOPs of. Attention over a BlockMask and casts to float8 were computed again first, though they
+take longer for what they leave than any product does. So attention is always kept here, and
+`hrm_lm.models.float8_kernels` says what a cast costs.
+"""
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch._inductor.config
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
+
+from hrm_lm.config import TrainConfig
+from hrm_lm.models.contract import LanguageModel
+from hrm_lm.models.layers import Block, Stack
+
+
+def start_compilers() -> None:
+    """Starts the processes that compile kernels for a GPU, and does not wait for them. PyTorch starts them at its first compilation,
+    and until they are there compiles one kernel after another.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
+def compile_model(model: LanguageModel, config: TrainConfig, device: torch.device) -> None:
+    """From here on the model's parts are compiled when they first run."""
+    # Block by block: they are alike, so one compilation serves all of them in every cycle. (Stacks compiled whole
+    # measured no faster.) Encoder and decoder, with and without gradient, fixed and free lengths, training and not
+    # make more kinds than Dynamo would keep.
+    torch._dynamo.config.recompile_limit = 64
+    # Under DDP, Dynamo would cut a block where DDP's buckets end, to reduce some of its gradients before the others. Here
+    # they are ready all at once, when the first application of the block has had its backward pass.
+    torch._dynamo.config.optimize_ddp = False
+    keep_activations(config.activation_memory)
+    # What PyTorch 2.13 compiles for a CPU casts to float8 with infinities, at times.
+    eager_blocks = config.mixed_precision == "fp8" and device.type == "cpu"
+    for module in model.modules():
+        if isinstance(module, Block) and not eager_blocks:
+            module.compile()
+        elif isinstance(module, Stack) and device.type == "cpu":
+            # Its norm stands outside of its blocks. A GPU has a kernel for it.
+            module.norm.compile()
+    model.head.label_losses = torch.compile(model.head.label_losses)
+
+
+class KeepAttention(CustomGraphPass):
+    """Marks attention over a BlockMask as not to be computed again, in the joint graph of forward and backward."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))  # compiled kernels on disk are found again
+
+
+def keep_activations(share: float) -> None:
+    """From here on what is compiled keeps about `share` of the memory for its backward pass that it would keep at best."""
+    torch._functorch.config.activation_memory_budget = share
+    torch._functorch.config.is_non_builtin_to_include = True  # kernels of our own are weighed, too
+    torch._inductor.config.joint_custom_pre_pass = KeepAttention()
