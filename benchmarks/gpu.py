@@ -44,6 +44,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -79,6 +80,7 @@ ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ACTIVATION_MEMORY = {"b": 1.0, "l": 0.6, "xl": 0.35}  # with which 32,768 tokens fit 80 GB here
 PARTS = {"b": 1, "l": 2, "xl": 4}  # micro-batches with which they fit there, beside the other side's weights
+PROFILED = 4  # steps, the first of which is not counted
 MEMORY_ARMS = {"b": (1.0, 0.6, 0.35), "l": (0.7, 0.5, 0.3), "xl": (0.3, 0.2)}
 
 
@@ -425,13 +427,13 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
     return rows
 
 
-def profile_of(step: Callable[[], int]) -> str:
+def profile_of(step: Callable[[], object]) -> str:
     """Where the time of three steps goes (`hrm_lm.training.profiling`)."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
-        schedule = torch.profiler.schedule(wait=0, warmup=1, active=3, repeat=1)
+        schedule = torch.profiler.schedule(wait=0, warmup=1, active=PROFILED - 1, repeat=1)
         with torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))) as p:
-            for _ in range(4):
+            for _ in range(PROFILED):
                 step()
                 synchronize()  # a profiled step begins and ends with an idle device
                 p.step()
@@ -531,24 +533,18 @@ def workers(preset: str, args: argparse.Namespace, table: Table) -> None:
         if DEVICE.type == "cuda" and count > torch.cuda.device_count():
             table.add("workers", preset, f"{count} x ddp", note=f"this machine has {torch.cuda.device_count()} GPUs")
             continue
-        results = Path(args.temporary) / f"workers_{preset}_{count}.json"
-        mp.spawn(one_of_several, (count, preset, args, results), nprocs=count)
-        rows = json.loads(results.read_text())
-        alone = rows.pop("alone")["rate"]
-        for kind, row in rows.items():
-            row |= {"ratio": row["rate"] / alone, "note": f"ratio to one worker; last loss {row['loss']:.4f}"}
-            table.add("workers", preset, f"{count} x {kind}", unit="tokens/s", **row)
+        mp.spawn(one_of_several, (count, preset, args, table), nprocs=count)
 
 
-def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace, results: Path) -> None:
-    """Rank 0 writes the tokens/s of all workers together; under `alone` those of a worker that communicates with none."""
+def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace, table: Table) -> None:
+    """Rank 0 adds the tokens/s of all workers together, and their ratio to those of a worker that communicates with none."""
     device = torch.device("cuda", rank) if DEVICE.type == "cuda" else DEVICE
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    store = dist.FileStore(f"{results}.store", count)
+    store = dist.FileStore(f"{args.temporary}/workers_{preset}_{count}", count)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
-    rng, vocabulary, rows = np.random.default_rng(rank), Vocabulary(args.sizes.vocab_size), {}
+    rng, vocabulary, alone = np.random.default_rng(rank), Vocabulary(args.sizes.vocab_size), 0.0
     samples = [fixed_samples(rng, args.sizes) for _ in range(args.sizes.batches)]
     batches = [to_device(join(Ragged.of(some), vocabulary), device) for some in samples]
     for kind in ("alone", "ddp", "fsdp"):
@@ -570,14 +566,24 @@ def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace,
             synchronize()
             tokens = sum(int(batch.num_tokens) for batch in batches[: args.steps])
             rates += [tokens * size / (time.perf_counter() - start)] * (round_ > 0)
-        rows[kind] = {"rate": statistics.median(rates), "rates": rates, "loss": stats.read()["loss"]}
+        row: dict[str, Any] = {"rate": statistics.median(rates), "unit": "tokens/s", "rates": rates}
+        row["loss"] = stats.read()["loss"]
         if device.type == "cuda":
-            rows[kind]["gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if rank == 0:
-            progress(f"{kind}: {rows[kind]}")
+            row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if args.profile:
+            step = partial(train_step, state, batches[:1], stats)
+            if rank == 0:
+                row["profile"] = profile_of(step)
+            else:
+                for _ in range(PROFILED):
+                    step()
+        if kind == "alone":
+            alone = row["rate"]
+            progress(f"{preset} alone: {alone:,.0f} tokens/s")
+        elif rank == 0:
+            row |= {"ratio": row["rate"] / alone, "note": f"ratio to one worker; last loss {row['loss']:.4f}"}
+            table.add("workers", preset, f"{count} x {kind}", **row)
         del state, stats
-    if rank == 0:
-        results.write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
