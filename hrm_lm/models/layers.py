@@ -31,10 +31,16 @@ Mask: TypeAlias = Tensor | BlockMask | None
 """What may be seen: bool, broadcastable to (B, H, T, keys), True where a key may be; or the same as blocks."""
 
 
-def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out, bias=False)
-    lecun_normal_(layer.weight, fan_in)
-    return layer
+class Linear(nn.Linear):
+    """Without bias, drawn as this project draws weights."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        if self.weight.numel() < LARGE:
+            super().reset_parameters()  # small weights keep the draws that they always had, which came after these
+        lecun_normal_(self.weight, self.in_features)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -73,8 +79,12 @@ class ScaledEmbedding(nn.Embedding):
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__(vocab_size, d_model)
-        lecun_normal_(self.weight, d_model)
         self.scale = math.sqrt(d_model)
+
+    def reset_parameters(self) -> None:
+        if self.weight.numel() < LARGE:
+            super().reset_parameters()
+        lecun_normal_(self.weight, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = super().forward(ids) * self.scale
@@ -122,8 +132,8 @@ class SelfAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, gated: bool = False):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
-        self.qkv = linear(d_model, (4 if gated else 3) * d_model)  # the gate's rows come first
-        self.out = linear(d_model, d_model)
+        self.qkv = Linear(d_model, (4 if gated else 3) * d_model)  # the gate's rows come first
+        self.out = Linear(d_model, d_model)
 
     def forward(
         self, x: Tensor, rope: Rotary, mask: Mask = None, causal: bool = False, cache: KVCache | None = None
@@ -146,9 +156,9 @@ class CrossAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
-        self.q = linear(d_model, d_model)
-        self.kv = linear(d_model, 2 * d_model)
-        self.out = linear(d_model, d_model)
+        self.q = Linear(d_model, d_model)
+        self.kv = Linear(d_model, 2 * d_model)
+        self.out = Linear(d_model, d_model)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory: (B, S, C). Returns keys and values, (B, H, S, D)."""
@@ -170,8 +180,8 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model: int, expansion: float, multiple: int = 32):
         super().__init__()
         hidden = self.hidden_size(d_model, expansion, multiple)
-        self.gate_up = linear(d_model, 2 * hidden)
-        self.out = linear(hidden, d_model)
+        self.gate_up = Linear(d_model, 2 * hidden)
+        self.out = Linear(hidden, d_model)
 
     @staticmethod
     def hidden_size(d_model: int, expansion: float, multiple: int) -> int:
@@ -213,14 +223,13 @@ def silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
     return (gradient.unsqueeze(-2) * slope).to(gate_up.dtype).flatten(-2)
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """States to logits of the next token, or to losses of labels. Logits are made so many at a time that they stay small: of a
     vocabulary of 65,536, the float32 copies of those of 16,384 labels would take 4 GiB, and their gradients as much.
     """
 
     def __init__(self, d_model: int, vocab_size: int):
-        super().__init__(d_model, vocab_size, bias=False)
-        lecun_normal_(self.weight, d_model)
+        super().__init__(d_model, vocab_size)
         self.label_losses = label_losses
         self.logits_at_once = LOGITS_AT_ONCE
         """If there are more, some of them are held at a time, and computed once more in backward."""
