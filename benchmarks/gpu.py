@@ -579,10 +579,10 @@ def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace,
                     step()
         if kind == "alone":
             alone = row["rate"]
-            progress(f"{preset} alone: {alone:,.0f} tokens/s")
-        elif rank == 0:
+        else:
             row |= {"ratio": row["rate"] / alone, "note": f"ratio to one worker; last loss {row['loss']:.4f}"}
-            table.add("workers", preset, f"{count} x {kind}", **row)
+        if rank == 0:
+            table.add("workers", preset, f"{size} x {kind}" if size > 1 else "1", **row)
         del state, stats
     dist.barrier()
     dist.destroy_process_group()

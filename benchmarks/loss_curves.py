@@ -203,16 +203,16 @@ def main() -> None:
     if known and known["made"] != made:
         parser.error(f"{args.output} holds curves of other settings ({known['made']}); take these, or another --output")
     curves |= known.get("curves", {})
+    origins: dict[str, dict[str, dict[str, str]]] = known.get("origins", {})
     for seed, kind in itertools.product(args.seeds.split(","), args.kinds.split(",")):
         curves[kind][seed] = losses(kind, int(seed), args)
         apart = differences(curves)
         summary = {
             name: {"max": float(of.max()), "mean": float(of.mean())} for name, of in apart.items() if of.size
         }  # fmt: skip
-        content = {
-            "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu", "torch": torch.__version__,
-            "made": made, "differences": summary, "curves": curves,
-        }  # fmt: skip
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+        origins.setdefault(kind, {})[seed] = {"device": device, "torch": torch.__version__}
+        content = {"made": made, "origins": origins, "differences": summary, "curves": curves}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(content) + "\n", encoding="utf-8")
         args.plot.write_text(plot(curves, apart), encoding="utf-8")

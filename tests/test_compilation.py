@@ -4,20 +4,24 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from torch import fx
+from conftest import small_config
+from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.flop_counter import register_flop_formula
 
+from hrm_lm.models import float8
 from hrm_lm.models.layers import Block, rotary
-from hrm_lm.training.compilation import keep_activations
+from hrm_lm.training.compilation import CAST_FLOPS, keep_activations
+from hrm_lm.training.step import build_state
 
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Leaves what a test sets behind, and lets flex attention be traced with gradients on a CPU."""
+    """Puts back what a test sets, and lets flex attention be traced with gradients on a CPU."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     torch._dynamo.reset()
     as_before = {
@@ -28,13 +32,29 @@ def compiler(monkeypatch):
         yield
 
 
-def computed_again(block: Block, share: float) -> list[str]:
-    """The products and attentions of a block's forward pass that its backward pass has, too."""
-    B, T, C = 2, 256, block.mlp.out.out_features
+@torch.library.custom_op("hrm_lm_test::cast_both", mutates_args=())
+def kernel(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Stands for the kernel that casts on a GPU."""
+    raise NotImplementedError
+
+
+@kernel.register_fake
+def _(x, factor, dtype):
+    return x.to(dtype), x.t().contiguous().to(dtype)
+
+
+@register_flop_formula(torch.ops.hrm_lm_test.cast_both)
+def cast_flops(shape: torch.Size, *_, **__) -> int:
+    return CAST_FLOPS * shape.numel()
+
+
+def computed_again(function, share: float, *inputs) -> set[str]:
+    """The products, attentions and casts of the forward pass that the backward pass has, too."""
     graphs: list[fx.GraphModule] = []
 
     def partition(joint: fx.GraphModule, *args, **kwargs):
-        torch._inductor.config.joint_custom_pre_pass(joint.graph)
+        if torch._inductor.config.joint_custom_pre_pass:
+            torch._inductor.config.joint_custom_pre_pass(joint.graph)
         graphs.extend(min_cut_rematerialization_partition(joint, *args, **kwargs))
         raise InterruptedError  # nothing needs to run
 
@@ -43,16 +63,48 @@ def computed_again(block: Block, share: float) -> list[str]:
     backend = aot_autograd(
         fw_compiler=lambda graph, inputs: graph, partition_fn=partition, decompositions=decompositions
     )
-    mask = create_block_mask(lambda b, h, q, k: k <= q, B, None, T, T, device="cpu")
-    x = torch.randn(B, T, C, dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match="InterruptedError"):
-        torch.compile(block, backend=backend)(x, rotary(torch.arange(T), C // 4), mask)
+        torch.compile(function, backend=backend)(*inputs)
     forward, backward = ({node.name: node for node in graph.graph.nodes} for graph in graphs)
     again = [node.target for name, node in backward.items() if node.op == "call_function" and name in forward]
-    return sorted(target.__name__ for target in again if target.__name__ in ("mm.default", "flex_attention"))
+    watched = ("mm", "_scaled_mm", "flex_attention", "cast_both")
+    return {name for target in again if (name := target.__name__.removesuffix(".default")) in watched}
+
+
+B, T, C = 8, 1024, 1024  # HRM-Text B
+
+
+def inputs_of_block() -> tuple:
+    x = torch.randn(B, T, C, dtype=torch.bfloat16, requires_grad=True)
+    return x, rotary(torch.arange(T), C // 8), create_block_mask(lambda b, h, q, k: k <= q, B, None, T, T, device="cpu")
 
 
 @pytest.mark.slow  # a compiler runs
-@pytest.mark.parametrize(("share", "again"), [(1.0, []), (0.45, ["mm.default"]), (0.3, ["mm.default"])])
+@pytest.mark.parametrize(("share", "again"), [(1.0, set()), (0.45, {"mm"}), (0.3, {"mm"})])
 def test_products_are_computed_again_and_attention_is_not(compiler, share, again):
-    assert computed_again(Block(128, 4, 4.0, hrm_text=True), share) == again
+    assert computed_again(Block(C, 8, 4.0, hrm_text=True), share, *inputs_of_block()) == again
+
+
+@pytest.mark.slow  # a compiler runs
+@pytest.mark.parametrize(("share", "again"), [(1.0, set()), (0.8, {"_scaled_mm"})])
+def test_in_float8_products_are_computed_again_before_casts(compiler, monkeypatch, share, again):
+    monkeypatch.setattr(float8, "cast_both", kernel)
+    block = Block(C, 8, 4.0, hrm_text=True)
+    float8.use_float8(block, torch.device("cpu"))
+    assert computed_again(block, share, *inputs_of_block()) == again
+
+
+@pytest.mark.slow  # a compiler runs
+def test_attention_that_is_compiled_on_its_own_is_computed_again_where_memory_is_short(compiler):
+    """There is nothing else to choose from, and it is no tensor that could be kept."""
+    q = torch.randn(B, 4, T, C // 4, requires_grad=True)
+    mask = create_block_mask(lambda b, h, q, k: k <= q, B, None, T, T, device="cpu")
+    attention = lambda q: flex_attention.flex_attention(q, q, q, block_mask=mask)  # noqa: E731
+    assert computed_again(attention, 0.35, q) == {"flex_attention"}
+
+
+def test_a_run_that_keeps_all_is_not_told_what_an_earlier_one_kept(compiler):
+    build_state(small_config(train__compile=True, train__activation_memory=0.3), 20)
+    assert torch._functorch.config.activation_memory_budget == 0.3
+    build_state(small_config(), 20)
+    assert torch._functorch.config.activation_memory_budget == 1.0

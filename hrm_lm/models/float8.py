@@ -10,6 +10,8 @@ torchao's `Float8Linear`, which casts a weight at every application: here a step
 sharded a worker has whole weights only after they were gathered, in bf16, and casts these at every application.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,28 +27,29 @@ CAST = (SelfAttention, SwiGLU)
 
 
 def factors(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What to multiply a tensor with to fill the range of `dtype`, and what to multiply that with to have the tensor again.
+    """A factor that makes a tensor fill the range of `dtype`, and the scale that makes it itself again; float32.
 
-    largest: the largest magnitude in it. Returns tensors of its shape, float32.
+    largest: the largest magnitude in the tensor, 0-dim, or those of several tensors.
     """
     largest = largest.float().clamp(min=1e-12)
     return torch.finfo(dtype).max / largest, largest / torch.finfo(dtype).max
 
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x as float8, and what to multiply it with to have x again, 0-dim float32. Infinity and NaN make it all NaN."""
+    """x as float8, and its scale, 0-dim float32. Infinity and NaN make it all NaN."""
     factor, scale = factors(x.abs().amax(), dtype)
     return (x.float() * factor).to(dtype), scale
 
 
 def to_float8_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, K) as float8, the same transposed, (K, N), contiguous, and what to multiply them with."""
+    """x (N, K) as float8, the same transposed, (K, N), contiguous, and their scale."""
     # By rows first: Inductor then takes a row's largest magnitude in the kernel that makes x.
     factor, scale = factors(x.abs().amax(-1).amax(), dtype)
     return *cast_both(x, factor, dtype), scale
 
 
 def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (N, K) times factor, and that transposed, (K, N), contiguous."""
     if x.is_cuda:
         return torch.ops.hrm_lm.cast_both(x, factor, dtype)
     x8 = (x.float() * factor).to(dtype)
@@ -125,7 +128,7 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
 
     sharded: whether it will be sharded.
 
-    Raises UserError for a GPU without float8. A CPU computes it slowly.
+    Raises UserError for a GPU without float8, and without Triton. A CPU computes it slowly.
     """
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
@@ -133,6 +136,8 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
             f"train.mixed_precision: fp8 needs a GPU of compute capability 8.9 or more (L4, H100), and {name} has "
             f"{version}; use bf16"
         )
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UserError("train.mixed_precision: fp8 needs Triton, which this PyTorch came without; use bf16")
     for module in list(model.modules()):
         if isinstance(module, CAST):
             for name, linear in list(module.named_children()):

@@ -4,14 +4,11 @@ A float8 product wants its tensors row by row in one of its uses and column by c
 tensor again for each. Importing this module needs Triton and registers `torch.ops.hrm_lm.cast_both`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from torch.utils.flop_counter import register_flop_formula
 
 BLOCK_N, BLOCK_K, WARPS = 64, 128, 4
 
@@ -26,15 +23,6 @@ def cast_tile(x, factor, rows, columns, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl
     cast = tile.to(rows.dtype.element_ty)
     tl.store(rows + n * K + k, cast, within)
     tl.store(columns + k * N + n, cast, within)
-
-
-@register_flop_formula(cast_tile, get_raw=True)
-def cast_cost(*_, kwargs: dict[str, Any], **__) -> int:
-    """FLOPs to weigh a cast with, for `hrm_lm.training.compilation`. To make a value again, find its row's largest and cast it
-    moves some 10 bytes; meanwhile an H200 does 3,000 FLOPs of a float8 product. They count twice, since PyTorch
-    weighs them against the memory of both copies, of which one is kept.
-    """
-    return 6000 * kwargs["x"].numel()
 
 
 @triton_op("hrm_lm::cast_both", mutates_args={})

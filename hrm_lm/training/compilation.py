@@ -1,11 +1,15 @@
 """What `train.compile` compiles, and what compiled blocks keep for their backward pass where `train.activation_memory` is
 below 1.
 
-What they keep PyTorch chooses: it weighs the memory of what a matrix product leaves against the product's FLOPs, and takes for
-free whatever it knows no FLOPs of. Attention over a BlockMask and casts to float8 were computed again first, though they
-take longer for what they leave than any product does. So attention is always kept here, and
-`hrm_lm.models.float8_kernels` says what a cast costs.
+What they keep PyTorch chooses. It weighs the memory of what an operation leaves against its FLOPs, but only of the operations
+that a list of its own names, such as matrix products; the others are computed again first, for free. Attention over a
+BlockMask and casts to float8 are not on the list, though they take longer for what they leave than any product does. So attention is always
+kept here, and casts are weighed, too, with `CAST_FLOPS`.
 """
+
+from contextlib import suppress
+from functools import cache
+from typing import Any
 
 import torch
 import torch._dynamo.config
@@ -14,6 +18,7 @@ import torch._inductor.config
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import register_flop_formula
 
 from hrm_lm.config import TrainConfig
 from hrm_lm.models.contract import LanguageModel
@@ -24,9 +29,10 @@ def start_compilers() -> None:
     """Starts the processes that compile kernels for a GPU, and does not wait for them. PyTorch starts them at its first compilation,
     and until they are there compiles one kernel after another.
     """
-    from torch._inductor.async_compile import maybe_warm_pool
+    with suppress(ImportError):  # the name is PyTorch's own affair
+        from torch._inductor.async_compile import maybe_warm_pool
 
-    maybe_warm_pool()
+        maybe_warm_pool()
 
 
 def compile_model(model: LanguageModel, config: TrainConfig, device: torch.device) -> None:
@@ -39,6 +45,8 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
     # they are ready all at once, when the first application of the block has had its backward pass.
     torch._dynamo.config.optimize_ddp = False
     keep_activations(config.activation_memory)
+    if config.mixed_precision == "fp8" and device.type == "cuda":
+        weigh_casts()
     # What PyTorch 2.13 compiles for a CPU casts to float8 with infinities, at times.
     eager_blocks = config.mixed_precision == "fp8" and device.type == "cpu"
     for module in model.modules():
@@ -50,19 +58,42 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
     model.head.label_losses = torch.compile(model.head.label_losses)
 
 
+CAST_FLOPS = 6000
+"""What a cast of one value to float8, both ways, weighs. Making the value again, finding the largest of its row and casting it read
+and write some 10 bytes. In that time an H200 does 3,000 FLOPs of a float8 product. They are doubled, because PyTorch
+counts the memory of both copies, and only the transposed one is kept.
+"""
+
+
+@cache
+def weigh_casts() -> None:
+    """Tells PyTorch what the kernel that casts to float8 costs. It needs Triton."""
+    from hrm_lm.models.float8_kernels import cast_tile
+
+    @register_flop_formula(cast_tile, get_raw=True)
+    def flops(*_, kwargs: dict[str, Any], **__) -> int:
+        return CAST_FLOPS * kwargs["x"].numel()
+
+
 class KeepAttention(CustomGraphPass):
     """Marks attention over a BlockMask as not to be computed again, in the joint graph of forward and backward."""
 
     def __call__(self, graph: fx.Graph) -> None:
+        if not any(graph.find_nodes(op="call_function", target=product) for product in PRODUCTS):
+            return  # PyTorch chooses among nothing then, and would keep attention's tuple in place of its tensors
         for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))  # compiled kernels on disk are found again
+        """Compiled kernels on disk are found again while what chooses is the same."""
+        return get_hash_for_files((__file__,))
+
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
 
 
 def keep_activations(share: float) -> None:
     """From here on what is compiled keeps about `share` of the memory for its backward pass that it would keep at best."""
     torch._functorch.config.activation_memory_budget = share
-    torch._functorch.config.is_non_builtin_to_include = True  # kernels of our own are weighed, too
-    torch._inductor.config.joint_custom_pre_pass = KeepAttention()
+    torch._functorch.config.is_non_builtin_to_include = share < 1  # casts are weighed, too
+    torch._inductor.config.joint_custom_pre_pass = KeepAttention() if share < 1 else None

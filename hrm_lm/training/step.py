@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -149,6 +150,8 @@ def build_state(
         use_float8(model, device, config.ray.shards(world_size))
     if config.train.compile:
         compilation.compile_model(model, config.train, device)
+    else:
+        torch._functorch.config.activation_memory_budget = 1.0  # flex attention is compiled all the same
     model.head.logits_at_once = logits_at_once(config)
     parallel = parallelize(model, config, device, world_size)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
