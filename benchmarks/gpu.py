@@ -428,7 +428,7 @@ def compare(sides: dict[str, Attempts], args: argparse.Namespace) -> dict[str, d
 
 
 def profile_of(step: Callable[[], object]) -> str:
-    """Where the time of three steps goes (`hrm_lm.training.profiling`)."""
+    """Tells where the time of three steps goes (`hrm_lm.training.profiling`)."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         schedule = torch.profiler.schedule(wait=0, warmup=1, active=PROFILED - 1, repeat=1)
@@ -441,7 +441,7 @@ def profile_of(step: Callable[[], object]) -> str:
 
 
 def progress(text: str) -> None:
-    """What is known before the row is: a run may be cut off."""
+    """Tells what is known before the row is: a run may be cut off."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -537,7 +537,7 @@ def workers(preset: str, args: argparse.Namespace, table: Table) -> None:
 
 
 def one_of_several(rank: int, count: int, preset: str, args: argparse.Namespace, table: Table) -> None:
-    """Rank 0 adds the tokens/s of all workers together, and their ratio to those of a worker that communicates with none."""
+    """Rank 0 adds the tokens/s of all workers together, and their ratio to those of a worker that trains alone."""
     device = torch.device("cuda", rank) if DEVICE.type == "cuda" else DEVICE
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -288,7 +288,7 @@ class TrainConfig(Section):
     GPU's memory."""
     activation_memory: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the activations that a step keeps for its backward pass. What is not kept is computed again, the cheapest
-    first; on GPUs attention is always kept. Less than 1 needs `compile`."""
+    first; attention over 512 positions or more is always kept on GPUs. Less than 1 needs `compile`."""
     val_every: Count = 0
     """Steps between validations, each with a checkpoint. With 0 the run validates only at its end."""
     checkpoint_every: Count = 0

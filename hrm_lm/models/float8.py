@@ -27,7 +27,7 @@ CAST = (SelfAttention, SwiGLU)
 
 
 def factors(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A factor that makes a tensor fill the range of `dtype`, and the scale that makes it itself again; float32.
+    """Returns the factor with which a tensor fills the range of `dtype`, and the scale that undoes it, both float32.
 
     largest: the largest magnitude in the tensor, 0-dim, or those of several tensors.
     """
@@ -36,20 +36,20 @@ def factors(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x as float8, and its scale, 0-dim float32. Infinity and NaN make it all NaN."""
+    """Casts x. Returns it with its scale, 0-dim float32. Infinity and NaN make all of it NaN."""
     factor, scale = factors(x.abs().amax(), dtype)
     return (x.float() * factor).to(dtype), scale
 
 
 def to_float8_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, K) as float8, the same transposed, (K, N), contiguous, and their scale."""
+    """Casts x (N, K). Returns it, the same transposed, (K, N), and their scale. Both are contiguous."""
     # By rows first: Inductor then takes a row's largest magnitude in the kernel that makes x.
     factor, scale = factors(x.abs().amax(-1).amax(), dtype)
     return *cast_both(x, factor, dtype), scale
 
 
 def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (N, K) times factor, and that transposed, (K, N), contiguous."""
+    """Casts x (N, K) times `factor`. Returns it, and the same transposed, (K, N). Both are contiguous."""
     if x.is_cuda:
         return torch.ops.hrm_lm.cast_both(x, factor, dtype)
     x8 = (x.float() * factor).to(dtype)
@@ -57,7 +57,7 @@ def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """a (M, K) @ b.T (K, N), both contiguous: `torch._scaled_mm` wants its second matrix column by column."""
+    """Multiplies a (M, K) by b.T, where b is (N, K). `torch._scaled_mm` wants its second matrix column by column."""
     return torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -128,7 +128,7 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
 
     sharded: whether it will be sharded.
 
-    Raises UserError for a GPU without float8, and without Triton. A CPU computes it slowly.
+    Raises UserError where a GPU has no float8, and where PyTorch came without Triton. A CPU computes it slowly.
     """
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))

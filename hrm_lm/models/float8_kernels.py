@@ -15,7 +15,7 @@ BLOCK_N, BLOCK_K, WARPS = 64, 128, 4
 
 @triton.jit
 def cast_tile(x, factor, rows, columns, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of x (N, K), times `factor`, to the same tile of `rows` (N, K) and of `columns` (K, N)."""
+    """Casts a tile of x (N, K), times `factor`, to the same tile of `rows` (N, K) and of `columns` (K, N)."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
     within = (n < N) & (k < K)
@@ -27,7 +27,7 @@ def cast_tile(x, factor, rows, columns, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl
 
 @triton_op("hrm_lm::cast_both", mutates_args={})
 def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (N, K), bf16, times `factor` (0-dim, float32), as float8: (N, K), and transposed (K, N), both contiguous."""
+    """Casts x (N, K), bf16, times `factor`, 0-dim float32. Returns it, and the same transposed, (K, N). Both are contiguous."""
     assert x.dtype == torch.bfloat16, "of a float32 tile Triton 3.6 stores some values where others belong"
     N, K = x.shape
     rows, columns = torch.empty((N, K), dtype=dtype, device=x.device), torch.empty((K, N), dtype=dtype, device=x.device)

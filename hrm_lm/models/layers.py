@@ -32,7 +32,7 @@ Mask: TypeAlias = Tensor | BlockMask | None
 
 
 class Linear(nn.Linear):
-    """Without bias, drawn as this project draws weights."""
+    """Has no bias, and draws its weight as this project does."""
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__(fan_in, fan_out, bias=False)

@@ -1,10 +1,10 @@
 """What `train.compile` compiles, and what compiled blocks keep for their backward pass where `train.activation_memory` is
 below 1.
 
-What they keep PyTorch chooses. It weighs the memory of what an operation leaves against its FLOPs, but only of the operations
-that a list of its own names, such as matrix products; the others are computed again first, for free. Attention over a
-BlockMask and casts to float8 are not on the list, though they take longer for what they leave than any product does. So attention is always
-kept here, and casts are weighed, too, with `CAST_FLOPS`.
+PyTorch chooses what they keep. It weighs an operation's memory against its FLOPs, but only if its own list names the
+operation, as it does matrix products. It takes all others for free, and computes them again first. Its list has neither
+attention over a BlockMask nor casts to float8, though these take longer, for the memory that they leave, than any
+product does. So this attention is always kept here, and casts are weighed with `CAST_FLOPS`.
 """
 
 from contextlib import suppress
@@ -26,8 +26,8 @@ from hrm_lm.models.layers import Block, Stack
 
 
 def start_compilers() -> None:
-    """Starts the processes that compile kernels for a GPU, and does not wait for them. PyTorch starts them at its first compilation,
-    and until they are there compiles one kernel after another.
+    """Starts the processes that compile kernels for a GPU, and does not wait for them. PyTorch would start them at its first
+    compilation, and until they are there it compiles kernels in turn.
     """
     with suppress(ImportError):  # the name is PyTorch's own affair
         from torch._inductor.async_compile import maybe_warm_pool
@@ -59,9 +59,9 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
 
 
 CAST_FLOPS = 6000
-"""What a cast of one value to float8, both ways, weighs. Making the value again, finding the largest of its row and casting it read
-and write some 10 bytes. In that time an H200 does 3,000 FLOPs of a float8 product. They are doubled, because PyTorch
-counts the memory of both copies, and only the transposed one is kept.
+"""What a cast of a value to float8, both ways, weighs. Making the value again, finding its row's largest and casting it move
+some 10 bytes. In that time an H200 does 3,000 FLOPs of a float8 product. They are doubled, because PyTorch counts the
+memory of both copies, and only the transposed copy is kept.
 """
 
 
