@@ -32,20 +32,63 @@ def compiler(monkeypatch):
         yield
 
 
+# They stand for the kernels that cast on a GPU.
 @torch.library.custom_op("hrm_lm_test::cast_both", mutates_args=())
-def kernel(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Stands for the kernel that casts on a GPU."""
+def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     raise NotImplementedError
 
 
-@kernel.register_fake
+@torch.library.custom_op("hrm_lm_test::cast_silu_mul_both", mutates_args=())
+def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@torch.library.custom_op("hrm_lm_test::cast_silu_mul_gradient_both", mutates_args=())
+def cast_silu_mul_gradient_both(
+    gate_up: Tensor, gradient: Tensor, factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@cast_both.register_fake
 def _(x, factor, dtype):
     return x.to(dtype), x.t().contiguous().to(dtype)
 
 
-@register_flop_formula(torch.ops.hrm_lm_test.cast_both)
+@cast_silu_mul_both.register_fake
+def _(gate_up, factor, dtype):
+    h = gate_up.chunk(2, dim=-1)[0]
+    return h.to(dtype).contiguous(), h.t().contiguous().to(dtype)
+
+
+@cast_silu_mul_gradient_both.register_fake
+def _(gate_up, gradient, factor, dtype):
+    return gate_up.to(dtype), gate_up.t().contiguous().to(dtype)
+
+
+KERNELS = {
+    "cast_both": cast_both,
+    "cast_silu_mul_both": cast_silu_mul_both,
+    "cast_silu_mul_gradient_both": cast_silu_mul_gradient_both,
+}
+
+
+@register_flop_formula([torch.ops.hrm_lm_test.cast_both, torch.ops.hrm_lm_test.cast_silu_mul_gradient_both])
 def cast_flops(shape: torch.Size, *_, **__) -> int:
     return CAST_FLOPS * shape.numel()
+
+
+@register_flop_formula(torch.ops.hrm_lm_test.cast_silu_mul_both)
+def silu_mul_cast_flops(shape: torch.Size, *_, **__) -> int:
+    return CAST_FLOPS * shape.numel() // 2
+
+
+def in_float8(block: Block, monkeypatch) -> Block:
+    """The block as it is on a GPU."""
+    for name, kernel in KERNELS.items():
+        monkeypatch.setattr(float8, name, kernel)
+    float8.use_float8(block, torch.device("cpu"))
+    return block
 
 
 def computed_again(function, share: float, *inputs) -> set[str]:
@@ -67,7 +110,7 @@ def computed_again(function, share: float, *inputs) -> set[str]:
         torch.compile(function, backend=backend)(*inputs)
     forward, backward = ({node.name: node for node in graph.graph.nodes} for graph in graphs)
     again = [node.target for name, node in backward.items() if node.op == "call_function" and name in forward]
-    watched = ("mm", "_scaled_mm", "flex_attention", "cast_both")
+    watched = ("mm", "_scaled_mm", "amax", "flex_attention", *KERNELS)
     return {name for target in again if (name := target.__name__.removesuffix(".default")) in watched}
 
 
@@ -87,10 +130,10 @@ def test_products_are_computed_again_and_attention_is_not(compiler, share, again
 
 @pytest.mark.slow  # a compiler runs
 @pytest.mark.parametrize(("share", "again"), [(1.0, set()), (0.8, {"_scaled_mm"})])
-def test_in_float8_products_are_computed_again_before_casts(compiler, monkeypatch, share, again):
-    monkeypatch.setattr(float8, "cast_both", kernel)
-    block = Block(C, 8, 4.0, hrm_text=True)
-    float8.use_float8(block, torch.device("cpu"))
+def test_in_float8_products_are_computed_again_and_neither_casts_nor_their_scales_are(
+    compiler, monkeypatch, share, again
+):
+    block = in_float8(Block(C, 8, 4.0, hrm_text=True), monkeypatch)
     assert computed_again(block, share, *inputs_of_block()) == again
 
 

@@ -1,5 +1,6 @@
 """`train.mixed_precision: fp8`: the products' accuracy, and that a run in float8 is a run like any other."""
 
+import copy
 import math
 import sys
 
@@ -17,8 +18,18 @@ from torch import nn
 from hrm_lm.data.collate import to_device
 from hrm_lm.data.registry import load_dataset
 from hrm_lm.errors import UserError
-from hrm_lm.models.float8 import E4M3, E5M2, Float8Linear, recast, to_float8_both, use_float8
-from hrm_lm.models.layers import SwiGLU
+from hrm_lm.models.float8 import (
+    E4M3,
+    E5M2,
+    Float8Linear,
+    cast_silu_mul_both,
+    cast_silu_mul_gradient_both,
+    recast,
+    silu_mul_gradients,
+    to_float8_both,
+    use_float8,
+)
+from hrm_lm.models.layers import SwiGLU, silu_mul
 from hrm_lm.training.step import Stats, build_state, train_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,10 +67,34 @@ def test_products_in_float8_are_close_to_float32_whatever_the_number_of_tokens_a
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("shape", [(4, 16), (3, 7)], ids=str)
+def test_swiglu_in_float8_is_close_to_float32(device, sharded, shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(SwiGLU(96, 4.0)).to(device)
+    if sharded:
+        model.bfloat16()  # as gathered weights are
+    exact = copy.deepcopy(model).float()
+    use_float8(model, torch.device(device), sharded)
+    recast(model)
+    x = torch.randn(*shape, 96, device=device)
+    rough, right = x.bfloat16().requires_grad_(), x.clone().requires_grad_()
+    gradient = torch.randn_like(x)
+    y, expected = model(rough), exact(right)
+    y.backward(gradient.bfloat16()), expected.backward(gradient)
+    with torch.no_grad():
+        assert distance(model(rough), y) < 0.01, "the same without gradient"
+    found = {"y": distance(y, expected), "x": distance(rough.grad, right.grad)}
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        found[name] = distance(p.grad, q.grad)
+    assert max(found.values()) < 0.12 and min(found.values()) > 0.01, found
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_weights_are_cast_from_bf16_as_sharded_ones_are(device):
     layer, weight = layer_and_reference(device)
-    for copy, expected in zip(layer.copies, to_float8_both(weight.bfloat16(), E4M3), strict=True):
-        assert torch.equal(copy.float(), expected.float())
+    for cast, expected in zip(layer.copies, to_float8_both(weight.bfloat16(), E4M3), strict=True):
+        assert torch.equal(cast.float(), expected.float())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -162,8 +197,6 @@ MODEL = {"model__d_model": 128, "model__n_heads": 4, "model__architecture": "pre
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_kernel_casts_as_pytorch_does(shape, dtype, transposed):
-    import hrm_lm.models.float8_kernels  # noqa: F401  (needs Triton)
-
     x = torch.randn(shape, device="cuda").bfloat16()
     x = x.t() if transposed else x
     x[-1, -1] = x.abs().amax() * 2  # the last value fills the range
@@ -172,6 +205,29 @@ def test_the_kernel_casts_as_pytorch_does(shape, dtype, transposed):
     assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(columns.view(torch.uint8), expected.view(torch.uint8).t())
     assert float(scale) == pytest.approx(float(x.abs().amax()) / torch.finfo(dtype).max)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16, 16), (160, 96), (1040, 2816), (32_768, 2816)], ids=str)
+def test_the_kernels_of_swiglu_cast_what_pytorch_computes(shape):
+    gate_up = torch.randn(shape[0], 2 * shape[1], device="cuda").bfloat16()
+    gradient = torch.randn(shape, device="cuda").bfloat16()
+    factor = torch.tensor(20.0, device="cuda")
+    for on_gpu, expected, dtype in (
+        (cast_silu_mul_both(gate_up, factor, E4M3), silu_mul(gate_up.float()), E4M3),
+        (
+            cast_silu_mul_gradient_both(gate_up, gradient, factor, E5M2),
+            torch.cat(silu_mul_gradients(gate_up, gradient), -1),
+            E5M2,
+        ),
+    ):
+        rows, columns = on_gpu
+        # What lies between two float8 values may be rounded to either.
+        expected = (expected * factor).to(dtype)
+        differ = rows.view(torch.uint8) != expected.view(torch.uint8)
+        assert differ.float().mean() < 1e-3
+        assert distance(rows.float(), expected.float()) < 0.01
+        assert torch.equal(columns.view(torch.uint8), rows.view(torch.uint8).t())
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm_lm.errors import UserError
-from hrm_lm.models.layers import SelfAttention, SwiGLU
+from hrm_lm.models.layers import SelfAttention, SwiGLU, silu_mul
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
@@ -56,9 +56,30 @@ def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return x8, x8.t().contiguous()
 
 
+def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Does for `silu_mul` of gate_up (N, 2 K) what `cast_both` does, without making it in bf16."""
+    if gate_up.is_cuda:
+        return torch.ops.hrm_lm.cast_silu_mul_both(gate_up, factor, dtype)
+    return cast_both(silu_mul(gate_up.float()), factor, dtype)
+
+
+def cast_silu_mul_gradient_both(
+    gate_up: Tensor, gradient: Tensor, factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Does the same for the gradient of gate_up, where `gradient` (N, K) is that of `silu_mul`."""
+    if gate_up.is_cuda:
+        return torch.ops.hrm_lm.cast_silu_mul_gradient_both(gate_up, gradient, factor, dtype)
+    return cast_both(torch.cat(silu_mul_gradients(gate_up, gradient), -1), factor, dtype)
+
+
 def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
     """Multiplies a (M, K) by b.T, where b is (N, K). `torch._scaled_mm` wants its second matrix column by column."""
     return torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=fast)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """Returns w8t, given that or the weight itself."""
+    return weight if weight.dtype == E4M3 else to_float8_both(weight, E4M3)[1]
 
 
 class Float8Product(torch.autograd.Function):
@@ -68,22 +89,76 @@ class Float8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor | None, w_scale: Tensor) -> Tensor:
-        """w8: (O, K), w8t: (K, O), the same values, or None if backward is to make them; weight: (O, K), for its gradient."""
+    def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor, w_scale: Tensor) -> Tensor:
+        """weight: for its gradient. Then it in float8, (O, K) and (K, O); in the latter's place the weight, if backward is to
+        make them.
+        """
         x8, x8t, x_scale = to_float8_both(x, E4M3)
-        ctx.weight_dtype, ctx.has_w8t = weight.dtype, w8t is not None
-        ctx.save_for_backward(x8t, x_scale, weight if w8t is None else w8t, w_scale)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(x8t, x_scale, w8t, w_scale)
         return product(x8, w8, (x_scale, w_scale), torch.bfloat16, fast=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x8t, x_scale, w8t, w_scale = ctx.saved_tensors
-        if not ctx.has_w8t:
-            _, w8t, _ = to_float8_both(w8t, E4M3)
         g8, g8t, g_scale = to_float8_both(gradient, E5M2)
-        of_x = product(g8, w8t, (g_scale, w_scale), torch.bfloat16)
+        of_x = product(g8, transposed(w8t), (g_scale, w_scale), torch.bfloat16)
         of_weight = product(g8t, x8t, (g_scale, x_scale), ctx.weight_dtype)
         return of_x, of_weight, None, None, None
+
+
+class Float8SwiGLUProducts(torch.autograd.Function):
+    """`SwiGLU` of x (N, C) -> (N, C), as two `Float8Product`s but for what is between them, which is cast as it is made: neither
+    what the second product reads nor the gradient of what the first one returns is ever there in bf16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        w8: Tensor,
+        w8t: Tensor,
+        w_scale: Tensor,
+        out: Tensor,
+        out8: Tensor,
+        out8t: Tensor,
+        out_scale: Tensor,
+    ) -> Tensor:
+        """weight: (2 K, C), of gate and up; out: (C, K)."""
+        x8, x8t, x_scale = to_float8_both(x, E4M3)
+        gate_up = product(x8, w8, (x_scale, w_scale), torch.bfloat16, fast=True)
+        factor, h_scale = factors(largest_silu_mul(gate_up), E4M3)
+        h8, h8t = cast_silu_mul_both(gate_up, factor, E4M3)
+        ctx.dtypes = weight.dtype, out.dtype
+        ctx.save_for_backward(x8t, x_scale, w8t, w_scale, gate_up, h8t, h_scale, out8t, out_scale)
+        return product(h8, out8, (h_scale, out_scale), torch.bfloat16, fast=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x8t, x_scale, w8t, w_scale, gate_up, h8t, h_scale, out8t, out_scale = ctx.saved_tensors
+        weight_dtype, out_dtype = ctx.dtypes
+        g8, g8t, g_scale = to_float8_both(gradient, E5M2)
+        of_h = product(g8, transposed(out8t), (g_scale, out_scale), torch.bfloat16)
+        of_out = product(g8t, h8t, (g_scale, h_scale), out_dtype)
+        of_gate, of_up = (part.abs().amax(-1) for part in silu_mul_gradients(gate_up, of_h))
+        factor, d_scale = factors(torch.maximum(of_gate, of_up).amax(), E5M2)
+        d8, d8t = cast_silu_mul_gradient_both(gate_up, of_h, factor, E5M2)
+        of_x = product(d8, transposed(w8t), (d_scale, w_scale), torch.bfloat16)
+        of_weight = product(d8t, x8t, (d_scale, x_scale), weight_dtype)
+        return of_x, of_weight, None, None, None, of_out, None, None, None
+
+
+def largest_silu_mul(gate_up: Tensor) -> Tensor:
+    """Returns the largest magnitude of `silu_mul`, 0-dim float32."""
+    return silu_mul(gate_up.float()).abs().amax(-1).amax()
+
+
+def silu_mul_gradients(gate_up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 2 K) and the gradient of `silu_mul`, (N, K) -> the gradients of gate and of up, (N, K), float32."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    return gradient * up * (sigmoid * (1 + gate * (1 - sigmoid))), gradient * gate * sigmoid
 
 
 class Float8Linear(nn.Linear):
@@ -97,30 +172,68 @@ class Float8Linear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         if self.weight.is_cuda:
-            import hrm_lm.models.float8_kernels  # noqa: F401  (registers `torch.ops.hrm_lm.cast_both`, and needs Triton)
+            import hrm_lm.models.float8_kernels  # noqa: F401  (registers the casts, and needs Triton)
         self.copies: tuple[Tensor, Tensor, Tensor] | None = None
         if not sharded:
             w8 = torch.zeros_like(self.weight, dtype=E4M3, requires_grad=False)
             self.copies = w8, w8.t().contiguous(), torch.ones((), device=self.weight.device)
 
+    def cast(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight in float8, as `Float8Product` wants it."""
+        if self.copies:
+            return self.copies
+        # The gathered weight stays for the step, and a copy for each application would take room.
+        w8, scale = to_float8(self.weight.detach(), E4M3)
+        return w8, self.weight, scale
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., O), in bf16 while training."""
         if not self.training:
             return super().forward(x)
-        rows = x.flatten(0, -2).to(torch.bfloat16)
-        count = rows.shape[0]
-        if count % MULTIPLE:
-            rows = F.pad(rows, (0, 0, 0, -count % MULTIPLE))
-        if self.copies:
-            w8, w8t, scale = self.copies
-        else:  # the gathered weight stays for the step, and a copy for each application would take room
-            (w8, scale), w8t = to_float8(self.weight.detach(), E4M3), None
+        rows = rows_of(x)
         if torch.is_grad_enabled():
-            y = Float8Product.apply(rows, self.weight, w8, w8t, scale)
+            y = Float8Product.apply(rows, self.weight, *self.cast())
         else:
-            x8, x_scale = to_float8(rows, E4M3)
-            y = product(x8, w8, (x_scale, scale), torch.bfloat16, fast=True)
-        return y[:count].view(*x.shape[:-1], -1)
+            y = self.products(*to_float8(rows, E4M3))
+        return as_in(x, y)
+
+    def products(self, x8: Tensor, x_scale: Tensor) -> Tensor:
+        """(N, K) -> (N, O), without gradient."""
+        w8, _, scale = self.cast()
+        return product(x8, w8, (x_scale, scale), torch.bfloat16, fast=True)
+
+
+class Float8SwiGLU(SwiGLU):
+    """Takes the place of a SwiGLU and its parameters."""
+
+    def __init__(self, swiglu: SwiGLU, sharded: bool = False):
+        nn.Module.__init__(self)
+        self.gate_up, self.out = (Float8Linear(linear, sharded) for linear in (swiglu.gate_up, swiglu.out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        rows = rows_of(x)
+        if torch.is_grad_enabled():
+            weights = (tensor for linear in (self.gate_up, self.out) for tensor in (linear.weight, *linear.cast()))
+            y = Float8SwiGLUProducts.apply(rows, *weights)
+        else:
+            gate_up = self.gate_up.products(*to_float8(rows, E4M3))
+            factor, h_scale = factors(largest_silu_mul(gate_up), E4M3)
+            y = self.out.products((silu_mul(gate_up.float()) * factor).to(E4M3), h_scale)
+        return as_in(x, y)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) -> (N, K) in bf16, with rows of zeros for N to be a multiple of 16."""
+    rows = x.flatten(0, -2).to(torch.bfloat16)
+    missing = -rows.shape[0] % MULTIPLE
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def as_in(x: Tensor, y: Tensor) -> Tensor:
+    """(N, O), what `rows_of(x)` became -> (..., O)."""
+    return y[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
 
 
 def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) -> None:
@@ -139,9 +252,11 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
     if device.type == "cuda" and find_spec("triton") is None:
         raise UserError("train.mixed_precision: fp8 needs Triton, which this PyTorch came without; use bf16")
     for module in list(model.modules()):
-        if isinstance(module, CAST):
-            for name, linear in list(module.named_children()):
-                setattr(module, name, Float8Linear(linear, sharded))
+        for name, child in list(module.named_children()):
+            if isinstance(child, SwiGLU):
+                setattr(module, name, Float8SwiGLU(child, sharded))
+            elif isinstance(module, SelfAttention):
+                setattr(module, name, Float8Linear(child, sharded))
 
 
 def float8_weights(model: nn.Module) -> list[nn.Parameter]:

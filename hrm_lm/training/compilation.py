@@ -67,12 +67,12 @@ memory of both copies, and only the transposed copy is kept.
 
 @cache
 def weigh_casts() -> None:
-    """Tells PyTorch what the kernel that casts to float8 costs. It needs Triton."""
-    from hrm_lm.models.float8_kernels import cast_tile
+    """Tells PyTorch what the kernels that cast to float8 cost. They need Triton."""
+    from hrm_lm.models.float8_kernels import KERNELS
 
-    @register_flop_formula(cast_tile, get_raw=True)
+    @register_flop_formula(KERNELS, get_raw=True)
     def flops(*_, kwargs: dict[str, Any], **__) -> int:
-        return CAST_FLOPS * kwargs["x"].numel()
+        return CAST_FLOPS * kwargs["rows"].numel()
 
 
 class KeepAttention(CustomGraphPass):
@@ -81,7 +81,9 @@ class KeepAttention(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if not any(graph.find_nodes(op="call_function", target=product) for product in PRODUCTS):
             return  # PyTorch chooses among nothing then, and would keep attention's tuple in place of its tensors
-        for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
+        attention = graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention)
+        largest = graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default)
+        for node in [*attention, *(node for node in largest if node.meta["val"].dim() == 0)]:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> bytes:
