@@ -24,12 +24,13 @@ from hrm_lm.models.float8 import (
     Float8Linear,
     cast_silu_mul_both,
     cast_silu_mul_gradient_both,
+    largest_silu_mul,
+    largest_silu_mul_gradient,
     recast,
-    silu_mul_gradients,
     to_float8_both,
     use_float8,
 )
-from hrm_lm.models.layers import SwiGLU, silu_mul
+from hrm_lm.models.layers import SwiGLU, silu_mul, silu_mul_gradient
 from hrm_lm.training.step import Stats, build_state, train_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -83,8 +84,8 @@ def test_swiglu_in_float8_is_close_to_float32(device, sharded, shape):
     y, expected = model(rough), exact(right)
     y.backward(gradient.bfloat16()), expected.backward(gradient)
     with torch.no_grad():
-        assert distance(model(rough), y) < 0.01, "the same without gradient"
-    found = {"y": distance(y, expected), "x": distance(rough.grad, right.grad)}
+        assert distance(model(rough), y.detach().float()) < 0.02, "the same without gradient, but for rounding"
+    found = {"y": distance(y, expected.detach()), "x": distance(rough.grad, right.grad)}
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
         found[name] = distance(p.grad, q.grad)
     assert max(found.values()) < 0.12 and min(found.values()) > 0.01, found
@@ -209,24 +210,21 @@ def test_the_kernel_casts_as_pytorch_does(shape, dtype, transposed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(16, 16), (160, 96), (1040, 2816), (32_768, 2816)], ids=str)
-def test_the_kernels_of_swiglu_cast_what_pytorch_computes(shape):
+def test_the_kernels_of_swiglu_find_and_cast_what_pytorch_computes(shape):
     gate_up = torch.randn(shape[0], 2 * shape[1], device="cuda").bfloat16()
     gradient = torch.randn(shape, device="cuda").bfloat16()
+    h, d = silu_mul(gate_up.float()), silu_mul_gradient(gate_up.float(), gradient.float())
+    torch.testing.assert_close(largest_silu_mul(gate_up), h.abs().amax())
+    torch.testing.assert_close(largest_silu_mul_gradient(gate_up, gradient), d.abs().amax())
     factor = torch.tensor(20.0, device="cuda")
-    for on_gpu, expected, dtype in (
-        (cast_silu_mul_both(gate_up, factor, E4M3), silu_mul(gate_up.float()), E4M3),
-        (
-            cast_silu_mul_gradient_both(gate_up, gradient, factor, E5M2),
-            torch.cat(silu_mul_gradients(gate_up, gradient), -1),
-            E5M2,
-        ),
+    for (rows, columns), exact, dtype in (
+        (cast_silu_mul_both(gate_up, factor, E4M3), h, E4M3),
+        (cast_silu_mul_gradient_both(gate_up, gradient, factor, E5M2), d, E5M2),
     ):
-        rows, columns = on_gpu
-        # What lies between two float8 values may be rounded to either.
-        expected = (expected * factor).to(dtype)
-        differ = rows.view(torch.uint8) != expected.view(torch.uint8)
-        assert differ.float().mean() < 1e-3
-        assert distance(rows.float(), expected.float()) < 0.01
+        expected = (exact.bfloat16().float() * factor).to(dtype).float()
+        # A value between two float8 values may be rounded to either, where its sigmoid differs in the last bit.
+        assert (rows.float() != expected).float().mean() < 0.01, (rows.float() - expected).abs().max()
+        assert distance(rows, expected) < 0.02
         assert torch.equal(columns.view(torch.uint8), rows.view(torch.uint8).t())
 
 

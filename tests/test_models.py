@@ -281,12 +281,23 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(kind):
 
 def test_large_and_small_weights_are_drawn_from_one_distribution(monkeypatch):
     drawn = []
-    for large in (1, 10**9):
+    for large in (1000, 10**9):
         monkeypatch.setattr(layers, "LARGE", large)
         torch.manual_seed(0)
         drawn.append(layers.lecun_normal_(torch.empty(500, 400), fan_in=400).flatten().sort().values)
     assert drawn[0].std() == pytest.approx(1 / 20, rel=0.01)
     torch.testing.assert_close(*drawn, atol=2e-3, rtol=0.01)
+
+
+def test_large_weights_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 1000)
+    drawn = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.manual_seed(0)
+        drawn.append(layers.lecun_normal_(torch.empty(50, 100), fan_in=100))
+    assert torch.equal(*drawn)
+    assert drawn[0].unique().numel() > 4900, "pieces differ"
 
 
 # --- a causal mask -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm_lm.errors import UserError
-from hrm_lm.models.layers import SelfAttention, SwiGLU, silu_mul
+from hrm_lm.models.layers import SelfAttention, SwiGLU, silu_mul, silu_mul_gradient
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
@@ -56,11 +56,25 @@ def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return x8, x8.t().contiguous()
 
 
+def largest_silu_mul(gate_up: Tensor) -> Tensor:
+    """Returns the largest magnitude of `silu_mul`, 0-dim float32."""
+    if gate_up.is_cuda:
+        return torch.ops.hrm_lm.largest_silu_mul(gate_up)
+    return silu_mul(gate_up.float()).abs().amax()
+
+
+def largest_silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
+    """Returns that of the gradient of gate_up, where `gradient` is that of `silu_mul`."""
+    if gate_up.is_cuda:
+        return torch.ops.hrm_lm.largest_silu_mul_gradient(gate_up, gradient)
+    return silu_mul_gradient(gate_up.float(), gradient.float()).abs().amax()
+
+
 def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Does for `silu_mul` of gate_up (N, 2 K) what `cast_both` does, without making it in bf16."""
     if gate_up.is_cuda:
         return torch.ops.hrm_lm.cast_silu_mul_both(gate_up, factor, dtype)
-    return cast_both(silu_mul(gate_up.float()), factor, dtype)
+    return cast_both(silu_mul(gate_up.float()).bfloat16(), factor, dtype)
 
 
 def cast_silu_mul_gradient_both(
@@ -69,7 +83,7 @@ def cast_silu_mul_gradient_both(
     """Does the same for the gradient of gate_up, where `gradient` (N, K) is that of `silu_mul`."""
     if gate_up.is_cuda:
         return torch.ops.hrm_lm.cast_silu_mul_gradient_both(gate_up, gradient, factor, dtype)
-    return cast_both(torch.cat(silu_mul_gradients(gate_up, gradient), -1), factor, dtype)
+    return cast_both(silu_mul_gradient(gate_up, gradient), factor, dtype)
 
 
 def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
@@ -141,24 +155,11 @@ class Float8SwiGLUProducts(torch.autograd.Function):
         g8, g8t, g_scale = to_float8_both(gradient, E5M2)
         of_h = product(g8, transposed(out8t), (g_scale, out_scale), torch.bfloat16)
         of_out = product(g8t, h8t, (g_scale, h_scale), out_dtype)
-        of_gate, of_up = (part.abs().amax(-1) for part in silu_mul_gradients(gate_up, of_h))
-        factor, d_scale = factors(torch.maximum(of_gate, of_up).amax(), E5M2)
+        factor, d_scale = factors(largest_silu_mul_gradient(gate_up, of_h), E5M2)
         d8, d8t = cast_silu_mul_gradient_both(gate_up, of_h, factor, E5M2)
         of_x = product(d8, transposed(w8t), (d_scale, w_scale), torch.bfloat16)
         of_weight = product(d8t, x8t, (d_scale, x_scale), weight_dtype)
         return of_x, of_weight, None, None, None, of_out, None, None, None
-
-
-def largest_silu_mul(gate_up: Tensor) -> Tensor:
-    """Returns the largest magnitude of `silu_mul`, 0-dim float32."""
-    return silu_mul(gate_up.float()).abs().amax(-1).amax()
-
-
-def silu_mul_gradients(gate_up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 2 K) and the gradient of `silu_mul`, (N, K) -> the gradients of gate and of up, (N, K), float32."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    return gradient * up * (sigmoid * (1 + gate * (1 - sigmoid))), gradient * gate * sigmoid
 
 
 class Float8Linear(nn.Linear):
@@ -220,7 +221,7 @@ class Float8SwiGLU(SwiGLU):
         else:
             gate_up = self.gate_up.products(*to_float8(rows, E4M3))
             factor, h_scale = factors(largest_silu_mul(gate_up), E4M3)
-            y = self.out.products((silu_mul(gate_up.float()) * factor).to(E4M3), h_scale)
+            y = self.out.products((silu_mul(gate_up).float() * factor).to(E4M3), h_scale)
         return as_in(x, y)
 
 

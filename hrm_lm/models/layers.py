@@ -14,6 +14,7 @@ Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeAlias
 
@@ -66,8 +67,25 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
         return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
     within = math.erf(math.sqrt(2))  # the share of values within two standard deviations
     with torch.no_grad():
-        weight.uniform_(-within, within).erfinv_().mul_(std * math.sqrt(2))
+        uniform_(weight, within).erfinv_().mul_(std * math.sqrt(2))
         return weight.clamp_(-2 * std, 2 * std)
+
+
+def uniform_(weight: Tensor, bound: float) -> Tensor:
+    """Uniform between -bound and bound. On a CPU pieces are drawn at once, each by a generator of its own, for PyTorch draws one
+    value after another. The values do not depend on the number of threads.
+    """
+    if weight.device.type != "cpu":
+        return weight.uniform_(-bound, bound)
+    pieces = weight.detach().view(-1).split(LARGE)
+    seeds = torch.randint(2**62, (len(pieces),)).tolist()
+
+    def draw(piece: Tensor, seed: int) -> None:
+        piece.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, pieces, seeds))
+    return weight
 
 
 LARGE = 1 << 20

@@ -9,6 +9,7 @@ product does. So this attention is always kept here, and casts are weighed with 
 
 from contextlib import suppress
 from functools import cache
+from threading import Thread
 from typing import Any
 
 import torch
@@ -25,14 +26,23 @@ from hrm_lm.models.contract import LanguageModel
 from hrm_lm.models.layers import Block, Stack
 
 
-def start_compilers() -> None:
-    """Starts the processes that compile kernels for a GPU, and does not wait for them. PyTorch would start them at its first
-    compilation, and until they are there it compiles kernels in turn.
+def start_compilers(device: torch.device) -> Thread:
+    """Imports PyTorch's compiler beside what follows, and starts the processes that compile kernels for a GPU. To be joined
+    before something is compiled. PyTorch would start these processes at its first compilation, and until they are there it
+    compiles kernels in turn.
     """
-    with suppress(ImportError):  # the name is PyTorch's own affair
-        from torch._inductor.async_compile import maybe_warm_pool
 
-        maybe_warm_pool()
+    def start() -> None:
+        with suppress(ImportError):  # the names are PyTorch's own affair
+            if device.type == "cuda":
+                from torch._inductor.async_compile import maybe_warm_pool
+
+                maybe_warm_pool()
+            import torch._inductor.compile_fx  # noqa: F401
+
+    thread = Thread(target=start, daemon=True)
+    thread.start()
+    return thread
 
 
 def compile_model(model: LanguageModel, config: TrainConfig, device: torch.device) -> None:
@@ -68,9 +78,9 @@ memory of both copies, and only the transposed copy is kept.
 @cache
 def weigh_casts() -> None:
     """Tells PyTorch what the kernels that cast to float8 cost. They need Triton."""
-    from hrm_lm.models.float8_kernels import KERNELS
+    from hrm_lm.models.float8_kernels import CASTS
 
-    @register_flop_formula(KERNELS, get_raw=True)
+    @register_flop_formula(CASTS, get_raw=True)
     def flops(*_, kwargs: dict[str, Any], **__) -> int:
         return CAST_FLOPS * kwargs["rows"].numel()
 
