@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-BLOCK_N, BLOCK_K, WARPS = 64, 128, 4
+BLOCK_N, BLOCK_K = 64, 128
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def cast_silu_mul_gradient_tile(
     store_both(rows, columns, of_up, factor, n, K + k, N, 2 * K, within)
 
 
-ROWS, CHUNK = 4, 512
+ROWS, CHUNK = 1, 1024
 """How much of a tensor a program looks at, at a time, for the largest magnitudes of its rows."""
 
 
@@ -124,7 +124,7 @@ def cast(
     grid = (triton.cdiv(N, BLOCK_N), triton.cdiv(K, BLOCK_K))
     wrap_triton(kernel)[grid](
         *(x.contiguous() for x in tensors), factor, rows, columns, N, K,
-        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=WARPS,
+        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=warps,
     )  # fmt: skip
     return rows, columns
 
@@ -134,7 +134,7 @@ def largest(kernel, tensors: list[Tensor], K: int) -> Tensor:
     N = tensors[0].shape[0]
     rows = tensors[0].new_empty(N, dtype=torch.float32)
     wrap_triton(kernel)[(triton.cdiv(N, ROWS),)](
-        *(x.contiguous() for x in tensors), rows, N, K, ROWS=ROWS, CHUNK=CHUNK, num_warps=WARPS
+        *(x.contiguous() for x in tensors), rows, N, K, ROWS=ROWS, CHUNK=CHUNK, num_warps=4
     )
     return rows.amax()
 
@@ -160,7 +160,7 @@ def cast_silu_mul_gradient_both(
 ) -> tuple[Tensor, Tensor]:
     """The same of the gradient of gate_up, (N, 2 K), where that of silu(gate) * up is `gradient`, (N, K)."""
     K = gradient.shape[1]
-    return cast(cast_silu_mul_gradient_tile, [gate_up, gradient], factor, dtype, K, 2 * K)
+    return cast(cast_silu_mul_gradient_tile, [gate_up, gradient], factor, dtype, K, 2 * K, warps=8)
 
 
 @triton_op("hrm_lm::largest_silu_mul", mutates_args={})
