@@ -116,7 +116,7 @@ CASTS = cast_tile, cast_silu_mul_tile, cast_silu_mul_gradient_tile
 
 
 def cast(
-    kernel, tensors: list[Tensor], factor: Tensor, dtype: torch.dtype, K: int, width: int
+    kernel, tensors: list[Tensor], factor: Tensor, dtype: torch.dtype, K: int, width: int, warps: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Runs a kernel that casts over (N, K). Returns what it fills: (N, width), and the same transposed."""
     N, new = tensors[0].shape[0], tensors[0].new_empty
