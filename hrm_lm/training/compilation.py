@@ -4,7 +4,8 @@ below 1.
 PyTorch chooses what they keep. It weighs an operation's memory against its FLOPs, but only if its own list names the
 operation, as it does matrix products. It takes all others for free, and computes them again first. Its list has neither
 attention over a BlockMask nor casts to float8, though these take longer, for the memory that they leave, than any
-product does. So this attention is always kept here, and casts are weighed with `CAST_FLOPS`.
+product does. So this attention is always kept here, and casts are weighed with `CAST_FLOPS`. Their scales are kept, too: a
+scale takes two bytes, and a pass over a tensor to find again.
 """
 
 from contextlib import suppress
@@ -86,7 +87,9 @@ def weigh_casts() -> None:
 
 
 class KeepAttention(CustomGraphPass):
-    """Marks attention over a BlockMask as not to be computed again, in the joint graph of forward and backward."""
+    """Marks what is not to be computed again, in the joint graph of forward and backward: attention over a BlockMask, and the
+    largest magnitude of a tensor.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
         if not any(graph.find_nodes(op="call_function", target=product) for product in PRODUCTS):
