@@ -30,7 +30,7 @@ from hrm_lm.models.float8 import (
     to_float8_both,
     use_float8,
 )
-from hrm_lm.models.layers import SwiGLU, silu_mul, silu_mul_gradient
+from hrm_lm.models.layers import Block, SwiGLU, rotary, silu_mul, silu_mul_gradient
 from hrm_lm.training.step import Stats, build_state, train_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -89,6 +89,19 @@ def test_swiglu_in_float8_is_close_to_float32(device, sharded, shape):
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
         found[name] = distance(p.grad, q.grad)
     assert max(found.values()) < 0.12 and min(found.values()) > 0.01, found
+
+
+@pytest.mark.slow  # a compiler runs
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_block_compiles_in_one_piece(sharded):
+    torch._dynamo.reset()
+    block = Block(64, 4, 4.0, hrm_text=True)
+    use_float8(block, torch.device("cpu"), sharded)
+    x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.compile(block, backend="aot_eager", fullgraph=True)(x, rotary(torch.arange(16), 16))
+    y.sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -226,6 +239,16 @@ def test_the_kernels_of_swiglu_find_and_cast_what_pytorch_computes(shape):
         assert (rows.float() != expected).float().mean() < 0.01, (rows.float() - expected).abs().max()
         assert distance(rows, expected) < 0.02
         assert torch.equal(columns.view(torch.uint8), rows.view(torch.uint8).t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_the_kernels_of_swiglu_find_what_is_not_finite(bad):
+    gate_up = torch.randn(48, 64, device="cuda").bfloat16()
+    gradient = torch.randn(48, 32, device="cuda").bfloat16()
+    gate_up[7, 40] = bad  # an up
+    assert not largest_silu_mul(gate_up).isfinite()
+    assert not largest_silu_mul_gradient(gate_up, gradient).isfinite()
 
 
 @pytest.mark.gpu

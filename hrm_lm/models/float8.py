@@ -22,8 +22,6 @@ from hrm_lm.models.layers import SelfAttention, SwiGLU, silu_mul, silu_mul_gradi
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """What the sizes of a float8 product are multiples of."""
-CAST = (SelfAttention, SwiGLU)
-"""The modules whose matrices multiply in float8."""
 
 
 def factors(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,8 +89,12 @@ def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dt
     return torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=fast)
 
 
+Float8Weight = tuple[Tensor, Tensor | None, Tensor]
+"""A weight (O, K) in float8; (K, O), the same values, or None if backward is to make them; its scale."""
+
+
 def transposed(weight: Tensor) -> Tensor:
-    """Returns w8t, given that or the weight itself."""
+    """Returns (K, O) in float8, given that or the weight itself."""
     return weight if weight.dtype == E4M3 else to_float8_both(weight, E4M3)[1]
 
 
@@ -103,13 +105,11 @@ class Float8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor, w_scale: Tensor) -> Tensor:
-        """weight: for its gradient. Then it in float8, (O, K) and (K, O); in the latter's place the weight, if backward is to
-        make them.
-        """
+    def forward(ctx, x: Tensor, weight: Tensor, w8: Tensor, w8t: Tensor | None, w_scale: Tensor) -> Tensor:
+        """weight: for its gradient. Then it as a `Float8Weight`."""
         x8, x8t, x_scale = to_float8_both(x, E4M3)
         ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(x8t, x_scale, w8t, w_scale)
+        ctx.save_for_backward(x8t, x_scale, weight if w8t is None else w8t, w_scale)
         return product(x8, w8, (x_scale, w_scale), torch.bfloat16, fast=True)
 
     @staticmethod
@@ -132,19 +132,20 @@ class Float8SwiGLUProducts(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         w8: Tensor,
-        w8t: Tensor,
+        w8t: Tensor | None,
         w_scale: Tensor,
         out: Tensor,
         out8: Tensor,
-        out8t: Tensor,
+        out8t: Tensor | None,
         out_scale: Tensor,
     ) -> Tensor:
-        """weight: (2 K, C), of gate and up; out: (C, K)."""
+        """weight: (2 K, C), of gate and up; out: (C, K). Each is followed by its `Float8Weight`."""
         x8, x8t, x_scale = to_float8_both(x, E4M3)
         gate_up = product(x8, w8, (x_scale, w_scale), torch.bfloat16, fast=True)
         factor, h_scale = factors(largest_silu_mul(gate_up), E4M3)
         h8, h8t = cast_silu_mul_both(gate_up, factor, E4M3)
         ctx.dtypes = weight.dtype, out.dtype
+        w8t, out8t = weight if w8t is None else w8t, out if out8t is None else out8t
         ctx.save_for_backward(x8t, x_scale, w8t, w_scale, gate_up, h8t, h_scale, out8t, out_scale)
         return product(h8, out8, (h_scale, out_scale), torch.bfloat16, fast=True)
 
@@ -179,13 +180,12 @@ class Float8Linear(nn.Linear):
             w8 = torch.zeros_like(self.weight, dtype=E4M3, requires_grad=False)
             self.copies = w8, w8.t().contiguous(), torch.ones((), device=self.weight.device)
 
-    def cast(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight in float8, as `Float8Product` wants it."""
+    def cast(self) -> Float8Weight:
         if self.copies:
             return self.copies
         # The gathered weight stays for the step, and a copy for each application would take room.
         w8, scale = to_float8(self.weight.detach(), E4M3)
-        return w8, self.weight, scale
+        return w8, None, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., O), in bf16 while training."""
@@ -210,6 +210,7 @@ class Float8SwiGLU(SwiGLU):
     def __init__(self, swiglu: SwiGLU, sharded: bool = False):
         nn.Module.__init__(self)
         self.gate_up, self.out = (Float8Linear(linear, sharded) for linear in (swiglu.gate_up, swiglu.out))
+        self.train(swiglu.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -262,7 +263,12 @@ def use_float8(model: nn.Module, device: torch.device, sharded: bool = False) ->
 
 def float8_weights(model: nn.Module) -> list[nn.Parameter]:
     """Lists the weights that multiply in float8 where `use_float8` was called."""
-    matrices = (child for module in model.modules() if isinstance(module, CAST) for child in module.children())
+    matrices = (
+        child
+        for module in model.modules()
+        if isinstance(module, (SelfAttention, SwiGLU))
+        for child in module.children()
+    )
     return [linear.weight for linear in matrices if isinstance(linear, nn.Linear)]
 
 

@@ -80,6 +80,12 @@ ROWS, CHUNK = 1, 1024
 
 
 @triton.jit
+def larger(a, b):
+    """NaN where one is. `tl.max` would drop it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def largest_silu_mul_rows(gate_up, largest, N, K, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Finds the largest magnitudes of rows of silu(gate) * up."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -89,8 +95,8 @@ def largest_silu_mul_rows(gate_up, largest, N, K, ROWS: tl.constexpr, CHUNK: tl.
         within = (n < N)[:, None] & (k < K)
         gate = gate_up + n[:, None] * 2 * K + k
         h = silu_mul(tl.load(gate, within, other=0.0), tl.load(gate + K, within, other=0.0))
-        found = tl.maximum(found, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
-    tl.store(largest + n, tl.max(found, axis=1), n < N)
+        found = larger(found, tl.abs(h))
+    tl.store(largest + n, tl.reduce(found, 1, larger), n < N)
 
 
 @triton.jit
@@ -107,9 +113,8 @@ def largest_silu_mul_gradient_rows(gate_up, gradient, largest, N, K, ROWS: tl.co
             tl.load(gate + K, within, other=0.0),
             tl.load(gradient + n[:, None] * K + k, within, other=0.0),
         )
-        larger = tl.maximum(tl.abs(of_gate), tl.abs(of_up), propagate_nan=tl.PropagateNan.ALL)
-        found = tl.maximum(found, larger, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(largest + n, tl.max(found, axis=1), n < N)
+        found = larger(found, larger(tl.abs(of_gate), tl.abs(of_up)))
+    tl.store(largest + n, tl.reduce(found, 1, larger), n < N)
 
 
 CASTS = cast_tile, cast_silu_mul_tile, cast_silu_mul_gradient_tile

@@ -14,6 +14,8 @@ Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
 """
 
 import math
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeAlias
@@ -66,28 +68,30 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
     if weight.numel() < LARGE:
         return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
     within = math.erf(math.sqrt(2))  # the share of values within two standard deviations
+
+    def draw(part: Tensor, generator: torch.Generator | None = None) -> None:
+        part.uniform_(-within, within, generator=generator).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2 * std, 2 * std)
+
     with torch.no_grad():
-        uniform_(weight, within).erfinv_().mul_(std * math.sqrt(2))
-        return weight.clamp_(-2 * std, 2 * std)
-
-
-def uniform_(weight: Tensor, bound: float) -> Tensor:
-    """Uniform between -bound and bound. On a CPU pieces are drawn at once, each by a generator of its own, for PyTorch draws one
-    value after another. The values do not depend on the number of threads.
-    """
-    if weight.device.type != "cpu":
-        return weight.uniform_(-bound, bound)
-    pieces = weight.detach().view(-1).split(LARGE)
-    seeds = torch.randint(2**62, (len(pieces),)).tolist()
-
-    def draw(piece: Tensor, seed: int) -> None:
-        piece.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(draw, pieces, seeds))
+        draw(weight) if weight.device.type != "cpu" else in_parts(draw, weight.detach())
     return weight
 
 
+def in_parts(draw: Callable[[Tensor, torch.Generator], None], weight: Tensor) -> None:
+    """Has parts of the weight drawn at once, each by a generator of its own: PyTorch draws one value after another. The values
+    do not depend on the number of threads.
+    """
+    parts = weight.view(-1).split(PART)
+    first = int(torch.randint(2**32 - len(parts), ()))  # a CPU's generator takes 32 bits of a seed
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Not `torch.get_num_threads`: Ray sets that to 1 in a worker with a GPU.
+    with ThreadPoolExecutor(min(cores, 16)) as pool:
+        for _ in pool.map(lambda i: draw(parts[i], torch.Generator().manual_seed(first + i)), range(len(parts))):
+            pass
+
+
+PART = 1 << 17
+"""Values of a part: so many that Python is in no thread's way, so few that PyTorch uses few threads of its own for one."""
 LARGE = 1 << 20
 """Weights from which on it matters how fast they are drawn. Smaller ones keep the draws that they always had."""
 

@@ -5,7 +5,7 @@ PyTorch chooses what they keep. It weighs an operation's memory against its FLOP
 operation, as it does matrix products. It takes all others for free, and computes them again first. Its list has neither
 attention over a BlockMask nor casts to float8, though these take longer, for the memory that they leave, than any
 product does. So this attention is always kept here, and casts are weighed with `CAST_FLOPS`. Their scales are kept, too: a
-scale takes two bytes, and a pass over a tensor to find again.
+scale takes four bytes at most, and a pass over a tensor to find again.
 """
 
 from contextlib import suppress
@@ -70,9 +70,9 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
 
 
 CAST_FLOPS = 6000
-"""What a cast of a value to float8, both ways, weighs. Making the value again, finding its row's largest and casting it move
-some 10 bytes. In that time an H200 does 3,000 FLOPs of a float8 product. They are doubled, because PyTorch counts the
-memory of both copies, and only the transposed copy is kept.
+"""What a cast of a value to float8, both ways, weighs. Making the value again and casting it move some 10 bytes. In that time
+an H200 does 3,000 FLOPs of a float8 product. They are doubled, because PyTorch counts the memory of both copies, and only the
+transposed copy is kept.
 """
 
 
@@ -86,7 +86,7 @@ def weigh_casts() -> None:
         return CAST_FLOPS * kwargs["rows"].numel()
 
 
-class KeepAttention(CustomGraphPass):
+class KeepCostly(CustomGraphPass):
     """Marks what is not to be computed again, in the joint graph of forward and backward: attention over a BlockMask, and the
     largest magnitude of a tensor.
     """
@@ -111,4 +111,4 @@ def keep_activations(share: float) -> None:
     """From here on what is compiled keeps about `share` of the memory for its backward pass that it would keep at best."""
     torch._functorch.config.activation_memory_budget = share
     torch._functorch.config.is_non_builtin_to_include = share < 1  # casts are weighed, too
-    torch._inductor.config.joint_custom_pre_pass = KeepAttention() if share < 1 else None
+    torch._inductor.config.joint_custom_pre_pass = KeepCostly() if share < 1 else None
