@@ -254,7 +254,7 @@ HRM_TEXT = {
     "size, d_model, n_heads, layers, lr, parallel, parts, memory",
     [
         ("b", 1024, 8, 6, 3e-4, "ddp", 6, 1.0),
-        ("l", 1280, 10, 12, 2.5e-4, "fsdp", 1, 0.6),
+        ("l", 1280, 10, 12, 2.5e-4, "fsdp", 1, 0.55),
         ("xl", 1536, 12, 16, 2.2e-4, "fsdp", 1, 0.35),
     ],
 )
