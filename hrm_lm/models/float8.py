@@ -62,14 +62,14 @@ def largest_silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def largest_silu_mul_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
-    """Returns that of the gradient of gate_up, where `gradient` is that of `silu_mul`."""
+    """Returns the largest magnitude of the gradient of gate_up, where `gradient` (N, K) is that of `silu_mul`."""
     if gate_up.is_cuda:
         return torch.ops.hrm_lm.largest_silu_mul_gradient(gate_up, gradient)
     return silu_mul_gradient(gate_up.float(), gradient.float()).abs().amax()
 
 
 def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Does for `silu_mul` of gate_up (N, 2 K) what `cast_both` does, without making it in bf16."""
+    """Casts `silu_mul` of gate_up (N, 2 K) as `cast_both` would. On a GPU it is never stored in bf16."""
     if gate_up.is_cuda:
         return torch.ops.hrm_lm.cast_silu_mul_both(gate_up, factor, dtype)
     return cast_both(silu_mul(gate_up.float()).bfloat16(), factor, dtype)
@@ -78,7 +78,7 @@ def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> t
 def cast_silu_mul_gradient_both(
     gate_up: Tensor, gradient: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Does the same for the gradient of gate_up, where `gradient` (N, K) is that of `silu_mul`."""
+    """Casts the gradient of gate_up in the same way, where `gradient` (N, K) is that of `silu_mul`."""
     if gate_up.is_cuda:
         return torch.ops.hrm_lm.cast_silu_mul_gradient_both(gate_up, gradient, factor, dtype)
     return cast_both(silu_mul_gradient(gate_up, gradient), factor, dtype)
@@ -122,8 +122,8 @@ class Float8Product(torch.autograd.Function):
 
 
 class Float8SwiGLUProducts(torch.autograd.Function):
-    """`SwiGLU` of x (N, C) -> (N, C), as two `Float8Product`s but for what is between them, which is cast as it is made: neither
-    what the second product reads nor the gradient of what the first one returns is ever there in bf16.
+    """Computes `SwiGLU` of x (N, C) -> (N, C), as two `Float8Product`s would. What is between the products is cast as it is
+    made: neither what the second product reads nor the gradient of what the first product returns is ever there in bf16.
     """
 
     @staticmethod
@@ -181,6 +181,7 @@ class Float8Linear(nn.Linear):
             self.copies = w8, w8.t().contiguous(), torch.ones((), device=self.weight.device)
 
     def cast(self) -> Float8Weight:
+        """Returns the copies, or casts the weight if there are none."""
         if self.copies:
             return self.copies
         # The gathered weight stays for the step, and a copy for each application would take room.
@@ -227,14 +228,14 @@ class Float8SwiGLU(SwiGLU):
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(..., K) -> (N, K) in bf16, with rows of zeros for N to be a multiple of 16."""
+    """Reshapes (..., K) -> (N, K) in bf16, with rows of zeros for N to be a multiple of 16."""
     rows = x.flatten(0, -2).to(torch.bfloat16)
     missing = -rows.shape[0] % MULTIPLE
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def as_in(x: Tensor, y: Tensor) -> Tensor:
-    """(N, O), what `rows_of(x)` became -> (..., O)."""
+    """Reshapes (N, O), which `rows_of(x)` became, to (..., O)."""
     return y[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
 
 

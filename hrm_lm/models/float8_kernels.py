@@ -81,7 +81,7 @@ ROWS, CHUNK = 1, 1024
 
 @triton.jit
 def larger(a, b):
-    """NaN where one is. `tl.max` would drop it."""
+    """Returns NaN where a or b is. `tl.max` would drop it."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -101,7 +101,7 @@ def largest_silu_mul_rows(gate_up, largest, N, K, ROWS: tl.constexpr, CHUNK: tl.
 
 @triton.jit
 def largest_silu_mul_gradient_rows(gate_up, gradient, largest, N, K, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Finds those of the gradients of gate and up."""
+    """Finds the largest magnitudes of rows of the gradient of gate_up. gradient: (N, K), of silu(gate) * up."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     found = tl.zeros((ROWS, CHUNK), tl.float32)
     for start in range(0, K, CHUNK):
@@ -154,7 +154,7 @@ def cast_both(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 @triton_op("hrm_lm::cast_silu_mul_both", mutates_args={})
 def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same of silu(gate) * up, (N, K). gate_up: (N, 2 K)."""
+    """Casts silu(gate) * up, (N, K), in the same way. gate_up: (N, 2 K)."""
     K = gate_up.shape[1] // 2
     return cast(cast_silu_mul_tile, [gate_up], factor, dtype, K, K)
 
@@ -163,7 +163,7 @@ def cast_silu_mul_both(gate_up: Tensor, factor: Tensor, dtype: torch.dtype) -> t
 def cast_silu_mul_gradient_both(
     gate_up: Tensor, gradient: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The same of the gradient of gate_up, (N, 2 K), where that of silu(gate) * up is `gradient`, (N, K)."""
+    """Casts the gradient of gate_up, (N, 2 K), in the same way, where that of silu(gate) * up is `gradient`, (N, K)."""
     K = gradient.shape[1]
     return cast(cast_silu_mul_gradient_tile, [gate_up, gradient], factor, dtype, K, 2 * K, warps=8)
 
