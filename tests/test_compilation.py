@@ -151,3 +151,17 @@ def test_a_run_that_keeps_all_is_not_told_what_an_earlier_one_kept(compiler):
     assert torch._functorch.config.activation_memory_budget == 0.3
     build_state(small_config(), 20)
     assert torch._functorch.config.activation_memory_budget == 1.0
+
+
+@pytest.mark.gpu
+def test_the_first_backward_pass_of_the_losses_copies_no_logits_to_the_host():
+    """PyTorch copies what a kernel writes to before it times forms of the kernel, where a copy on the GPU would take memory."""
+    state = build_state(small_config(train__compile=True, train__mixed_precision="bf16"), 65_536, torch.device("cuda"))
+    states = torch.randn(16_416, state.config.model.d_model, device="cuda", requires_grad=True)
+    labels = torch.zeros(len(states), dtype=torch.long, device="cuda")
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.allocated", 0)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = state.model.head.losses(states, labels).sum()
+    loss.backward()
+    copied = torch.cuda.host_memory_stats().get("allocated_bytes.allocated", 0) - before
+    assert copied < labels.numel() * 65_536, "bytes"

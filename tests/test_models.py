@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 import pytest
@@ -301,6 +302,24 @@ def test_large_weights_do_not_depend_on_the_number_of_cores(monkeypatch):
         drawn.append(layers.lecun_normal_(torch.empty(50, 100), fan_in=100))
     assert torch.equal(*drawn)
     assert drawn[0].unique().numel() > 4500, "parts differ"
+
+
+def test_a_forked_process_draws_large_weights_as_its_parent_does(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 1000)
+
+    def draw() -> torch.Tensor:
+        torch.manual_seed(0)
+        return layers.lecun_normal_(torch.empty(50, 100), fan_in=100)
+
+    drawn = draw()
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=lambda: queue.put(draw().tolist()), daemon=True)
+    process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive, "it waits for threads that it does not have"
+    assert torch.equal(torch.tensor(queue.get()), drawn)
 
 
 # --- a causal mask -----------------------------------------------------------------------------------------------

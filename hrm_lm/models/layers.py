@@ -85,9 +85,17 @@ def in_parts(draw: Callable[[Tensor, torch.Generator], None], weight: Tensor) ->
     first = int(torch.randint(2**32 - len(parts), ()))  # a CPU's generator takes 32 bits of a seed
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Not `torch.get_num_threads`: Ray sets that to 1 in a worker with a GPU.
-    with ThreadPoolExecutor(min(cores, 16)) as pool:
-        for _ in pool.map(lambda i: draw(parts[i], torch.Generator().manual_seed(first + i)), range(len(parts))):
-            pass
+    threads = drawers(os.getpid(), min(cores, 16))
+    for _ in threads.map(lambda i: draw(parts[i], torch.Generator().manual_seed(first + i)), range(len(parts))):
+        pass
+
+
+@cache
+def drawers(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none. They stay, because beside a thread that is busy in Python, starting threads for each
+    weight took longer than drawing it.
+    """
+    return ThreadPoolExecutor(threads)
 
 
 PART = 1 << 17

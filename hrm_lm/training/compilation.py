@@ -8,7 +8,7 @@ product does. So this attention is always kept here, and casts are weighed with 
 scale takes four bytes at most, and a pass over a tensor to find again.
 """
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from threading import Thread
 from typing import Any
@@ -28,22 +28,33 @@ from hrm_lm.models.layers import Block, Stack
 
 
 def start_compilers(device: torch.device) -> Thread:
-    """Imports PyTorch's compiler beside what follows, and starts the processes that compile kernels for a GPU. To be joined
-    before something is compiled. PyTorch would start these processes at its first compilation, and until they are there it
-    compiles kernels in turn.
+    """Imports PyTorch's compiler beside what follows. For a GPU it prepares, too, what PyTorch would prepare at its first
+    compilation: the processes that compile kernels (until they are there, it compiles kernels in turn), and what it knows
+    Triton by. The thread is to be joined before something is compiled.
     """
 
     def start() -> None:
-        with suppress(ImportError):  # the names are PyTorch's own affair
+        with suppress(ImportError), ExitStack() as ended:  # the names are PyTorch's own affair
             if device.type == "cuda":
                 from torch._inductor.async_compile import maybe_warm_pool
 
                 maybe_warm_pool()
+                triton = Thread(target=identify_triton, args=(device,), daemon=True)
+                triton.start()
+                ended.callback(triton.join)
             import torch._inductor.compile_fx  # noqa: F401
 
     thread = Thread(target=start, daemon=True)
     thread.start()
     return thread
+
+
+def identify_triton(device: torch.device) -> None:
+    """Hashes Triton's files and builds its link to the driver. PyTorch keeps both, and they take little of the interpreter's time."""
+    with suppress(Exception), torch.cuda.device(device):  # where this fails, the compilation tells why
+        from torch.utils._triton import triton_hash_with_backend
+
+        triton_hash_with_backend()
 
 
 def compile_model(model: LanguageModel, config: TrainConfig, device: torch.device) -> None:
@@ -66,7 +77,9 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
         elif isinstance(module, Stack) and device.type == "cpu":
             # Its norm stands outside of its blocks. A GPU has a kernel for it.
             module.norm.compile()
-    model.head.label_losses = torch.compile(model.head.label_losses)
+    # One of its kernels for the backward pass would be timed in two forms, and the logits, which it writes to, be copied to the
+    # host first: for seconds.
+    model.head.label_losses = torch.compile(model.head.label_losses, options={"dynamic_scale_rblock": False})
 
 
 CAST_FLOPS = 6000
