@@ -1,5 +1,5 @@
-import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -304,21 +304,14 @@ def test_large_weights_do_not_depend_on_the_number_of_cores(monkeypatch):
     assert drawn[0].unique().numel() > 4500, "parts differ"
 
 
-def test_a_forked_process_draws_large_weights_as_its_parent_does(monkeypatch):
-    monkeypatch.setattr(layers, "LARGE", 1000)
-
-    def draw() -> torch.Tensor:
-        torch.manual_seed(0)
-        return layers.lecun_normal_(torch.empty(50, 100), fan_in=100)
-
-    drawn = draw()
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=lambda: os._exit(not torch.equal(draw(), drawn)), daemon=True)
-    process.start()
-    process.join(60)
-    ended_with = process.exitcode
-    process.kill()
-    assert ended_with == 0, "None: it waits for threads that it does not have"
+def test_threads_that_draw_weights_are_shared_while_a_model_is_built_and_gone_afterwards(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 100)
+    made = []
+    monkeypatch.setattr(layers, "ThreadPoolExecutor", lambda count: made.append(ThreadPoolExecutor(count)) or made[-1])
+    build()
+    assert len(made) == 1
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        made[0].submit(print)
 
 
 # --- a causal mask -----------------------------------------------------------------------------------------------

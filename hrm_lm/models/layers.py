@@ -15,8 +15,10 @@ Shapes: B batch, T positions, H heads, D head size, C = H * D model width.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TypeAlias
 
@@ -83,23 +85,34 @@ def in_parts(draw: Callable[[Tensor, torch.Generator], None], weight: Tensor) ->
     """
     parts = weight.view(-1).split(PART)
     first = int(torch.randint(2**32 - len(parts), ()))  # a CPU's generator takes 32 bits of a seed
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Not `torch.get_num_threads`: Ray sets that to 1 in a worker with a GPU.
-    threads = drawers(os.getpid(), min(cores, 16))
-    for _ in threads.map(lambda i: draw(parts[i], torch.Generator().manual_seed(first + i)), range(len(parts))):
-        pass
-
-
-@cache
-def drawers(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none. They stay, because beside a thread that is busy in Python, starting threads for each
-    weight took longer than drawing it.
-    """
-    return ThreadPoolExecutor(threads)
+    with drawing_at_once() as threads:
+        for _ in threads.map(lambda i: draw(parts[i], torch.Generator().manual_seed(first + i)), range(len(parts))):
+            pass
 
 
 PART = 1 << 17
-"""Values of a part: so many that Python is in no thread's way, so few that PyTorch uses few threads of its own for one."""
+"""Values of a part: so many that Python is in no thread's way."""
+
+
+@contextmanager
+def drawing_at_once() -> Iterator[ThreadPoolExecutor]:
+    """Threads that draw, the same ones wherever this is entered within it: beside a thread that is busy in Python, starting threads
+    for each weight takes longer than drawing it.
+    """
+    if threads := DRAWING.get():
+        yield threads
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Not `torch.get_num_threads`: Ray sets that to 1 in a worker with a GPU.
+    with ThreadPoolExecutor(min(cores, 16)) as threads:
+        token = DRAWING.set(threads)
+        try:
+            yield threads
+        finally:
+            DRAWING.reset(token)
+
+
+DRAWING: ContextVar[ThreadPoolExecutor | None] = ContextVar("DRAWING", default=None)
 LARGE = 1 << 20
 """Weights from which on it matters how fast they are drawn. Smaller ones keep the draws that they always had."""
 

@@ -8,7 +8,7 @@ product does. So this attention is always kept here, and casts are weighed with 
 scale takes four bytes at most, and a pass over a tensor to find again.
 """
 
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache
 from threading import Thread
 from typing import Any
@@ -28,30 +28,33 @@ from hrm_lm.models.layers import Block, Stack
 
 
 def start_compilers(device: torch.device) -> Thread:
-    """Imports PyTorch's compiler beside what follows. For a GPU it prepares, too, what PyTorch would prepare at its first
-    compilation: the processes that compile kernels (until they are there, it compiles kernels in turn), and what it knows
-    Triton by. The thread is to be joined before something is compiled.
+    """Imports PyTorch's compiler beside what follows. For a GPU it does, too, what PyTorch would do at its first compilation: start
+    the processes that compile kernels (until they are there, kernels are compiled in turn), and find the hash by which caches
+    know Triton. The thread is to be joined before something is compiled.
     """
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
 
     def start() -> None:
-        with suppress(ImportError), ExitStack() as ended:  # the names are PyTorch's own affair
-            if device.type == "cuda":
+        triton = Thread(target=identify_triton, args=(index,), daemon=True)
+        if device.type == "cuda":
+            with suppress(ImportError):  # the names are PyTorch's own affair, as they are below
                 from torch._inductor.async_compile import maybe_warm_pool
 
                 maybe_warm_pool()
-                triton = Thread(target=identify_triton, args=(device,), daemon=True)
-                triton.start()
-                ended.callback(triton.join)
+            triton.start()
+        with suppress(ImportError):
             import torch._inductor.compile_fx  # noqa: F401
+        if device.type == "cuda":
+            triton.join()
 
     thread = Thread(target=start, daemon=True)
     thread.start()
     return thread
 
 
-def identify_triton(device: torch.device) -> None:
-    """Hashes Triton's files and builds its link to the driver. PyTorch keeps both, and they take little of the interpreter's time."""
-    with suppress(Exception), torch.cuda.device(device):  # where this fails, the compilation tells why
+def identify_triton(device: int) -> None:
+    """Hashes Triton's files and builds its link to the driver, which is no work for the interpreter. PyTorch keeps the hash."""
+    with suppress(Exception), torch.cuda.device(device):  # without it the first compilation does this
         from torch.utils._triton import triton_hash_with_backend
 
         triton_hash_with_backend()
@@ -77,9 +80,10 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
         elif isinstance(module, Stack) and device.type == "cpu":
             # Its norm stands outside of its blocks. A GPU has a kernel for it.
             module.norm.compile()
-    # One of its kernels for the backward pass would be timed in two forms, and the logits, which it writes to, be copied to the
-    # host first: for seconds.
-    model.head.label_losses = torch.compile(model.head.label_losses, options={"dynamic_scale_rblock": False})
+    # Otherwise PyTorch times a kernel of the losses' backward pass in two forms, and first copies the logits, which the kernel
+    # overwrites, to pinned memory of the host: 2 GiB of them, rounded up to 4, for seconds.
+    single_form = {"dynamic_scale_rblock": False} if hasattr(torch._inductor.config, "dynamic_scale_rblock") else None
+    model.head.label_losses = torch.compile(model.head.label_losses, options=single_form)
 
 
 CAST_FLOPS = 6000

@@ -142,13 +142,16 @@ def build_state(
         from hrm_lm.training import compilation  # half a second, most of it for PyTorch's compiler
 
         compilers = compilation.start_compilers(device)  # they need some seconds, as building the model does
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, vocab_size).to(device)
-    add_lora(model, config.train.lora)
-    if config.train.mixed_precision == "fp8":
-        use_float8(model, device, config.ray.shards(world_size))
+    try:
+        torch.manual_seed(config.train.seed)
+        model = build_model(config.model, vocab_size).to(device)
+        add_lora(model, config.train.lora)
+        if config.train.mixed_precision == "fp8":
+            use_float8(model, device, config.ray.shards(world_size))
+    finally:
+        if config.train.compile:
+            compilers.join()  # also where the process is about to end
     if config.train.compile:
-        compilers.join()
         compilation.compile_model(model, config.train, device)
     else:
         torch._functorch.config.activation_memory_budget = 1.0  # flex attention is compiled all the same
