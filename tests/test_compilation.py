@@ -1,9 +1,11 @@
-"""What compiled blocks compute again in their backward pass, where `train.activation_memory` is below 1."""
+"""What is compiled, what compiled blocks compute again in their backward pass where `train.activation_memory` is below 1, and what
+prepares the first compilation."""
 
 import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.async_compile
+import torch._inductor.compile_fx
 import torch._inductor.config
 import torch.utils._triton
 from conftest import small_config
@@ -155,11 +157,25 @@ def test_a_run_that_keeps_all_is_not_told_what_an_earlier_one_kept(compiler):
     assert torch._functorch.config.activation_memory_budget == 1.0
 
 
+def test_losses_keep_their_logits_whatever_blocks_keep(compiler, monkeypatch):
+    shares = []
+
+    def spy(graph, inputs, config_patches=None):
+        shares.append(torch._functorch.config.activation_memory_budget)
+        return graph.forward
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", spy)
+    state = build_state(small_config(train__compile=True, train__activation_memory=0.3), 20)
+    state.model.head.losses(torch.randn(5, state.config.model.d_model), torch.arange(5))
+    assert shares == [1.0]
+    assert torch._functorch.config.activation_memory_budget == 0.3
+
+
 def test_pytorch_has_what_is_prepared_before_the_first_compilation():
     """Where it has not, nothing fails, but the first step is late."""
     assert callable(torch._inductor.async_compile.maybe_warm_pool)
     assert callable(torch.utils._triton.triton_hash_with_backend)
-    assert torch._inductor.config.dynamic_scale_rblock is True
+    assert hasattr(torch._inductor.config, "dynamic_scale_rblock")
 
 
 @pytest.mark.gpu
@@ -174,7 +190,7 @@ def test_the_first_backward_pass_of_the_losses_copies_no_logits_to_the_host(monk
     before = torch.cuda.host_memory_stats()["allocated_bytes.allocated"]
     with torch.autocast("cuda", torch.bfloat16):
         loss = state.model.head.losses(states, labels).sum()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats()  # so a copy on the GPU would raise it
     loss.backward()
     copied = torch.cuda.host_memory_stats()["allocated_bytes.allocated"] - before
     assert copied < labels.numel() * 65_536, "bytes"

@@ -1,5 +1,7 @@
 """What tokens of packed and of padded rows see, as a dense mask and as blocks for flex attention."""
 
+import threading
+
 import pytest
 import torch
 from conftest import small_config
@@ -184,3 +186,18 @@ def test_heads_too_small_for_flex_attention_take_dense_masks(monkeypatch, archit
     collate = pack if architecture == "prefix_lm" else pack_apart
     build_model(config.model, VOCAB)(collate(some((5, 3), (2, 4)), SimpleTokenizer), config.model.hrm.cycles)
     assert asked and all(answer == dense for answer in asked)
+
+
+def test_in_every_thread_flex_attention_is_compiled_as_often_as_it_has_kinds():
+    """Otherwise it falls back to holding all scores. PyTorch 2.13 keeps its settings for each thread."""
+    limits = []
+
+    def look() -> None:
+        layers.compiled_flex_attention()
+        limits.append(torch._dynamo.config.recompile_limit)
+
+    look()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert min(limits) >= 64

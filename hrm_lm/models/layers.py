@@ -154,10 +154,15 @@ def rotate(x: Tensor, rope: Rotary) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-@cache
 def compiled_flex_attention():
     """For blocks that are not compiled: uncompiled, flex attention would hold all scores in memory."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if torch._dynamo.config.recompile_limit < 64:  # which PyTorch 2.13 keeps for each thread
+        torch._dynamo.config.recompile_limit = 64
+    return flex_attention_once_compiled()
+
+
+@cache
+def flex_attention_once_compiled():
     return torch.compile(flex_attention)
 
 

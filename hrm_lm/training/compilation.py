@@ -8,6 +8,7 @@ product does. So this attention is always kept here, and casts are weighed with 
 scale takes four bytes at most, and a pass over a tensor to find again.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from threading import Thread
@@ -37,12 +38,12 @@ def start_compilers(device: torch.device) -> Thread:
     def start() -> None:
         triton = Thread(target=identify_triton, args=(index,), daemon=True)
         if device.type == "cuda":
-            with suppress(ImportError):  # the names are PyTorch's own affair, as they are below
+            with suppress(Exception):  # these are PyTorch's own affair; without them the first compilation takes longer
                 from torch._inductor.async_compile import maybe_warm_pool
 
                 maybe_warm_pool()
             triton.start()
-        with suppress(ImportError):
+        with suppress(Exception):
             import torch._inductor.compile_fx  # noqa: F401
         if device.type == "cuda":
             triton.join()
@@ -54,7 +55,7 @@ def start_compilers(device: torch.device) -> Thread:
 
 def identify_triton(device: int) -> None:
     """Hashes Triton's files and builds its link to the driver, which is no work for the interpreter. PyTorch keeps the hash."""
-    with suppress(Exception), torch.cuda.device(device):  # without it the first compilation does this
+    with suppress(Exception), torch.cuda.device(device):
         from torch.utils._triton import triton_hash_with_backend
 
         triton_hash_with_backend()
@@ -80,10 +81,21 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
         elif isinstance(module, Stack) and device.type == "cpu":
             # Its norm stands outside of its blocks. A GPU has a kernel for it.
             module.norm.compile()
-    # Otherwise PyTorch times a kernel of the losses' backward pass in two forms, and first copies the logits, which the kernel
-    # overwrites, to pinned memory of the host: 2 GiB of them, rounded up to 4, for seconds.
-    single_form = {"dynamic_scale_rblock": False} if hasattr(torch._inductor.config, "dynamic_scale_rblock") else None
-    model.head.label_losses = torch.compile(model.head.label_losses, options=single_form)
+    model.head.label_losses = torch.compile(model.head.label_losses, backend=compile_losses)
+
+
+def compile_losses(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+    """PyTorch's compiler, for the losses of labels. Their backward pass follows at once, so what they keep for it takes no memory at a
+    step's peak, and is kept whatever the blocks keep.
+
+    Otherwise PyTorch times a kernel of their backward pass in two forms, and first copies the logits, which the kernel overwrites,
+    to pinned memory of the host: 2 GiB of them, rounded up to 4, for seconds.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    one_form = {"dynamic_scale_rblock": False} if hasattr(torch._inductor.config, "dynamic_scale_rblock") else None
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        return compile_fx(graph, inputs, config_patches=one_form)
 
 
 CAST_FLOPS = 6000

@@ -95,7 +95,7 @@ def share_multiprocessors(gpus: float) -> None:
 
     gpus: the share.
 
-    Eight processes that train the default config, on an H200, take 1,372 steps/s together with a quarter each, and 1,038
+    Eight processes that train the default config, on an H200, take 1,382 steps/s together with a quarter each, and 1,038
     where each may take all.
     """
     if 0 < gpus < 0.5:
