@@ -157,7 +157,10 @@ def test_a_run_that_keeps_all_is_not_told_what_an_earlier_one_kept(compiler):
     assert torch._functorch.config.activation_memory_budget == 1.0
 
 
-def test_losses_keep_their_logits_whatever_blocks_keep(compiler, monkeypatch):
+@pytest.mark.parametrize(("deep_supervision", "kept"), [(0.0, 1.0), (0.5, 0.3)])
+def test_losses_keep_their_logits_whatever_blocks_keep_unless_those_of_other_outputs_come_first(
+    compiler, monkeypatch, deep_supervision, kept
+):
     shares = []
 
     def spy(graph, inputs, config_patches=None):
@@ -165,9 +168,10 @@ def test_losses_keep_their_logits_whatever_blocks_keep(compiler, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", spy)
-    state = build_state(small_config(train__compile=True, train__activation_memory=0.3), 20)
+    fields = {"model__hrm__deep_supervision": deep_supervision, "train__activation_memory": 0.3}
+    state = build_state(small_config(train__compile=True, **fields), 20)
     state.model.head.losses(torch.randn(5, state.config.model.d_model), torch.arange(5))
-    assert shares == [1.0]
+    assert shares == [kept]
     assert torch._functorch.config.activation_memory_budget == 0.3
 
 

@@ -81,21 +81,28 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
         elif isinstance(module, Stack) and device.type == "cpu":
             # Its norm stands outside of its blocks. A GPU has a kernel for it.
             module.norm.compile()
-    model.head.label_losses = torch.compile(model.head.label_losses, backend=compile_losses)
+    # The backward pass of losses follows at once, so what they keep for it takes no memory at a step's peak. With deep supervision those
+    # of other outputs come first.
+    share = config.activation_memory if model.config.hrm.deep_supervision else 1.0
+    model.head.label_losses = torch.compile(model.head.label_losses, backend=compiler_of_losses(share))
 
 
-def compile_losses(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
-    """PyTorch's compiler, for the losses of labels. Their backward pass follows at once, so what they keep for it takes no memory at a
-    step's peak, and is kept whatever the blocks keep.
+@cache
+def compiler_of_losses(share: float) -> Callable:
+    """PyTorch's compiler, for the losses of labels. They keep `share` of their memory, whatever the blocks keep.
 
     Otherwise PyTorch times a kernel of their backward pass in two forms, and first copies the logits, which the kernel overwrites,
     to pinned memory of the host: 2 GiB of them, rounded up to 4, for seconds.
     """
-    from torch._inductor.compile_fx import compile_fx
 
-    one_form = {"dynamic_scale_rblock": False} if hasattr(torch._inductor.config, "dynamic_scale_rblock") else None
-    with torch._functorch.config.patch(activation_memory_budget=1.0):
-        return compile_fx(graph, inputs, config_patches=one_form)
+    def compile_losses(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        from torch._inductor.compile_fx import compile_fx
+
+        one_form = {"dynamic_scale_rblock": False} if hasattr(torch._inductor.config, "dynamic_scale_rblock") else None
+        with torch._functorch.config.patch(activation_memory_budget=share):
+            return compile_fx(graph, inputs, config_patches=one_form)
+
+    return compile_losses
 
 
 CAST_FLOPS = 6000
