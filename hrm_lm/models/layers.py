@@ -96,8 +96,8 @@ PART = 1 << 17
 
 @contextmanager
 def drawing_at_once() -> Iterator[ThreadPoolExecutor]:
-    """Threads that draw, the same ones wherever this is entered within it: beside a thread that is busy in Python, starting threads
-    for each weight takes longer than drawing it.
+    """Yields threads that draw. Where it is entered again within, it yields the same threads: beside a thread that is busy in Python,
+    starting threads for each weight takes longer than drawing it.
     """
     if threads := DRAWING.get():
         yield threads
@@ -163,6 +163,7 @@ def compiled_flex_attention():
 
 @cache
 def flex_attention_once_compiled():
+    """Returns the same compiled function each time, so that what it has compiled is kept."""
     return torch.compile(flex_attention)
 
 

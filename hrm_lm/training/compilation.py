@@ -54,7 +54,7 @@ def start_compilers(device: torch.device) -> Thread:
 
 
 def identify_triton(device: int) -> None:
-    """Hashes Triton's files and builds its link to the driver, which is no work for the interpreter. PyTorch keeps the hash."""
+    """Hashes Triton's files and builds its link to the driver. PyTorch keeps the hash. Python's lock is mostly free meanwhile."""
     with suppress(Exception), torch.cuda.device(device):
         from torch.utils._triton import triton_hash_with_backend
 
@@ -81,23 +81,21 @@ def compile_model(model: LanguageModel, config: TrainConfig, device: torch.devic
         elif isinstance(module, Stack) and device.type == "cpu":
             # Its norm stands outside of its blocks. A GPU has a kernel for it.
             module.norm.compile()
-    # The backward pass of losses follows at once, so what they keep for it takes no memory at a step's peak. With deep supervision those
-    # of other outputs come first.
+    # The backward pass of losses follows at once, so what they keep for it adds nothing to a step's peak of memory. With deep
+    # supervision the losses of other outputs come first.
     share = config.activation_memory if model.config.hrm.deep_supervision else 1.0
     model.head.label_losses = torch.compile(model.head.label_losses, backend=compiler_of_losses(share))
 
 
 @cache
 def compiler_of_losses(share: float) -> Callable:
-    """PyTorch's compiler, for the losses of labels. They keep `share` of their memory, whatever the blocks keep.
-
-    Otherwise PyTorch times a kernel of their backward pass in two forms, and first copies the logits, which the kernel overwrites,
-    to pinned memory of the host: 2 GiB of them, rounded up to 4, for seconds.
-    """
+    """Returns PyTorch's compiler, for the losses of labels. They keep `share` of their memory, whatever the blocks keep."""
 
     def compile_losses(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
+        # With two forms of a kernel of the backward pass PyTorch times both. The kernel overwrites the logits, so it first copies
+        # them to pinned memory of the host: 2 GiB, rounded up to 4, which takes seconds.
         one_form = {"dynamic_scale_rblock": False} if hasattr(torch._inductor.config, "dynamic_scale_rblock") else None
         with torch._functorch.config.patch(activation_memory_budget=share):
             return compile_fx(graph, inputs, config_patches=one_form)
