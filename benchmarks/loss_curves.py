@@ -35,6 +35,7 @@ KINDS = {"float32": "eager float32, unpacked", "bf16": "compiled bf16, packed", 
 SUCCESSORS = 8
 MICRO_BATCHES = 4  # of float32 without packing, to save memory and padding
 SMOOTH = 20  # steps of the running mean
+STYLES = {"float32": "solid", "bf16": "dashed", "fp8": "dotted"}
 DASHES = {"float32": "", "bf16": ' stroke-dasharray="5 4"', "fp8": ' stroke-dasharray="1.5 3"'}
 
 
@@ -115,10 +116,17 @@ def smoothed(curve: list[float]) -> np.ndarray:
     return np.convolve(curve, np.ones(SMOOTH) / SMOOTH, mode="valid")
 
 
+def reference(curves: dict[str, dict[str, list[float]]]) -> str:
+    """The most exact of the kinds that were trained."""
+    return next(kind for kind in KINDS if curves[kind])
+
+
 def differences(curves: dict[str, dict[str, list[float]]]) -> dict[str, np.ndarray]:
-    """Absolute differences of smoothed curves: (seeds, steps) of a kind from float32, (pairs, steps) between float32 seeds."""
+    """Absolute differences of smoothed curves: (seeds, steps) of a kind from the `reference`, (pairs, steps) between the
+    reference's seeds.
+    """
     smooth = {kind: {seed: smoothed(curve) for seed, curve in of.items()} for kind, of in curves.items()}
-    exact = smooth.pop("float32")
+    exact = smooth.pop(reference(curves))
     apart = {
         kind: np.array([np.abs(curve - exact[seed]) for seed, curve in sorted(of.items()) if seed in exact])
         for kind, of in smooth.items()
@@ -159,14 +167,16 @@ def plot(curves: dict[str, dict[str, list[float]]], apart: dict[str, np.ndarray]
     values = np.concatenate([line for line, _ in lines])
     low, high = np.floor(values.min()), np.ceil(values.max())
     ticks = [(value, f"{value:g}") for value in np.arange(low, high + 1)]
-    title = f"Loss, mean of {SMOOTH} steps; a colour a seed; solid: {KINDS['float32']}; dashed: {KINDS['bf16']}; dotted: fp8"
+    styles = ", ".join(f"{how}: {KINDS[kind]}" for kind, how in STYLES.items() if curves[kind])
+    title = f"Loss, mean of {SMOOTH} steps; a colour a seed; {styles}"
     panel(title, top, heights[0], low, high, ticks, lines)
     lines = [(np.log10(line + 1e-6), 'stroke="#888" stroke-width="1.2"') for line in apart["seeds"]]
     for kind in (kind for kind in KINDS if kind in apart):
         style = f'stroke="#111" stroke-width="1.6"{DASHES[kind]}'
         lines += [(np.log10(line + 1e-6), style) for line in apart[kind]]
     ticks = [(value, f"{10.0**value:g}") for value in range(-4, 1)]
-    title = "Their differences: black, dashed and dotted, from float32; grey, between seeds of float32"
+    first = reference(curves)
+    title = f"Their differences: black, from {first}; grey, between seeds of {first}"
     panel(title, top + heights[0] + gap, heights[1], -4, 0, ticks, lines)
     bottom = top + sum(heights) + gap
     for step in np.linspace(0, steps, 7):
@@ -217,7 +227,8 @@ def main() -> None:
         args.output.write_text(json.dumps(content) + "\n", encoding="utf-8")
         args.plot.write_text(plot(curves, apart), encoding="utf-8")
     for name, of in summary.items():
-        what = "float32, seed to seed" if name == "seeds" else f"{KINDS[name]}, from float32"
+        exact = reference(curves)
+        what = f"{exact}, seed to seed" if name == "seeds" else f"{KINDS[name]}, from {exact}"
         print(f"{what}: the smoothed losses differ by {of['mean']:.4f}, at most {of['max']:.4f}")
 
 

@@ -46,11 +46,13 @@ QUICK = ["model.d_model=16", "model.n_heads=2", "train.batch_size=8", "data.synt
 # --- without Ray ---------------------------------------------------------------------------------------------------
 
 
-def bare_steps(rank: int, share: float, steps: int, sets: list[str], begin: Any, ended: Any) -> None:
-    """A process that trains: it prepares itself, waits for the others, and says how many steps/s it took. share: of the GPU."""
+def bare_steps(rank: int, kind: str, share: float, steps: int, sets: list[str], begin: Any, ended: Any) -> None:
+    """A process that trains: it prepares itself, waits for the others, and says how many steps/s it took. kind: "cuda" or "cpu"; share:
+    of the GPU.
+    """
     share_multiprocessors(share)
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind)
     config = load_config(overrides={"data.dataset": "synthetic", "train.steps": 2 * steps} | parse_set(sets))
     splits = load_dataset(config.data, config.model, config.train.seed)
     state = build_state(config, splits.tokenizer.vocab_size, device)
@@ -71,11 +73,11 @@ def bare_steps(rank: int, share: float, steps: int, sets: list[str], begin: Any,
     ended.put(train(steps))
 
 
-def together(processes: int, steps: int, sets: list[str]) -> float:
+def together(processes: int, kind: str, steps: int, sets: list[str]) -> float:
     """Steps/s of all processes, which train at the same time."""
     context = mp.get_context("spawn")
     begin, ended = context.Barrier(processes), context.Queue()
-    running = mp.spawn(bare_steps, (1 / processes, steps, sets, begin, ended), nprocs=processes, join=False)
+    running = mp.spawn(bare_steps, (kind, 1 / processes, steps, sets, begin, ended), nprocs=processes, join=False)
     while not running.join():  # it raises what a process raised, and ends the others
         pass
     return sum(ended.get() for _ in range(processes))
@@ -130,7 +132,9 @@ def sweep(file: str, folder: str, at_once: int, share: float, sets: list[str], l
 def mps(folder: str) -> Iterator[None]:
     """NVIDIA's Multi-Process Service for the processes that are started in here."""
     os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+    # A daemon that sees some GPUs only numbers them anew for its clients, whose own CUDA_VISIBLE_DEVICES would then name others.
+    sees_all = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, env=sees_all)
     try:
         yield
     finally:
@@ -151,9 +155,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.trials, args.steps, args.set = 2, 50, [*QUICK, *args.set]
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="trials_") as folder, mps(folder) if args.mps else nullcontext():
-        alone = together(1, args.steps // 10, args.set)
-        several = together(args.trials, args.steps // 10, args.set)
+        alone = together(1, kind, args.steps // 10, args.set)
+        several = together(args.trials, kind, args.steps // 10, args.set)
         print(
             f"without Ray: {alone:.0f} steps/s alone, {several:.0f} of {args.trials} processes together, "
             f"{several / alone:.2f} times as many",
@@ -161,7 +166,7 @@ def main() -> None:
         )
         file, log_every = f"{folder}/sweep.yaml", max(args.steps // 20, 1)
         Path(file).write_text(FILE.format(steps=args.steps, trials=args.trials, log_every=log_every), encoding="utf-8")
-        on_gpu = torch.cuda.is_available() and not args.quick
+        on_gpu = kind == "cuda" and not args.quick
         # At once first: whatever a sweep finds ready, by the one before, is then on the other side.
         at_once, after = (sweep(file, folder, n, on_gpu / n, args.set, args.limit) for n in (args.trials, 1))
     if at_once and after:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from hrm_lm.models import decoding
 from hrm_lm.training import loop
 from hrm_lm.training.checkpoint import load_model, read_checkpoint
 from hrm_lm.training.loop import train
-from hrm_lm.training.step import Stats, backprop_steps_of, build_state, cycles_of, learning_rate, train_step
+from hrm_lm.training.metrics import MetricsLog
+from hrm_lm.training.step import SentStats, Stats, backprop_steps_of, build_state, cycles_of, learning_rate, train_step
 from hrm_lm.training.validation import validate
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
@@ -259,6 +261,39 @@ def test_progress_lines_name_the_metrics(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 1/2  loss ") and "samples_per_s" in lines[0]
     assert lines[-1].startswith("step 2/2  val_loss ")
+
+
+def test_an_interval_s_rate_is_that_of_its_own_steps_however_late_it_is_logged(tmp_path, monkeypatch):
+    # Several workers on GPUs log an interval when the next one ends; there the steps of both, or of none, had been counted.
+    rates, now = [], [0.0]
+
+    def steps_of_a_second(*args):
+        train_step(*args)
+        now[0] += 1.0
+
+    monkeypatch.setattr(SentStats, "arrived", lambda self: False)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop, "train_step", steps_of_a_second)
+    monkeypatch.setattr(MetricsLog, "write", lambda self, step, m: rates.append(m.get("samples_per_s")))
+    train_locally(small_config(train__log_every=2, train__val_every=7), tmp_path)
+    assert [rate for rate in rates if rate] == [8.0] * 7  # after steps 2, 4, 6, 7, 8, 10 and 12
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_interval_s_time_is_the_device_s_and_not_that_of_launching():
+    state = build_state(small_config(), 16, torch.device("cuda"))
+    stats = Stats(state)
+    matrix = torch.randn(8192, 8192, device="cuda")
+    torch.mm(matrix, matrix)
+    stats.read()
+    start = time.perf_counter()
+    for _ in range(50):
+        torch.mm(matrix, matrix)
+    sent = stats.send()
+    launched = time.perf_counter() - start
+    seconds = sent.read()["seconds"]
+    took = time.perf_counter() - start
+    assert launched < seconds <= took < 1.5 * seconds
 
 
 def test_event_files_hold_the_curves(tmp_path):

@@ -85,21 +85,21 @@ def train(config: Config, session: Session) -> dict[str, Any]:
     batches = batches_from_here()
     if config.train.profile and session.event_folder:
         batches = profiled(batches, session.event_folder / "profile", state.device, config.train.steps - state.step)
-    logged_step, clock = state.step, time.perf_counter()
+    logged_step = state.step
+    stats.begin()
 
     def log_interval(step: int, sent: SentStats) -> dict[str, float] | None:
         """Logs the interval that ended with `step`; None where the run went back because of it."""
-        nonlocal logged_step, clock, progress, batches
+        nonlocal logged_step, progress, batches
         interval = sent.read()
         if back := guard.rolled_back(interval):
             progress = back
             batches.close()
             batches = batches_from_here()
             log.rewind(state.step)
-            logged_step, clock = state.step, time.perf_counter()
+            logged_step = state.step
             return None
-        now = time.perf_counter()
-        seconds, clock = now - clock, now
+        seconds = interval["seconds"]
         progress.watched = interval["watched"]
         progress.seconds += seconds
         progress.tokens += int(interval["tokens"])
@@ -166,7 +166,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             waits.append(1000 * (time.perf_counter() - saving_from))
             log.record(state.step, {"save_ms": waits[-1]})
             session.alive()
-            clock = time.perf_counter()
+            stats.begin()
             if patience and progress.stale_validations >= patience and not last:
                 status = "early_stopped"
                 break

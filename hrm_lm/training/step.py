@@ -5,6 +5,7 @@ batch is cut into workers and micro-batches changes nothing but rounding.
 """
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Stats:
 
     def __init__(self, state: TrainState, watched: dict[str, float] | None = None):
         """watched: as an earlier `read` gave it."""
-        self.world_size = state.world_size
+        self.world_size, self.device = state.world_size, state.device
         self.steps = torch.zeros((), device=state.device)
         """Optimisation steps done, as the device knows them."""
         self.sums = torch.zeros(6, dtype=torch.float64, device=state.device)
@@ -73,6 +74,11 @@ class Stats:
         self.bad_step.fill_(math.inf)
         self.spike_step.fill_(math.inf)
         self.watched.copy_(torch.tensor([watched.get(name, 0.0) for name in WATCHED], dtype=torch.float64))
+        self.begin()
+
+    def begin(self) -> None:
+        """The interval's time counts from here on, where the device did something else since the last interval."""
+        self.began = event_now(self.device)
 
     def read(self) -> dict[str, Any]:
         """The interval's numbers over all workers; then a new interval begins. This waits for the device."""
@@ -87,11 +93,36 @@ class Stats:
         numbers = torch.cat([self.sums, single, self.watched])
         self.sums.zero_()
         self.spike_step.fill_(math.inf)
-        if not numbers.is_cuda:
-            return SentStats(numbers)
-        host = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-        sent = torch.cuda.current_stream(numbers.device).record_event()
-        return SentStats(host, sent, alone=self.world_size == 1)
+        if numbers.is_cuda:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+        began, self.began = self.began, event_now(self.device)
+        return SentStats(numbers, began, self.began, alone=self.world_size == 1 or self.device.type != "cuda")
+
+
+class HostEvent:
+    """What a `torch.cuda.Event` is where nothing runs behind the host's back."""
+
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        """Milliseconds."""
+        return 1000 * (end.at - self.at)
+
+
+def event_now(device: torch.device) -> Any:
+    """An event with a time, which comes when `device` has done what it was given so far."""
+    if device.type != "cuda":
+        return HostEvent()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 @dataclass
@@ -99,28 +130,31 @@ class SentStats:
     """An interval's numbers on their way to the host."""
 
     numbers: Tensor
-    sent: torch.cuda.Event | None = None
-    alone: bool = True
+    began: Any
+    ended: Any
+    """Events; the numbers are there at the second."""
+    alone: bool
 
     def arrived(self) -> bool:
         """Whether `read` returns at once; False among several workers on GPUs, which must all read at the same step."""
-        return self.sent is None or (self.alone and self.sent.query())
+        return self.alone and self.ended.query()
 
     def read(self) -> dict[str, Any]:
         """Waits for the numbers, and not for steps that were launched since.
 
+        `seconds`: how long the device took for the interval, however late its numbers are read.
         `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None; with `train.on_nonfinite:
         skip` always None, and `loss` is that of the steps that were taken. `spike_step`: the interval's first spike, else
         None.
         """
-        if self.sent:
-            self.sent.synchronize()
+        self.ended.synchronize()
         sums, (bad, spike, step, grad_norm), watched = (
             part.tolist() for part in self.numbers.split([6, 4, len(WATCHED)])
         )
         loss, counted, labelled, tokens, positions, samples = sums
         return {
             "step": int(step),
+            "seconds": self.began.elapsed_time(self.ended) / 1000,
             "loss": loss / counted if counted else math.nan,
             "grad_norm": grad_norm,
             "tokens": tokens,
