@@ -167,7 +167,7 @@ def plot(curves: dict[str, dict[str, list[float]]], apart: dict[str, np.ndarray]
     values = np.concatenate([line for line, _ in lines])
     low, high = np.floor(values.min()), np.ceil(values.max())
     ticks = [(value, f"{value:g}") for value in np.arange(low, high + 1)]
-    styles = ", ".join(f"{how}: {KINDS[kind]}" for kind, how in STYLES.items() if curves[kind])
+    styles = "; ".join(f"{how}: {kind}" for kind, how in STYLES.items() if curves[kind])
     title = f"Loss, mean of {SMOOTH} steps; a colour a seed; {styles}"
     panel(title, top, heights[0], low, high, ticks, lines)
     lines = [(np.log10(line + 1e-6), 'stroke="#888" stroke-width="1.2"') for line in apart["seeds"]]
