@@ -31,7 +31,8 @@ from hrm_lm.commands.flags import add_checkpoint_flags
 from hrm_lm.config import load_config
 from hrm_lm.data.tokenizer import ByteTokenizer
 from hrm_lm.filesystem import resolve
-from hrm_lm.inference.generate import find_checkpoint, generate
+from hrm_lm.inference.choice import find_checkpoint
+from hrm_lm.inference.generate import generate
 from hrm_lm.models import decoding
 from hrm_lm.models.build import build_model
 from hrm_lm.models.contract import EvalOptions

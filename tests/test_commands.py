@@ -56,6 +56,36 @@ def test_hrm_lm_finds_every_command(capsys, name):
     assert exit.value.code == 0 and f"usage: hrm-lm {name}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_help_and_the_mistakes_of_a_command_line_come_without_waiting_for_pytorch_or_ray(tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    lines = [[name, "--help"] for name in COMMANDS] + [
+        ["train", "--config", "nope.yaml"],
+        ["tune", "--config", "nope.yaml"],
+        ["prepare", "--input", "nope", "--output", "data"],
+        ["generate", "--prompt", "1 + 1", "--run_name", "nope"],
+        ["predict", "--input", "questions.jsonl", "--output", "answers", "--run_name", "nope"],
+        ["evaluate", "--run_name", "nope"],
+        ["serve", "--run_name", "nope"],
+        ["report", "nope"],
+    ]
+    code = f"""
+import sys
+from hrm_lm.commands.main import main
+for line in {lines}:
+    try:
+        code = main(line)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == (0 if "--help" in line else 2), (line, code)
+    slow = sys.modules.keys() & {{"torch", "ray"}}
+    assert not slow, (line, slow)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_hrm_lm_lists_its_commands_and_refuses_others(capsys):
     assert hrm_lm(["--help"]) == 0 and set(COMMANDS) <= set(capsys.readouterr().out.split())
     assert hrm_lm([]) == 2 and set(COMMANDS) <= set(capsys.readouterr().err.split())

@@ -21,7 +21,7 @@ from hrm_lm.commands.serve import main, name_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.models.build import build_model
-from hrm_lm.serving.app import digest
+from hrm_lm.serving.access import digest
 from hrm_lm.serving.start import direct_ingress, told_by
 from hrm_lm.training.checkpoint import Progress, save_model
 

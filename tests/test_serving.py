@@ -25,7 +25,8 @@ from hrm_lm.errors import UserError
 from hrm_lm.inference.engine import Engine
 from hrm_lm.models.build import build_model
 from hrm_lm.serving import host, worker
-from hrm_lm.serving.app import MOST_BYTES, App, digest
+from hrm_lm.serving.access import digest
+from hrm_lm.serving.app import MOST_BYTES, App
 from hrm_lm.serving.host import Host, check_memory
 from hrm_lm.serving.metrics import Metrics, merged
 from hrm_lm.serving.protocol import Model

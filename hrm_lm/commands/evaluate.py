@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from hrm_lm.commands.flags import add_checkpoint_flags, add_set, check_cycles
 from hrm_lm.config import parse_set
 from hrm_lm.errors import UserError
-from hrm_lm.evaluation.output import begun
-from hrm_lm.evaluation.results import documents, table
 from hrm_lm.filesystem import local_copy, shown
-from hrm_lm.inference.evaluate import evaluate
-from hrm_lm.inference.generate import find_checkpoint
+from hrm_lm.inference.choice import find_checkpoint
 
 
 def main(argv: Sequence[str] | None = None, workers: int | None = None) -> int:
@@ -52,6 +49,11 @@ def main(argv: Sequence[str] | None = None, workers: int | None = None) -> int:
 
     overrides = ({"data.dataset": args.dataset} if args.dataset else {}) | parse_set(args.set)
     fs, path = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
+
+    from hrm_lm.evaluation.output import begun
+    from hrm_lm.evaluation.results import documents, table
+    from hrm_lm.inference.evaluate import evaluate
+
     with local_copy(path, fs) as folder, begun(args.output, None if args.checkpoint else (fs, path)) as output:
         evaluation = evaluate(
             folder, overrides, args.tasks, args.batch_size, args.h_cycles, args.l_cycles, args.num_workers,

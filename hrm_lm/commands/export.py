@@ -9,9 +9,6 @@ from pathlib import Path
 
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve
-from hrm_lm.interop.card import find_results, read_results
-from hrm_lm.interop.export import export
-from hrm_lm.interop.gguf import export_gguf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     output = Path(args.output)
+
+    from hrm_lm.interop.card import find_results, read_results
+    from hrm_lm.interop.export import export
+    from hrm_lm.interop.gguf import export_gguf
+
     with local_copy(args.checkpoint) as folder:
         if output.suffix.lower() == ".gguf":
             if args.results:

@@ -9,14 +9,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrm_lm.interop.import_ import import_
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hrm-lm import", description=__doc__)
     parser.add_argument("--input", required=True, metavar="DIR", help="folder that Transformers' save_pretrained wrote")
     parser.add_argument("--output", required=True, metavar="PATH", help="checkpoint folder to be made")
     args = parser.parse_args(argv)
+
+    from hrm_lm.interop.import_ import import_
+
     import_(Path(args.input), Path(args.output))
     print(args.output)
     return 0

@@ -18,12 +18,9 @@ from hrm_lm.commands.flags import (
 from hrm_lm.data.records import parse_mapping
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import resolve, without_secrets
-from hrm_lm.inference.generate import chosen_cycles, find_checkpoint
-from hrm_lm.predict.pipeline import predict
-from hrm_lm.predict.tasks import Job, Settings
+from hrm_lm.inference.choice import chosen_cycles, find_checkpoint
 from hrm_lm.prepare.reading import find_files
 from hrm_lm.prepare.report import describe
-from hrm_lm.training.checkpoint import read_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_other = any(file.format not in ("parquet", "hub") for file, _ in files)
 
     checkpoint_fs, path = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
+
+    from hrm_lm.predict.pipeline import predict
+    from hrm_lm.predict.tasks import Job, Settings
+    from hrm_lm.training.checkpoint import read_checkpoint
+
     checkpoint = read_checkpoint(path, checkpoint_fs)
     model = checkpoint.config.model
     settings = Settings(

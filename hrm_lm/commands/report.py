@@ -14,9 +14,6 @@ import pyarrow.fs
 from hrm_lm.cluster.run_folder import RunFolder, run_locations
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import outlasting, resolve, shown, without_secrets, write_text
-from hrm_lm.report.comparison import comparison_page
-from hrm_lm.report.page import run_page
-from hrm_lm.report.runs import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     places = [place_of(run, args.save_dir) for run in args.runs]
+
+    from hrm_lm.report.comparison import comparison_page
+    from hrm_lm.report.page import run_page
+    from hrm_lm.report.runs import read_run
+
     runs = [read_run(*place) for place in places]
     if len(runs) == 1:
         (fs, folder), page = places[0], run_page(runs[0])

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from hrm_lm.commands.flags import add_checkpoint_flags, check_cycles
 from hrm_lm.errors import UserError
-from hrm_lm.inference.generate import chosen_cycles, find_checkpoint
-from hrm_lm.serving.app import digest, is_loopback
-from hrm_lm.serving.plan import Plan, Settings
-from hrm_lm.serving.start import serve_until_stopped
-from hrm_lm.training.checkpoint import read_checkpoint
+from hrm_lm.inference.choice import chosen_cycles, find_checkpoint
+from hrm_lm.serving.access import digest, is_loopback
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+    from hrm_lm.serving.plan import Plan
 
 KEY = "HRM_LM_API_KEY"
 
@@ -39,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = f"{plan.settings.name!r} answers on {url}, until Ctrl-C"
     if made:
         told += f"\nits key, made for this time ({KEY} sets one): {made}\nthe page with the key: {url}/#key={made}"
+
+    from hrm_lm.serving.start import serve_until_stopped
+
     try:
         serve_until_stopped(plan, args.host, args.port, told)
     except KeyboardInterrupt:  # later ones end it in good order
@@ -109,7 +111,7 @@ def plan_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_of(args: argparse.Namespace, key: str | None) -> Plan:
+def plan_of(args: argparse.Namespace, key: str | None) -> "Plan":
     check_cycles(args)
     limits = {
         "slots": (1, 1 << 16), "max_queue": (0, 1 << 20), "cpus_per_replica": (1, 1 << 10),
@@ -124,6 +126,10 @@ def plan_of(args: argparse.Namespace, key: str | None) -> Plan:
     if not 1 <= least <= most:
         raise UserError(f"--replicas must be a number, or a range such as 1:4, not {args.replicas}")
     fs, path = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
+
+    from hrm_lm.serving.plan import Plan, Settings
+    from hrm_lm.training.checkpoint import read_checkpoint
+
     checkpoint = read_checkpoint(path, fs)
     settings = Settings(
         fs=fs,

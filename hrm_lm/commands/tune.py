@@ -8,9 +8,7 @@ from typing import Any
 from hrm_lm.cluster.run_folder import RunFolder, default_storage, outliving
 from hrm_lm.commands.flags import add_run_flags
 from hrm_lm.config import Layer, is_own, parse_set, set_dotted
-from hrm_lm.trust import refuse_strangers_code
 from hrm_lm.tuning.space import Sweep
-from hrm_lm.tuning.sweep import run_sweep, summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.run_name or f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     location = args.save_dir or sweep.config.ray.storage_path
     folder = RunFolder(outliving(location, "--save_dir") if location else default_storage(), name)
+
+    from hrm_lm.tuning.sweep import run_sweep, summary
+
     print(summary(run_sweep(sweep, folder, args.resume), sweep, folder))
     return 0
 
 
 def check_code(sweep: Sweep, overrides: dict[str, Any]) -> None:
     """Raises UserError where the base, or an option of the search space, is code of a stranger's."""
+    from hrm_lm.trust import refuse_strangers_code
+
     refuse_strangers_code(sweep.config.to_dict(), sweep.layers, overrides)
     for dotted, (_, options) in sweep.space.items():
         for option in options:

@@ -25,7 +25,7 @@ from hrm_lm.data.sampler import by_length
 from hrm_lm.data.splits import Ragged, Sample
 from hrm_lm.errors import UserError
 from hrm_lm.evaluation.scoring import losses
-from hrm_lm.inference.generate import chosen_checkpoint, chosen_cycles
+from hrm_lm.inference.choice import chosen_checkpoint, chosen_cycles
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.models.decoding import generate_ids
 from hrm_lm.training.checkpoint import load_model

@@ -14,7 +14,7 @@ from hrm_lm.evaluation.results import RESAMPLES, SEED, Answered, Evaluation
 from hrm_lm.evaluation.scoring import Slice, slices_of
 from hrm_lm.evaluation.spread import SLICES_PER_WORKER, scores_of
 from hrm_lm.evaluation.tasks import tasks_of
-from hrm_lm.inference.generate import chosen_cycles
+from hrm_lm.inference.choice import chosen_cycles
 from hrm_lm.models.contract import EvalOptions
 from hrm_lm.training.checkpoint import load_model
 

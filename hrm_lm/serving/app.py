@@ -5,15 +5,12 @@ This is ASGI without a framework: for a small model, the layers of one would tak
 """
 
 import asyncio
-import hashlib
 import hmac
 import json
-import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable
 from importlib import resources
-from ipaddress import ip_address
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -21,6 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from hrm_lm.data import chat
+from hrm_lm.serving.access import digest, is_loopback
 from hrm_lm.serving.metrics import Metrics
 from hrm_lm.serving.protocol import Chat, Completion, Model, Refused, parse
 from hrm_lm.serving.responses import Writer
@@ -209,20 +207,6 @@ class Stream(Response):
                 await send({"type": "http.response.body", "body": lines, "more_body": not done})
         finally:
             self.app.end(self.work)
-
-
-def digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host leads to this machine alone: a name or an address, or what a Host header says."""
-    parts = re.fullmatch(r"\[(.*)\](?::\d+)?|([^:]*)(?::\d+)?", host)
-    name = (parts[1] or parts[2]) if parts else host
-    try:
-        return name == "localhost" or ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 async def read_body(request: Request) -> bytes:

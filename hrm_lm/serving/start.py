@@ -19,7 +19,7 @@ from pathlib import Path
 from hrm_lm.cluster.ray_private import started_by_this_process
 from hrm_lm.cluster.start import free_port, say, started_ray
 from hrm_lm.errors import RunFailed, UserError
-from hrm_lm.serving.app import is_loopback
+from hrm_lm.serving.access import is_loopback
 from hrm_lm.serving.plan import Plan
 
 APPLICATION = "hrm_lm"

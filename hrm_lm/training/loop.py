@@ -99,7 +99,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             log.rewind(state.step)
             logged_step = state.step
             return None
-        seconds = interval["seconds"]
+        seconds = sent.seconds()
         progress.watched = interval["watched"]
         progress.seconds += seconds
         progress.tokens += int(interval["tokens"])

@@ -139,10 +139,14 @@ class SentStats:
         """Whether `read` returns at once; False among several workers on GPUs, which must all read at the same step."""
         return self.alone and self.ended.query()
 
+    def seconds(self) -> float:
+        """How long the device took for the interval, however late this is asked. It waits for the interval's end."""
+        self.ended.synchronize()
+        return self.began.elapsed_time(self.ended) / 1000
+
     def read(self) -> dict[str, Any]:
         """Waits for the numbers, and not for steps that were launched since.
 
-        `seconds`: how long the device took for the interval, however late its numbers are read.
         `bad_step`: the first step (from 1) whose loss or gradient was not finite, else None; with `train.on_nonfinite:
         skip` always None, and `loss` is that of the steps that were taken. `spike_step`: the interval's first spike, else
         None.
@@ -154,7 +158,6 @@ class SentStats:
         loss, counted, labelled, tokens, positions, samples = sums
         return {
             "step": int(step),
-            "seconds": self.began.elapsed_time(self.ended) / 1000,
             "loss": loss / counted if counted else math.nan,
             "grad_norm": grad_norm,
             "tokens": tokens,
