@@ -68,6 +68,18 @@ def test_help_and_the_mistakes_of_a_command_line_come_without_waiting_for_pytorc
         ["evaluate", "--run_name", "nope"],
         ["serve", "--run_name", "nope"],
         ["report", "nope"],
+        ["import", "--input", "nope", "--output", "checkpoint"],
+        ["export", "--checkpoint", "questions.jsonl", "--output", "m.gguf", "--results", "results.json"],
+    ]
+    lines += [
+        [*line, "--checkpoint", "nope"]
+        for line in (
+            ["generate", "--prompt", "1 + 1"],
+            ["predict", "--input", "questions.jsonl", "--output", "answers"],
+            ["evaluate"],
+            ["serve"],
+            ["export", "--output", "folder"],
+        )
     ]
     code = f"""
 import sys

@@ -16,11 +16,11 @@ import torch
 from conftest import kill_processes_with, processes_with, small_config, wait_until
 
 from hrm_lm.cluster.start import free_port
-from hrm_lm.commands import serve as commands
 from hrm_lm.commands.serve import main, name_of
 from hrm_lm.data.tokenizer import SimpleTokenizer
 from hrm_lm.errors import RunFailed, UserError
 from hrm_lm.models.build import build_model
+from hrm_lm.serving import start
 from hrm_lm.serving.access import digest
 from hrm_lm.serving.start import direct_ingress, told_by
 from hrm_lm.training.checkpoint import Progress, save_model
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def planned(monkeypatch, command, checkpoint):
     """`planned(*flags)` is what would be served, and what the user would be told."""
     served = []
-    monkeypatch.setattr(commands, "serve_until_stopped", lambda plan, host, port, told: served.append((plan, told)))
+    monkeypatch.setattr(start, "serve_until_stopped", lambda plan, host, port, told: served.append((plan, told)))
 
     def run(*flags):
         assert command(main, "--checkpoint", checkpoint, *flags) == (0, "", "")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hrm_lm.errors import UserError
 from hrm_lm.filesystem import local_copy, resolve
+from hrm_lm.inference.choice import find_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,18 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     output = Path(args.output)
+    as_gguf = output.suffix.lower() == ".gguf"
+    if as_gguf and args.results:
+        raise UserError("--results: a .gguf file has no model card; leave it out")
+    fs, path = find_checkpoint(args.checkpoint, None, None)
 
     from hrm_lm.interop.card import find_results, read_results
     from hrm_lm.interop.export import export
     from hrm_lm.interop.gguf import export_gguf
 
-    with local_copy(args.checkpoint) as folder:
-        if output.suffix.lower() == ".gguf":
-            if args.results:
-                raise UserError("--results: a .gguf file has no model card; leave it out")
+    with local_copy(path, fs) as folder:
+        if as_gguf:
             export_gguf(folder, output)
         else:
             results = [read_results(*resolve(location)) for location in args.results or []]
-            export(folder, output, results or find_results(*resolve(args.checkpoint)))
+            export(folder, output, results or find_results(fs, path))
     print(args.output)
     return 0

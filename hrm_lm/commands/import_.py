@@ -9,12 +9,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hrm_lm.errors import UserError
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hrm-lm import", description=__doc__)
     parser.add_argument("--input", required=True, metavar="DIR", help="folder that Transformers' save_pretrained wrote")
     parser.add_argument("--output", required=True, metavar="PATH", help="checkpoint folder to be made")
     args = parser.parse_args(argv)
+    if not Path(args.input).is_dir():
+        raise UserError(f"--input: {args.input}: no such folder")
 
     from hrm_lm.interop.import_ import import_
 

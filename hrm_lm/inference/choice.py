@@ -25,10 +25,13 @@ def find_checkpoint(
     checkpoint: str | None, run_name: str | None, save_dir: str | None
 ) -> tuple[pyarrow.fs.FileSystem, str]:
     """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's. Says on
-    stderr which it is. Returns a file system and the path in it.
+    stderr which it is. Returns a file system and the path in it. Raises UserError where there is none.
     """
     if checkpoint:
-        return resolve(checkpoint)
+        fs, path = resolve(checkpoint)
+        if isinstance(fs, pyarrow.fs.LocalFileSystem) and not Path(path).is_dir():
+            raise UserError(f"{path}: no such checkpoint folder")
+        return fs, path
     locations = run_locations(save_dir)
     if run_name:
         runs = [RunFolder(location, run_name) for location in locations]

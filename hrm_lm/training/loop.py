@@ -98,6 +98,7 @@ def train(config: Config, session: Session) -> dict[str, Any]:
             batches = batches_from_here()
             log.rewind(state.step)
             logged_step = state.step
+            stats.begin()
             return None
         seconds = sent.seconds()
         progress.watched = interval["watched"]
