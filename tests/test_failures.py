@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pyarrow.fs
 import pytest
 from conftest import Remote, each_fails_once
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.train import (
     BackendConfig,
     ControllerError,
@@ -20,6 +20,9 @@ from ray.train.v2._internal.callbacks import backend_setup
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2._internal.logging import LoggingManager
 
 from hrm_lm.cluster.failures import FailurePolicy, TrainController, write_list
@@ -87,19 +90,45 @@ def test_the_list_of_checkpoints_outlasts_storage_that_is_away_and_a_kill_leaves
     assert path.read_text() == "third" and not killed.exists()
 
 
-def test_a_run_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits, monkeypatch, capsys):
-    shutdown = logging.getLogger(backend_setup.__name__)
+@pytest.fixture
+def start_controller(tmp_path, monkeypatch):
+    """`start_controller(fs)` makes a run's controller, up to what needs Ray's processes."""
 
     def configure(_):  # Ray Train's, which resets levels too, asks Ray for its worker's id
-        shutdown.setLevel(logging.NOTSET)
+        logging.getLogger(backend_setup.__name__).setLevel(logging.NOTSET)
 
     monkeypatch.setattr(LoggingManager, "configure_controller_logger", configure)
-    monkeypatch.setattr(TrainController, "_start", lambda self: None)  # what follows needs Ray's processes
-    config = RunConfig(name="r", storage_path=str(tmp_path), storage_filesystem=Remote(fails=each_fails_once()))
-    run = TrainRunContext(config, {}, ScalingConfig(), BackendConfig(), DataConfig())
-    TrainController(train_run_context=run, train_fn_ref=None, scaling_policy=None, failure_policy=None)
+    monkeypatch.setattr(TrainController, "_start", lambda self: None)
+
+    def start(fs):
+        config = RunConfig(name="r", storage_path=str(tmp_path), storage_filesystem=fs)
+        run = TrainRunContext(config, {}, ScalingConfig(), BackendConfig(), DataConfig())
+        TrainController(train_run_context=run, train_fn_ref=None, scaling_policy=None, failure_policy=None)
+
+    return start
+
+
+def test_a_run_that_starts_while_storage_is_away_waits_for_it(start_controller, tmp_path, waits, capsys):
+    shutdown = logging.getLogger(backend_setup.__name__)
+    start_controller(Remote(fails=each_fails_once()))
     assert len(waits) >= 4 and f"{tmp_path}/r: cannot be read or written: AWS" in capsys.readouterr().err
     assert not shutdown.isEnabledFor(logging.WARNING), "a traceback after each worker's death"
+
+
+def test_on_a_busy_machine_ray_trains_warning_is_a_line_without_a_traceback(start_controller, monkeypatch, caplog):
+    def too_slow(**request):
+        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr(
+        TrainAutoscalingCoordinatorClient,
+        "_autoscaling_coordinator",
+        SimpleNamespace(request_resources=SimpleNamespace(remote=too_slow)),
+    )
+    monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
+    start_controller(pyarrow.fs.LocalFileSystem())
+    with caplog.at_level(logging.WARNING, "ray"):
+        TrainAutoscalingCoordinatorClient("train-1").send_resource_request(ScalingConfig(), 1)
+    assert "Failed to send resource request for train-1." in caplog.text and "Traceback" not in caplog.text
 
 
 def test_a_worker_that_starts_while_storage_is_away_waits_for_it(tmp_path, waits):

@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution import controller
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer
 
@@ -95,6 +96,7 @@ class TrainController(controller.TrainController):
 
     def __init__(self, *, train_run_context: TrainRunContext, **options: Any):
         CheckpointManager._write_state_to_storage = write_list
+        logging.getLogger(autoscaling_coordinator_client.__name__).addFilter(without_traceback)
         run = train_run_context.run_config
         outlasting(
             f"{shown(run.storage_filesystem, f'{run.storage_path}/{run.name}')}: cannot be read or written",
@@ -102,6 +104,12 @@ class TrainController(controller.TrainController):
         )
         # After each failure it would log the traceback of what FailurePolicy tells in a line. Ray Train's own start resets levels.
         logging.getLogger(backend_setup.__name__).setLevel(logging.ERROR)
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Of a warning that says all in a line: that the cluster is busy, and that Ray Train asks again."""
+    record.exc_info = None
+    return True
 
 
 def write_list(manager: CheckpointManager) -> None:
