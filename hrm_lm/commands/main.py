@@ -1,6 +1,7 @@
 """`hrm-lm NAME ...`: finds the command, and tells errors to the user with the right exit code.
 
-A command is imported only once it is chosen, so that the list of commands comes at once.
+A command is imported only once it is chosen, so that the list of commands comes at once; and it imports PyTorch and Ray only
+where its flags, and the files and runs that they name, are there: a mistake is told in a second.
 """
 
 import importlib
