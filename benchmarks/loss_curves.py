@@ -117,7 +117,7 @@ def smoothed(curve: list[float]) -> np.ndarray:
 
 
 def reference(curves: dict[str, dict[str, list[float]]]) -> str:
-    """The most exact of the kinds that were trained."""
+    """Returns the most exact of the kinds that were trained."""
     return next(kind for kind in KINDS if curves[kind])
 
 
@@ -226,8 +226,8 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(content) + "\n", encoding="utf-8")
         args.plot.write_text(plot(curves, apart), encoding="utf-8")
+    exact = reference(curves)
     for name, of in summary.items():
-        exact = reference(curves)
         what = f"{exact}, seed to seed" if name == "seeds" else f"{KINDS[name]}, from {exact}"
         print(f"{what}: the smoothed losses differ by {of['mean']:.4f}, at most {of['max']:.4f}")
 

@@ -27,6 +27,7 @@ from hrm_lm.cluster.scaling import ScalingPolicy
 from hrm_lm.cluster.start import say
 from hrm_lm.errors import StorageError, UserError
 from hrm_lm.filesystem import outlasting, shown
+from hrm_lm.parsing import one_line
 
 
 class Trainer(TorchTrainer):
@@ -107,8 +108,11 @@ class TrainController(controller.TrainController):
 
 
 def without_traceback(record: logging.LogRecord) -> bool:
-    """Of a warning that says all in a line: that the cluster is busy, and that Ray Train asks again."""
-    record.exc_info = None
+    """Puts the error of a warning into its line, in place of the traceback. The warning says that the cluster is busy, and that
+    Ray Train asks again.
+    """
+    if record.exc_info and (error := record.exc_info[1]):
+        record.msg, record.exc_info = f"{record.msg} ({one_line(error)})", None
     return True
 
 

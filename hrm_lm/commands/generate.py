@@ -7,8 +7,7 @@ from pathlib import Path
 
 from hrm_lm.commands.flags import add_checkpoint_flags, add_sampling_flags, check_cycles, sampling_of
 from hrm_lm.errors import UserError
-from hrm_lm.filesystem import local_copy
-from hrm_lm.inference.choice import chosen_cycles, find_checkpoint
+from hrm_lm.inference.choice import chosen_checkpoint, chosen_cycles
 from hrm_lm.parsing import parse_json
 
 
@@ -36,16 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not prompts:
         raise UserError('nothing to answer: give --prompt "What is 12 + 7?" or --prompts_file FILE')
 
-    fs, path = find_checkpoint(args.checkpoint, args.run_name, args.save_dir)
+    with chosen_checkpoint(args.checkpoint, args.run_name, args.save_dir) as folder:
+        import torch
 
-    import torch
+        from hrm_lm.inference.generate import generate
+        from hrm_lm.models.contract import EvalOptions
+        from hrm_lm.training.checkpoint import load_model
 
-    from hrm_lm.inference.generate import generate
-    from hrm_lm.models.contract import EvalOptions
-    from hrm_lm.training.checkpoint import load_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with local_copy(path, fs) as folder:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer, checkpoint = load_model(folder, device)
     options = EvalOptions(cycles=chosen_cycles(checkpoint.config, args.h_cycles, args.l_cycles))
     for answer in generate(model, tokenizer, prompts, options, **sampling):

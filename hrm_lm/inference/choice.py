@@ -25,7 +25,7 @@ def find_checkpoint(
     checkpoint: str | None, run_name: str | None, save_dir: str | None
 ) -> tuple[pyarrow.fs.FileSystem, str]:
     """The checkpoint that is named, else the best checkpoint of the run that is named, else the newest run's. Says on
-    stderr which it is. Returns a file system and the path in it. Raises UserError where there is none.
+    stderr which it is. Returns a file system and the path in it. Raises UserError where it is not there.
     """
     if checkpoint:
         fs, path = resolve(checkpoint)

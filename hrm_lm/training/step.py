@@ -117,7 +117,7 @@ class HostEvent:
 
 
 def event_now(device: torch.device) -> Any:
-    """An event with a time, which comes when `device` has done what it was given so far."""
+    """Records an event with a time. It comes when `device` has done what it was given so far."""
     if device.type != "cuda":
         return HostEvent()
     event = torch.cuda.Event(enable_timing=True)
@@ -140,7 +140,7 @@ class SentStats:
         return self.alone and self.ended.query()
 
     def seconds(self) -> float:
-        """How long the device took for the interval, however late this is asked. It waits for the interval's end."""
+        """Returns how long the device took for the interval, however late it is asked. It waits for the interval's end."""
         self.ended.synchronize()
         return self.began.elapsed_time(self.ended) / 1000
 
